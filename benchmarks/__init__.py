@@ -1,0 +1,1 @@
+"""What minitune is measured by: against its rivals, against the machine's limit, and on a GPU."""

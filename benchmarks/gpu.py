@@ -1,0 +1,133 @@
+"""What `make gpu` runs on a GPU machine: the tests there, then products, attention and a step; raw JSON out.
+
+``PARTS="tests products attention step" python -m benchmarks.gpu``. Each part is a process of its own with its own time
+limit; one that fails or is cut off loses only what it had not printed yet. The whole stays under 8 minutes. Without a
+GPU it runs tiny shapes and marks the file "device": "cpu". Exit code 1 if a part failed or a figure was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import tables
+from benchmarks.harness import ROOT, machine, save
+
+LIMITS = {"tests": 200, "products": 70, "attention": 100, "step": 80}
+"""Seconds of each part; 450 in all."""
+
+
+def device() -> str:
+    """cuda where torch can use it, asked in a process of its own so that this one holds no device memory."""
+    question = "import torch; print(torch.cuda.is_available())"
+    asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, timeout=120)
+    return "cuda" if asked.stdout.strip() == "True" else "cpu"
+
+
+def run_bounded(words: list[str], seconds: float) -> tuple[str, str, int | None]:
+    """Run `words` from the root; (stdout, last of stderr, exit code or None when cut off). All its children end too."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err, stdin=subprocess.DEVNULL,
+                                   start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        code: int | None = None
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+    return texts[0], texts[1][-3000:].strip(), code
+
+
+def parse_rows(text: str) -> tuple[list[dict[str, Any]], bool]:
+    """The JSON rows of a part's output (a cut-off last line is dropped), and whether its last row says "end"."""
+    rows = []
+    for line in text.splitlines():
+        if line.startswith("{"):
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    ended = bool(rows) and rows[-1].get("what") == "end"
+    return (rows[:-1] if ended else rows), ended
+
+
+def run_tests(seconds: float) -> dict[str, Any]:
+    """The whole test suite, in parallel where pytest-xdist is there; counts, and one line a failure."""
+    words = [sys.executable, "-m", "pytest", "tests", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-rfE",
+             "--tb=line"]
+    if importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= 8:
+        words += ["-n", "6"]
+    out, err, code = run_bounded([*words, *os.environ.get("PYTEST_ARGS", "").split()], seconds)
+    return {"status": {0: "passed", None: "cut off"}.get(code, "failed"), "rows": [pytest_row(out)],
+            **({"stderr": err} if err else {})}
+
+
+def pytest_row(out: str) -> dict[str, Any]:
+    """Counts and failures from pytest's own words; where it was cut off, from the letters that it had printed."""
+    lines = out.strip().splitlines()
+    found = [line for line in lines if re.search(r"\d+ (passed|failed|error)", line)]
+    failures = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    if found:
+        summary = found[-1].strip("= ")
+        counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", summary)}
+    else:
+        progress = "".join(seen[1] for line in lines if (seen := re.fullmatch(r"([.FEsxX]+)(\s*\[ *\d+%\])?", line)))
+        counts = {word: progress.count(letter) for word, letter in (("passed", "."), ("failed", "F"), ("skipped", "s"))}
+        summary = f"no summary; until then {counts}"
+    return {"what": "tests", "summary": summary, "counts": counts, "failures": failures[:60]}
+
+
+def run_part(name: str, where: str, seconds: float) -> dict[str, Any]:
+    """One part's rows, its status (passed, failed, cut off) and how long it took."""
+    begun = time.monotonic()
+    if name == "tests":
+        part = run_tests(seconds)
+    else:
+        out, err, code = run_bounded([sys.executable, "-m", f"benchmarks.gpu_{name}", "--device", where], seconds)
+        rows, ended = parse_rows(out)
+        wrong = [row for row in rows if row.get("right") is False]
+        status = "cut off" if code is None else "passed" if code == 0 and ended and not wrong else "failed"
+        part = {"status": status, "rows": rows, **({"stderr": err} if err and status != "passed" else {})}
+    return {**part, "seconds": time.monotonic() - begun, "limit_s": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=list(LIMITS),
+                        default=os.environ.get("PARTS", " ".join(LIMITS)).split(), help="default: $PARTS, else all")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
+    parser.add_argument("--out", type=Path, help="folder of the raw file, default benchmarks/results")
+    told = parser.parse_args()
+    unknown = set(told.parts) - set(LIMITS)
+    if unknown:
+        parser.error(f"PARTS names {sorted(unknown)}; there are {list(LIMITS)}")
+    where = told.device or device()
+    raw: dict[str, Any] = {"kind": "gpu", "device": where, "machine": machine(), "parts": {}}
+    for name in told.parts:
+        print(f"{name} … at most {LIMITS[name]} s", file=sys.stderr, flush=True)
+        raw["parts"][name] = run_part(name, where, LIMITS[name])
+        print(f"{name}: {raw['parts'][name]['status']}", file=sys.stderr, flush=True)
+    path = save("gpu" if where == "cuda" else "gpu-cpu", raw, told.out)
+    print("\n".join(tables.gpu_tables(tables.read(path))))
+    print(f"raw figures: {path.name}")
+    sys.exit(any(part["status"] != "passed" for part in raw["parts"].values()))
+
+
+if __name__ == "__main__":
+    main()

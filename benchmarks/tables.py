@@ -1,0 +1,256 @@
+"""Every table of figures, made from the raw files: benchmarks/RESULTS.md, and README.md's between its marker comments.
+
+``python -m benchmarks.tables`` rewrites both. For each name the newest raw file counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, ROOT
+
+Raw = dict[str, Any]
+TARGETS = {"12x768": {"eager": 1.6, "compiled": 1.2}, "16x2048": {"eager": 1.35, "products": 0.60}}
+"""What our tokens/s must be of each other side's, at the least."""
+GENERATION_TARGET = 1.5
+SAME_BEST = 0.9
+"""Of a prompt's positions, how many must have the same best next token on both sides; bf16 turns a few near-ties."""
+_NAMES = {"ours": "minitune", "eager": "transformers + PEFT", "compiled": "the same, torch.compile",
+          "products": "products alone (limit)"}
+
+
+# ---- raw files ------------------------------------------------------------------------------------------------------
+def read(path: Path) -> Raw:
+    raw: Raw = json.loads(path.read_text())
+    return raw
+
+
+def newest(folder: Path) -> dict[str, Raw]:
+    """name -> the newest raw file of that name."""
+    found: dict[str, Raw] = {}
+    for path in sorted(folder.glob("*.json")):
+        raw = read(path)
+        if raw["name"] not in found or raw["when"] >= found[raw["name"]]["when"]:
+            found[raw["name"]] = raw
+    return found
+
+
+def trial(raw: Raw) -> bool:
+    """Whether a file only tried the harness: tiny shapes, whose figures say nothing."""
+    return raw.get("size") == "2x64" or raw.get("device") == "cpu"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A markdown table with its columns padded, so that it reads well unrendered too."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return [line(head), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
+
+
+def spread(found: Raw, digits: int = 0) -> str:
+    """"median (p20 to p80)" of a summary, or "void"."""
+    if not found.get("n"):
+        return "void"
+    return f"{found['median']:,.{digits}f} ({found['p20']:,.{digits}f} to {found['p80']:,.{digits}f})"
+
+
+def where(raw: Raw) -> str:
+    """The machine and the versions in one line."""
+    machine = raw["machine"]
+    flags = [flag for flag in machine["flags"] if flag in ("avx512_bf16", "amx_bf16")]
+    cpu = f"{machine['cores']} cores of {machine['cpu']} ({', '.join(flags) or 'no bf16'})"
+    device = "; ".join(machine["gpus"]) or cpu
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "triton", "transformers", "peft")
+                         if machine["versions"].get(name))
+    commit = (machine["commit"] or "unknown")[:10] + (" + changes" if machine["dirty"] else "")
+    return f"{raw['when'][:10]}, {device}, {versions}, commit {commit}."
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+def _ratio(ours: Raw | None, theirs: Raw | None) -> float | None:
+    if not ours or not theirs or not ours.get("n") or not theirs.get("n"):
+        return None
+    return float(ours["median"] / theirs["median"])
+
+
+def _row(what: str, value: float | None, target: float, at_least: bool) -> tuple[str, str, str, str]:
+    wanted = f"{'≥' if at_least else '≤'} {target:g}"
+    if value is None:
+        return what, "void", wanted, "not measured"
+    met = value >= target if at_least else value <= target
+    return what, f"{value:.2f}", wanted, "met" if met else "short"
+
+
+def verdicts(raw: Raw) -> list[tuple[str, str, str, str]]:
+    """(what, ratio, target, met or short) for every figure that was promised."""
+    rows = []
+    for shape, found in raw["layouts"].items():
+        sides: dict[str, Raw] = {name: side for name, side in found["sides"].items() if not side["void"]}
+        ours = sides.get("ours")
+        for other, target in TARGETS.get(raw["size"], {}).items():
+            value = _ratio(ours and ours["tokens_per_s"], sides.get(other, {}).get("tokens_per_s"))
+            rows.append(_row(f"{shape}: tokens/s over {_NAMES[other]}", value, target, True))
+        leanest = [sides[name]["memory"]["resident_peak"] for name in ("eager", "compiled") if name in sides]
+        value = ours["memory"]["resident_peak"] / min(leanest) if ours and leanest else None
+        rows.append(_row(f"{shape}: peak memory over the leaner rival", value, 1.0, False))
+        losses: Raw = found["losses"]
+        if losses["compared"]:
+            same = losses["same_start"] and losses["same_course"]
+            rows.append((f"{shape}: loss curves, largest difference", f"{losses['largest_difference']:.3f}", "match",
+                         "met" if same else "short"))
+    ours, peers = raw["start"].get("ours", {}), raw["start"].get("peers", {})
+    if ours.get("runs") and peers.get("runs"):
+        pairs = list(zip(ours["runs"][-1]["argmax"], peers["runs"][-1]["argmax"], strict=True))
+        rows.append(_row("first logits: share of positions with their best token",
+                         sum(a == b for a, b in pairs) / len(pairs), SAME_BEST, True))
+    rows.append(_row("process start to first logits, over theirs",
+                     _ratio(ours.get("first_logits_s"), peers.get("first_logits_s")), 1.0, False))
+    rows.append(_row("greedy generation over theirs", _ratio(
+        ours.get("generation_tokens_per_s"), peers.get("generation_tokens_per_s")), GENERATION_TARGET, True))
+    return rows
+
+
+def train_table(raw: Raw) -> list[str]:
+    """The figures of one size: speed and memory by layout, start and generation, and each promise kept or not."""
+    lines = [f"### {raw['size']}, {raw['parameters'] / 1e6:,.3g} M parameters, LoRA r {raw['settings']['rank']}", "",
+             where(raw), ""]
+    rows = []
+    for shape, found in raw["layouts"].items():
+        chosen = {"compiled" if v["compiled"] else "eager": f", {v['adapters']} adapters, {v['attention']}"
+                  for v in found["rivals"]}
+        for name in ("ours", "eager", "compiled", "products"):
+            side = found["sides"].get(name)
+            if side:
+                note = " (void: the loss stood still)" if side["loss_stood_still"] else ""
+                memory = f"{side['memory']['resident_peak'] / 1e9:.2f}" if name != "products" else ""
+                rows.append((shape, _NAMES[name] + chosen.get(name, "") + note, spread(side["tokens_per_s"]), memory,
+                             str(sum(turn["void"] for turn in side["turns"] if not turn["warmup"]))))
+    lines += markdown(("layout", "side", "tokens/s", "peak GB", "void turns"), rows)
+    starts = [(_NAMES["ours" if name == "ours" else "eager"].removesuffix(" + PEFT"), spread(side["first_logits_s"], 2),
+               spread(side["generation_tokens_per_s"], 1)) for name, side in raw["start"].items()]
+    lines += ["", *markdown(("side", "start to first logits, s", "greedy tokens/s"), starts)]
+    return [*lines, "", *markdown(("what", "ratio", "target", "verdict"), verdicts(raw))]
+
+
+# ---- GPU ------------------------------------------------------------------------------------------------------------
+def _ms(row: Raw) -> str:
+    ms = row.get("ms")
+    return f"{ms['median']:.3f}" if ms else str(row.get("unavailable", row.get("error", "")))[:60]
+
+
+def _rate(row: Raw, rate: float | None) -> tuple[str, str]:
+    tflops = row.get("tflops")
+    return (f"{tflops:,.1f}" if tflops else "", f"{tflops / rate:.0%}" if tflops and rate else "")
+
+
+def _word(found: bool | None) -> str:
+    return "" if found is None else "yes" if found else "NO"
+
+
+def _attention_rows(rows: list[Raw]) -> list[Raw]:
+    """Rows to show: a backend whose forward is unavailable on a case has one row, not one for each pass."""
+    found = [row for row in rows if row.get("what") == "attention"]
+    absent = {(row["case"], row["backend"]) for row in found if row["pass"] == "forward" and "unavailable" in row}
+    return [{**row, "pass": "all"} if (row["case"], row["backend"]) in absent else row for row in found
+            if row["pass"] == "forward" or (row["case"], row["backend"]) not in absent]
+
+
+def gpu_tables(raw: Raw) -> list[str]:
+    """What one `make gpu` found, part by part; a part that failed says so."""
+    lines = [f"### GPU run on {raw['device']}", "", where(raw), ""]
+    for name, part in raw["parts"].items():
+        rows = part["rows"]
+        rate = next((row["tflops"] for row in rows if row.get("what") == "matrix rate"), None)
+        lines += [f"#### {name}: {part['status']} in {part['seconds']:.0f} s", ""]
+        if name == "tests":
+            lines += [row.get("summary", "") for row in rows] + [""]
+        elif name == "products":
+            shown = [(row["product"], row["pass"], row["variant"], _ms(row), *_rate(row, rate),
+                      f"{row['over_bare']:.3f}" if row.get("over_bare") else "", _word(row.get("right", False)))
+                     for row in rows if row.get("what") == "product"]
+            lines += [f"Matrix rate: {rate or 0:,.1f} TFLOP/s. Rates count the base product's operations alone.", "",
+                      *markdown(("product", "pass", "variant", "ms", "TFLOP/s", "of the rate", "time over bare",
+                                     "right"), shown), ""]
+        elif name == "attention":
+            shown = [(row["case"], row["backend"], row["pass"], _ms(row), *_rate(row, rate),
+                      _word(row.get("right")),
+                      _word(row.get("repeats"))) for row in _attention_rows(rows)]
+            lines += [*markdown(("case", "backend", "pass", "ms", "TFLOP/s", "of the rate", "right", "bitwise repeat"),
+                                shown), ""]
+        else:
+            steps = [(row["case"], spread(row["tokens_per_s"]) if "tokens_per_s" in row else row.get("error", "")[:90],
+                      f"{row['peak_bytes'] / 1e9:.2f}" if row.get("peak_bytes") else "",
+                      f"{row['share_of_rate']:.0%}" if row.get("share_of_rate") else "") for row in rows
+                     if row.get("what") == "step"]
+            lines += [*markdown(("case", "tokens/s", "peak GB", "of the matrix rate"), steps), ""]
+    return lines
+
+
+# ---- documents ------------------------------------------------------------------------------------------------------
+_KINDS: dict[str, tuple[str, Callable[[Raw], list[str]]]] = {
+    "train": ("Training and generation on the CPU", train_table), "gpu": ("On a GPU", gpu_tables)}
+
+
+def results_page(raws: dict[str, Raw]) -> str:
+    """The whole of RESULTS.md."""
+    lines = ["# Measured", "", "Made from `results/` by `python -m benchmarks.tables`; edit nothing here.", ""]
+    for kind, (title, table) in _KINDS.items():
+        chosen = [raw for _, raw in sorted(raws.items()) if raw["kind"] == kind]
+        if chosen:
+            lines += [f"## {title}", ""]
+            for raw in chosen:
+                lines += [*table(raw), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def readme_train(raws: dict[str, Raw]) -> str:
+    """README's short table: a row a side, a column a size and layout."""
+    columns = [(raw["size"], shape, found["sides"]) for _, raw in sorted(raws.items()) if raw["kind"] == "train"
+               for shape, found in raw["layouts"].items()]
+    if not columns:
+        return "not measured yet"
+    rows = []
+    for name in ("eager", "compiled", "ours", "products"):
+        cells = []
+        for _, _, sides in columns:
+            found = sides.get(name)
+            rate = found["tokens_per_s"] if found and not found["void"] else {}
+            cells.append(f"{rate['median']:,.0f}" if rate.get("n") else "-")
+        rows.append([f"**{_NAMES[name]}**" if name == "ours" else _NAMES[name], *cells])
+    head = ["tokens/s", *(f"{size}, {shape}" for size, shape, _ in columns)]
+    places = sorted({where(raw) for raw in raws.values() if raw["kind"] == "train"})
+    return "\n".join([*markdown(head, rows), "", *places])
+
+
+def fill(text: str, kind: str, table: str) -> str:
+    """`text` with the lines between ``<!-- bench:kind -->`` and ``<!-- /bench -->`` replaced by `table`."""
+    pattern = re.compile(rf"(<!-- bench:{re.escape(kind)} -->\n).*?(<!-- /bench -->)", re.DOTALL)
+    return pattern.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=ROOT / "benchmarks" / "RESULTS.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    told = parser.parse_args()
+    raws = {name: raw for name, raw in newest(told.results).items() if not trial(raw)}
+    told.page.write_text(results_page(raws))
+    print(f"wrote {told.page.name} from {len(raws)} raw files")
+    if told.readme.exists():
+        before = told.readme.read_text()
+        after = fill(before, "train", readme_train(raws))
+        told.readme.write_text(after)
+        print(f"{told.readme.name}: {'updated' if after != before else 'unchanged, or without markers'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""The public face: load a checkpoint, a Model that trains and generates, train."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from minitune.checkpoint.adapter import match_adapter, read_adapter, write_adapter
+from minitune.checkpoint.hf_config import read_config, write_config
+from minitune.checkpoint.reader import Checkpoint
+from minitune.checkpoint.weights import load_weights, save_weights
+from minitune.config import LoRA, MemoryPolicy, Training
+from minitune.data.batch import Batch
+from minitune.data.stream import stream
+from minitune.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
+from minitune.errors import InputError
+from minitune.model.generate import generate, sampler
+from minitune.model.llama import Llama, init_weights
+from minitune.model.shapes import shape
+from minitune.objectives import sft
+from minitune.ops.documents import Documents
+from minitune.training.loop import fit
+from minitune.training.run import Observer, Run
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load(path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
+         quant: str | None = None, lora: LoRA | None = None, adapter: str | Path | None = None,
+         train: str | Sequence[str] | None = None, memory: MemoryPolicy = "auto", seed: int = 0) -> Model:
+    """A model from a Hugging Face folder: config.json, safetensors, and its tokenizer if it has one.
+
+    device: CUDA where there is one, else the CPU. dtype: the compute dtype, bfloat16 where the device is good at it,
+    else float32. lora: fresh adapters to train; adapter: a PEFT adapter folder to go on from or to use; train: base
+    weights to train ("full", "head", "norms", "embedding", "last:4", or name patterns). With none of the three all is
+    frozen. memory: what is kept for the backward ("keep", "pointwise", "full"; "auto" decides by free memory). seed:
+    for the adapters' start.
+
+    Raises InputError for whatever is wrong with the folder or the arguments.
+    """
+    folder = Path(path)
+    if quant is not None:
+        raise InputError(f"load: quant is {quant!r}; 4-bit weights are not part of this version, leave quant=None")
+    if lora is not None and adapter is not None:
+        raise InputError(f"load: both lora and adapter are given; the adapter in {adapter} brings its own rank and "
+                         "targets, so leave lora=None")
+    if lora is not None and lora.dora:
+        raise InputError("load: LoRA(dora=True) is not part of this version; leave dora=False")
+    place = _device(device)
+    config = read_config(folder)
+    checkpoint = Checkpoint.open(folder)
+    network = Llama(config, dtype=_dtype(dtype, place), device=place, memory=memory)
+    load_weights(checkpoint, network.hf_weights(), config.tied_head)
+    tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
+    if tokenizer is not None:
+        tokenizer.check_vocab(config.vocab_size)
+    model = Model(network, tokenizer, folder)
+    if adapter is not None:
+        lora, tensors = read_adapter(Path(adapter))
+        network.add_adapters(lora, seed)
+        match_adapter(tensors, network.adapters())
+    elif lora is not None:
+        network.add_adapters(lora, seed)
+    model.lora = lora
+    if train is not None:
+        network.unfreeze(train if isinstance(train, str) else tuple(train))
+    return model
+
+
+def init(name: str, folder: str | Path, *, tokenizer: str | Path | None = None, seed: int = 0) -> None:
+    """Write a checkpoint folder with random weights in the shape of that name, with a tokenizer copied from a folder."""
+    config = shape(name)
+    network = Llama(config, dtype=DTYPES[config.dtype])
+    init_weights(network, seed)
+    Model(network, None if tokenizer is None else load_tokenizer(tokenizer),
+          None if tokenizer is None else Path(tokenizer)).save(folder)
+
+
+class Model(nn.Module):
+    """A network with its tokenizer (None if the checkpoint has none) and the folder it came from."""
+
+    def __init__(self, network: Llama, tokenizer: Tokenizer | None, path: Path | None = None):
+        super().__init__()
+        self.network, self.path = network, path
+        self._tokenizer = tokenizer
+        self.lora: LoRA | None = None
+
+    @property
+    def config(self) -> Any:
+        """The ModelConfig of the network."""
+        return self.network.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """InputError if the checkpoint folder has none."""
+        if self._tokenizer is None:
+            raise InputError(f"{self.path}: no tokenizer.json or tokenizer.model in the folder; text needs one, put it "
+                             "beside config.json")
+        return self._tokenizer
+
+    # -- losses ----------------------------------------------------------------------------------------------------------
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """[T, d_model] on the model's device, after the final norm."""
+        batch = batch.to(self.device)
+        out: Tensor = self.network(batch.tokens, batch.positions, batch.documents)
+        return out
+
+    def losses_at(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]."""
+        return self.network.token_losses(hidden, labels)
+
+    def logits(self, tokens: Tensor | Sequence[int], cu_seqlens: Tensor | None = None) -> Tensor:
+        """tokens int64 [T], one document or those that cu_seqlens int32 [n + 1] bounds -> fp32 [T, vocab_size]."""
+        tokens = torch.as_tensor(tokens, dtype=torch.int64)
+        bounds = torch.tensor([0, len(tokens)], dtype=torch.int32) if cu_seqlens is None else cu_seqlens
+        documents = Documents.from_cu_seqlens(bounds.cpu().int())
+        if tokens.dim() != 1 or documents.n_tokens != len(tokens) or min(documents.lengths) < 1:
+            raise InputError(f"logits: tokens {list(tokens.shape)} and cu_seqlens {bounds.tolist()} do not fit; tokens "
+                             "must be flat and cu_seqlens rise from 0 to their number")
+        hidden = self.network(tokens.to(self.device), documents.positions().to(self.device), documents.to(self.device))
+        return self.network.logits(hidden)
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """fp32 [T]: negative log-likelihood at trained positions, without their weights, and 0 elsewhere."""
+        batch = batch.to(self.device)
+        losses = sft.token_losses(self, batch)
+        return losses.new_zeros(batch.n_tokens).index_put((batch.trained,), losses)
+
+    def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
+        """(sum over trained tokens of weight · loss, fp32 scalar; number of trained tokens)."""
+        return sft.sft(self, batch.to(self.device))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean of weight · loss over the trained tokens, fp32 scalar. InputError if no token is trained."""
+        if batch.n_trained == 0:
+            raise InputError("loss: the batch trains no token (all labels are -100), so its mean is not defined")
+        total, n = self.loss_sum(batch)
+        return total / n
+
+    # -- what is trained ------------------------------------------------------------------------------------------------
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Every parameter that gets a gradient, fp32, in a fixed order. InputError if all is frozen."""
+        found = [p for p in self.network.parameters() if p.requires_grad]
+        if not found:
+            raise InputError("the model has nothing to train; load it with lora=mt.LoRA(…), adapter=… or train=…")
+        return found
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Optimizer groups; with LoRA+ (Hayou et al. 2024, arXiv:2402.12354) the B matrices at lr · lr_ratio."""
+        ratio = 1.0 if self.lora is None else self.lora.lr_ratio
+        if ratio == 1.0:
+            return [{"params": self.trainable_parameters(), "lr": lr, "lr_ratio": 1.0}]
+        up = {id(adapter.B) for adapter in self.network.adapters().values()}
+        parts = ([p for p in self.trainable_parameters() if id(p) not in up],
+                 [p for p in self.trainable_parameters() if id(p) in up])
+        return [{"params": params, "lr": lr * r, "lr_ratio": r}
+                for params, r in zip(parts, (1.0, ratio), strict=True) if params]
+
+    @contextlib.contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Within it the model answers as its base does."""
+        before = [projection.enabled for projection in self.network.projections()]
+        try:
+            for projection in self.network.projections():
+                projection.enabled = False
+            yield
+        finally:
+            for projection, enabled in zip(self.network.projections(), before, strict=True):
+                projection.enabled = enabled
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """A PEFT adapter folder: adapter_config.json and adapter_model.safetensors. peft, vLLM and transformers load it."""
+        if self.lora is None:
+            raise InputError("save_adapter: the model has no adapter; load it with lora=mt.LoRA(…) or adapter=…")
+        if any(projection.trained for projection in self.network.projections()):
+            raise InputError("save_adapter: base weights are trained too and an adapter file cannot hold them; save the "
+                             "whole model with save()")
+        base = None if self.path is None else str(self.path)
+        write_adapter(Path(folder), self.network.adapters(), self.lora, base)
+
+    def save(self, folder: str | Path) -> None:
+        """The base weights as a checkpoint folder that transformers and minitune load, its tokenizer with it."""
+        if self.network.adapters():
+            raise InputError("save: the model carries an adapter, which a checkpoint cannot hold; use save_adapter()")
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        dtype = DTYPES[self.config.dtype]
+        save_weights(target, {name: value.to(dtype) for name, value in self.network.hf_weights().items()})
+        write_config(target, self.config)
+        if self._tokenizer is not None and self.path is not None:
+            copy_tokenizer(self.path, target)
+
+    # -- generation -------------------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, ids: Sequence[int], max_new_tokens: int, temperature: float = ..., top_k: int | None = ...,
+                 top_p: float | None = ..., stop: str | Sequence[str] | None = ...,
+                 seed: int | None = ...) -> list[int]: ...
+    @overload
+    def generate(self, ids: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = ...,
+                 top_k: int | None = ..., top_p: float | None = ..., stop: str | Sequence[str] | None = ...,
+                 seed: int | None = ...) -> list[list[int]]: ...
+    def generate(self, ids: Any, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
+                 top_p: float | None = None, stop: str | Sequence[str] | None = None, seed: int | None = None) -> Any:
+        """Continue one prompt (ids) or many (a list of them) -> the new ids alone, without EOS or the stop text.
+
+        Greedy at temperature 0, else sampled. Ends at EOS, at a stop text or after `max_new_tokens`.
+        """
+        single = len(ids) == 0 or not isinstance(ids[0], Sequence | Tensor)
+        prompts = [list(map(int, prompt)) for prompt in ([ids] if single else ids)]
+        choose = sampler(temperature, top_k, top_p, seed, self.device)
+        ending = _Ending(self.eos_ids, self._tokenizer, (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        answers = [ending.trim(new) for new in generate(self.network, prompts, max_new_tokens, choose, ending.reached)]
+        return answers[0] if single else answers
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends an answer, by config.json, generation_config.json and the tokenizer."""
+        known = set(self.config.eos_ids)
+        if self._tokenizer is not None:
+            known |= set(self._tokenizer.eos_ids)
+        return frozenset(known)
+
+    def complete(self, text: str, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
+                 top_p: float | None = None, stop: str | Sequence[str] | None = None, seed: int | None = None) -> str:
+        """What the model writes after `text`; control strings inside `text` stay text."""
+        new = self.generate(self.tokenizer.encode(text), max_new_tokens, temperature, top_k, top_p, stop, seed)
+        return self.tokenizer.decode(new, continues=True)
+
+
+class _Ending:
+    """When an answer is done, and what of it is handed out."""
+
+    def __init__(self, eos_ids: frozenset[int], tokenizer: Tokenizer | None, stop: tuple[str, ...]):
+        if stop and tokenizer is None:
+            raise InputError("generate: stop texts need a tokenizer, and the checkpoint folder has none")
+        if any(not text for text in stop):
+            raise InputError("generate: a stop text is empty")
+        self.eos_ids, self.stop = eos_ids, stop
+        self.decode: Callable[[list[int]], str] = lambda ids: "" if tokenizer is None else tokenizer.decode(ids, continues=True)
+
+    def _cut(self, ids: list[int]) -> int | None:
+        """Where the first stop text begins in the decoded ids, in characters."""
+        text = self.decode(ids) if self.stop else ""
+        return min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=None)
+
+    def reached(self, row: int, ids: list[int]) -> bool:
+        return ids[-1] in self.eos_ids or self._cut(ids) is not None
+
+    def trim(self, ids: list[int]) -> list[int]:
+        """Without EOS, and without any token that reaches into the stop text."""
+        if ids and ids[-1] in self.eos_ids:
+            ids = ids[:-1]
+        cut = self._cut(ids)
+        while cut is not None and len(self.decode(ids)) > cut:
+            ids = ids[:-1]
+        return ids
+
+
+def train(model: Model, data: str | Path | Iterable[Batch], *, training: Training | None = None,
+          observers: Sequence[Observer] = (), **settings: Any) -> Run:
+    """Fine-tune `model` on a JSONL file or on batches -> Run, the record of every step.
+
+    `settings` are fields of Training (lr=1e-4, tokens=4096, …), or give a whole `training`. A path is tokenised and
+    packed by `mt.data.stream`; batches are taken as they come.
+    """
+    if training is not None and settings:
+        raise InputError(f"train: both training and {', '.join(settings)} are given; put all of it into one of them")
+    unknown = settings.keys() - Training.__dataclass_fields__.keys()
+    if unknown:
+        raise InputError(f"train: no setting is named {', '.join(sorted(unknown))}; there are "
+                         f"{', '.join(Training.__dataclass_fields__)}")
+    training = training or Training(**settings)
+    if isinstance(data, str | Path):
+        data = stream(data, model.tokenizer, tokens=training.tokens, seed=training.seed)
+    return fit(model, data, training, sft.sft, observers)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is not None:
+        try:
+            place = torch.device(device)
+        except RuntimeError as error:
+            raise InputError(f'load: device {device!r} is not one that torch knows; say "cuda" or "cpu"') from error
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise InputError('load: device "cuda" is asked for, but torch sees no GPU; say device="cpu" or nothing')
+        return place
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    known = {**DTYPES, **{value: value for value in DTYPES.values()}}
+    if dtype not in known:
+        raise InputError(f"load: dtype is {dtype!r}; say {', '.join(DTYPES)} or nothing")
+    return known[dtype]
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))

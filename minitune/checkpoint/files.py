@@ -1,0 +1,184 @@
+"""Reading and writing files safely: strict JSON, regular files only, replacement that is all or nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import reprlib
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from minitune.errors import InputError
+
+MAX_JSON_FILE = 16 << 20
+"""Bytes of the largest JSON file that is read whole; the largest published index has about 8 MB."""
+MAX_JSON_ITEMS = 1_000_000
+"""The most values in one JSON text, so that parsing takes bounded time; the largest published header has about 10^5."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 2
+
+
+def show(value: object) -> str:
+    """``value`` as one short piece of text for a message, however long or deeply nested it is."""
+    return _SHORT.repr(value)
+
+
+def listing(lines: list[str], most: int = 20) -> str:
+    """Indented lines, cut after ``most`` with a count of the rest."""
+    rest = [] if len(lines) <= most else [f"… and {len(lines) - most} more"]
+    return "".join(f"\n  {line}" for line in [*lines[:most], *rest])
+
+
+def open_regular(path: Path) -> FileIO:
+    """The file opened for unbuffered reading. Raises InputError where it is missing, unreadable or no regular file."""
+    try:
+        # A named pipe would block a plain open for ever.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise InputError(f"{path}: is not a regular file")
+        return FileIO(descriptor, "rb")
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be opened: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the name {show(key)} stands twice in one object")
+            seen.add(key)
+    return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{show(text)} is no finite number")
+    return value
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def parse_json(raw: bytes, where: str) -> Any:
+    """JSON as RFC 8259 has it and no more: UTF-8, no name twice, no NaN, no lone surrogate, bounded size and nesting.
+
+    ``where`` names the source in the InputError that everything else raises.
+    """
+    if sum(map(raw.count, (b",", b"[", b"{", b"\\"))) > MAX_JSON_ITEMS:
+        raise InputError(f"{where}: holds more than {MAX_JSON_ITEMS:,} JSON values and escapes")
+    try:
+        value = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_constant
+        )
+        if b"\\ud" in raw or b"\\uD" in raw:  # only an escape can bring a lone surrogate in
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise InputError(f"{where}: the JSON is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: holds half of a surrogate pair, which is no character") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: is not UTF-8 at byte {error.start}") from None
+    except ValueError as error:
+        raise InputError(f"{where}: is not valid JSON: {str(error)[:200]}") from None
+    return value
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file of at most MAX_JSON_FILE bytes. Raises InputError."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_JSON_FILE:
+            raise InputError(f"{path}: has {size:,} bytes; at most {MAX_JSON_FILE:,} are read")
+        raw = file.readall()
+    value = parse_json(raw, str(path))
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must hold a JSON object, but holds {show(value)}")
+    return value
+
+
+def json_bytes(value: object) -> bytes:
+    """``value`` as indented UTF-8 JSON with a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within ``folder`` last through a power cut, where the system lets a folder be synced."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Staging]:
+    """Write several files of ``folder`` under temporary names; on success they take their names, else they vanish.
+
+    The folder is made if it is missing. An OSError (a full disk, no permission) comes out as InputError.
+    """
+    staging = Staging(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield staging
+        staging.commit()
+    except OSError as error:
+        raise InputError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        staging.discard()
+
+
+class Staging:
+    """Files written under temporary names, and files that must go, until ``commit``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._written: list[tuple[Path, Path]] = []
+        self._obsolete: list[Path] = []
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        """A binary file that becomes ``name`` at the commit; files take their names in the order of opening."""
+        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+        self._written.append((temporary, self.folder / name))
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write(self, name: str, data: bytes) -> None:
+        with self.open(name) as file:
+            file.write(data)
+
+    def remove_first(self, *names: str) -> None:
+        """Delete these before the first file takes its name: nothing old may pass for whole beside new parts."""
+        self._obsolete += [self.folder / name for name in names]
+
+    def commit(self) -> None:
+        for path in self._obsolete:
+            path.unlink(missing_ok=True)
+        while self._written:
+            os.replace(*self._written[0])
+            del self._written[0]
+        sync_folder(self.folder)
+
+    def discard(self) -> None:
+        for temporary, _ in self._written:
+            temporary.unlink(missing_ok=True)
+        self._written.clear()

@@ -1,0 +1,155 @@
+"""The command line: minitune train | complete | init | demo, its flags made from the dataclasses below."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
+
+from minitune.api import Model, init, load, train
+from minitune.config import LoRA, MemoryPolicy, Training
+from minitune.data.formats import prompts_of
+from minitune.errors import InputError
+from minitune.report.metrics import MetricsFile
+from minitune.report.plot import LossPlot
+from minitune.report.progress import progress
+from minitune.report.tables import Answer, print_answers
+from minitune.training.loop import TrainingDiverged
+
+
+@dataclass(frozen=True)
+class Train:
+    """Fine-tune a checkpoint folder on a JSONL file: an adapter, its answers, metrics and a loss curve."""
+
+    base: Positional[Path]
+    """Hugging Face folder: config.json, safetensors, tokenizer."""
+    data: Positional[Path]
+    """JSONL of {"text"}, {"prompt", "completion"} or {"messages"}."""
+    out: Path = Path("out")
+    """Folder for the adapter, metrics.jsonl and loss.png; it must not exist yet, or be empty."""
+    ask: tuple[str, ...] = ()
+    """Questions to answer before and after; by default the first three prompts of the data."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    adapter: Path | None = None
+    """PEFT adapter folder to go on from; its rank and targets then count."""
+    device: str | None = None
+    """cuda or cpu; by default the GPU if there is one."""
+    dtype: str | None = None
+    """bfloat16 or float32; by default the one that the device is good at."""
+    memory: MemoryPolicy = "auto"
+    """What is kept for the backward: more memory, more speed."""
+    lora: LoRA = field(default_factory=LoRA)
+    training: Training = field(default_factory=Training)
+
+    def run(self) -> None:
+        _check_out(self.out)
+        lora = self.lora if self.adapter is None else None
+        model = load(self.base, device=self.device, dtype=self.dtype, memory=self.memory, seed=self.training.seed,
+                     lora=lora, adapter=self.adapter)
+        questions = self.ask or tuple(itertools.islice(prompts_of(self.data), 3))
+        before = self._answers(model, questions)
+        self.out.mkdir(parents=True, exist_ok=True)
+        record = train(model, self.data, training=self.training, observers=(
+            progress(), MetricsFile(self.out / "metrics.jsonl"), LossPlot(self.out / "loss.png")))
+        model.save_adapter(self.out / "adapter")
+        after = self._answers(model, questions)
+        if questions:
+            print_answers([Answer(*row) for row in zip(questions, before, after, strict=True)])
+        print(f"loss {record.final_loss:.4f}, {record.tokens_per_second:,.0f} tokens/s; adapter in {self.out / 'adapter'}")
+
+    def _answers(self, model: Model, questions: tuple[str, ...]) -> list[str]:
+        return [model.complete(question, self.max_new_tokens) for question in questions]
+
+
+@dataclass(frozen=True)
+class Complete:
+    """Let a model continue a text; the continuation alone is printed."""
+
+    base: Positional[Path]
+    """Hugging Face folder."""
+    text: Positional[str]
+    """The text to continue; control strings inside it stay text."""
+    adapter: Path | None = None
+    """PEFT adapter folder."""
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer."""
+    seed: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+    def run(self) -> None:
+        model = load(self.base, device=self.device, dtype=self.dtype, adapter=self.adapter)
+        print(model.complete(self.text, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.stop,
+                             self.seed))
+
+
+@dataclass(frozen=True)
+class Init:
+    """Write a checkpoint with random weights in a named shape (llama-2-7b, llama-3-8b, qwen2-7b, tiny, …)."""
+
+    shape: Positional[str]
+    """The name of the shape; a wrong one lists them all."""
+    out: Positional[Path]
+    """Folder to write; it must not exist yet, or be empty."""
+    tokenizer: Path | None = None
+    """Folder whose tokenizer files are copied; `tiny` brings the demo's by default."""
+    seed: int = 0
+
+    def run(self) -> None:
+        _check_out(self.out)
+        tokenizer = self.tokenizer
+        if tokenizer is None and self.shape == "tiny":
+            tokenizer = Path(__file__).parent / "examples" / "base"
+        init(self.shape, self.out, tokenizer=tokenizer, seed=self.seed)
+        print(f"random weights of shape {self.shape} in {self.out}")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Fine-tune a small shipped model on minitune's own facts and check what it learned."""
+
+    out: Path = Path("demo-out")
+    """Folder for the adapter, metrics.jsonl and loss.png; an earlier demo in it is overwritten."""
+    device: str | None = None
+
+    def run(self) -> None:
+        from minitune.demo.run import run
+
+        if not run(self.out, device=self.device):
+            raise SystemExit(1)
+
+
+Command = (Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Complete, tyro.conf.subcommand("complete")]
+           | Annotated[Init, tyro.conf.subcommand("init")] | Annotated[Demo, tyro.conf.subcommand("demo")])
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already; name another folder with --out, or remove it")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one command. User errors end in one line on stderr and exit code 2."""
+    try:
+        command = tyro.cli(Command, prog="minitune", description=__doc__, args=args,
+                           config=(OmitArgPrefixes, OmitSubcommandPrefixes))
+        command.run()
+    except InputError as error:
+        print(f"minitune: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except TrainingDiverged as error:
+        print(f"minitune: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

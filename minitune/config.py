@@ -1,0 +1,150 @@
+"""Every setting and every default of minitune, as frozen dataclasses that check their own values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from minitune.errors import InputError
+
+MemoryPolicy = Literal["auto", "keep", "pointwise", "full"]
+ScheduleName = Literal["constant", "linear", "cosine"]
+LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linears of a layer, by their Hugging Face names: what ``targets="all-linear"`` means."""
+
+
+def _positive(owner: str, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise InputError(f"{owner}: {name} is {value!r}; it must be a positive, finite number")
+
+
+def _at_least_zero(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise InputError(f"{owner}: {name} is {value!r}; it must be a finite number of at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its extensions to longer contexts.
+
+    ``kind`` names the extension as Hugging Face's ``rope_type`` does; the fields after ``factor`` belong to ``llama3``
+    and ``yarn`` (Peng et al. 2023, arXiv:2309.00071) and keep the names of config.json.
+    """
+
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("rope", theta=self.theta, factor=self.factor, original_max_positions=self.original_max_positions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a Llama-family transformer. Sizes count elements; ``windows`` holds one entry a layer.
+
+    A layer whose window is w lets position i attend to positions i-w+1 … i; None is plain causal attention.
+    """
+
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    norm_eps: float = 1e-5
+    max_positions: int = 2048
+    rope: Rope = field(default_factory=Rope)
+    tied_head: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_positions")
+        _positive("model", norm_eps=self.norm_eps, **{name: getattr(self, name) for name in sizes})
+        if self.n_heads % self.n_kv_heads:
+            raise InputError(f"model: n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise InputError(f"model: head_dim is {self.head_dim}; rotary embedding needs an even one")
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.n_layers)
+        if len(self.windows) != self.n_layers:
+            raise InputError(f"model: windows has {len(self.windows)} entries for {self.n_layers} layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W·x becomes W·x + s·B·(A·x), A [rank, in], B [out, rank].
+
+    s = alpha / rank, or alpha / sqrt(rank) with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732). ``targets`` is
+    "all-linear", or names of linears ("q_proj"), or patterns on full names ("model.layers.[01].*"); the keys of
+    ``rank_pattern`` and ``alpha_pattern`` are such names or patterns too.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+    lr_ratio: float = 1.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _positive("LoRA", rank=self.rank, alpha=self.alpha, lr_ratio=self.lr_ratio)
+        _positive("LoRA", **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()})
+        _positive("LoRA", **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()})
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"LoRA: dropout is {self.dropout!r}; it must be at least 0 and below 1")
+        if not self.targets:
+            raise InputError('LoRA: targets is empty; name linears such as ("q_proj", "v_proj") or say "all-linear"')
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One training run: how long, how fast, in what portions. ``tokens`` is the length T of one packed micro-batch."""
+
+    tokens: int = 2048
+    micro_batches: int = 1
+    epochs: int = 1
+    max_steps: int | None = None
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 2e-4
+    schedule: ScheduleName = "cosine"
+    warmup: float = 0.03
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    clip: float = 1.0
+    seed: int = 0
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        _positive("training", tokens=self.tokens, micro_batches=self.micro_batches, epochs=self.epochs, lr=self.lr,
+                  max_steps=self.max_steps, log_every=self.log_every)
+        _at_least_zero("training", warmup=self.warmup, min_lr_ratio=self.min_lr_ratio, weight_decay=self.weight_decay,
+                       momentum=self.momentum, clip=self.clip)

@@ -1,0 +1,83 @@
+"""Batch: one packed micro-batch, flat, as every layer above and below the data pipeline sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minitune.errors import InputError
+from minitune.ops.documents import Documents
+
+IGNORED = -100
+"""The label of a position that is not trained."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Documents laid end to end: int64 tokens [T], int64 labels [T], int32 cu_seqlens [n + 1], fp32 weights [T] or None.
+
+    ``labels[t]`` is ``tokens[t + 1]`` of the same document, already shifted; -100 is not trained, and neither is the
+    last position of a document. What the host knows it keeps as plain numbers, so that no device has to be asked:
+    ``documents`` (lengths, longest), ``positions`` (int64 [T], restarting in each document), ``trained`` (int64
+    [n_trained], the trained positions), ``n_trained``, ``max_seqlen``.
+
+    Raises InputError for shapes or values that break this contract.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    weights: Tensor | None = None
+    documents: Documents = field(init=False, repr=False)
+    positions: Tensor = field(init=False, repr=False)
+    trained: Tensor = field(init=False, repr=False)
+    n_trained: int = field(init=False)
+    max_seqlen: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+        documents = Documents.from_cu_seqlens(self.cu_seqlens)
+        last = self.cu_seqlens[1:].long() - 1
+        if (self.labels[last] != IGNORED).any():
+            raise InputError("Batch: the last position of a document has no next token; its label must be -100")
+        trained = (self.labels != IGNORED).nonzero().flatten()
+        derived = {"documents": documents, "positions": documents.positions(), "trained": trained,
+                   "n_trained": trained.numel(), "max_seqlen": documents.max_seqlen}
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    def _check(self) -> None:
+        tokens = self.tokens.numel()
+        for name, dtype in (("tokens", torch.int64), ("labels", torch.int64), ("cu_seqlens", torch.int32),
+                            ("weights", torch.float32)):
+            value = getattr(self, name)
+            if value is None and name == "weights":
+                continue
+            if value.dim() != 1 or value.dtype != dtype or value.device.type != "cpu":
+                raise InputError(f"Batch: {name} must be a flat {dtype} tensor on the host, not {value.dtype} "
+                                 f"{list(value.shape)} on {value.device}; build it on the host, then call .to(device)")
+            if name != "cu_seqlens" and value.numel() != tokens:
+                raise InputError(f"Batch: {name} has {value.numel()} entries for {tokens} tokens")
+        bounds = self.cu_seqlens
+        if bounds.numel() < 2 or bounds[0] != 0 or bounds[-1] != tokens or (bounds.diff() <= 0).any():
+            raise InputError(f"Batch: cu_seqlens must rise strictly from 0 to the {tokens} tokens; got {bounds.tolist()}")
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`; the copies from pinned memory do not block the host."""
+        moved = object.__new__(Batch)
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, Tensor | Documents):
+                value = value.to(device, non_blocking=True)
+            object.__setattr__(moved, name, value)
+        return moved
+
+    @property
+    def n_tokens(self) -> int:
+        """T, filler included."""
+        return self.tokens.numel()
+
+
+__all__ = ["IGNORED", "Batch"]

@@ -1,0 +1,122 @@
+"""Packing: whole documents by best fit into rows of T tokens, and each row as one Batch."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitune.data.batch import IGNORED, Batch
+from minitune.data.document import Document
+from minitune.errors import InputError
+
+FILLER_ID = 0
+"""The token of a row's filler document. It is never trained and nothing attends to it from outside."""
+
+
+def best_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Rows of indices into `lengths`, each row's lengths adding up to at most `tokens`: best fit decreasing.
+
+    The longest first (equal lengths in the given order), each into the fullest row with room for it. The number of
+    rows depends on the lengths alone, not on their order. O(n log n), and a bit set of `tokens` bits is shifted once a
+    document. Every length must be between 1 and `tokens`.
+    """
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(tokens + 1)]
+    some_room = 0  # bit f: there is a row with exactly f tokens free
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        fitting = some_room >> length
+        if fitting:
+            free = length + (fitting & -fitting).bit_length() - 1
+            row = with_room[free].pop()
+            if not with_room[free]:
+                some_room ^= 1 << free
+            rows[row].append(index)
+        else:
+            free, row = tokens, len(rows)
+            rows.append([index])
+        left = free - length
+        if left:
+            with_room[left].append(row)
+            some_room |= 1 << left
+    return rows
+
+
+def pack(documents: Iterable[Document | Sequence[Any] | Tensor], tokens: int) -> list[Batch]:
+    """Packs whole documents into Batches of exactly `tokens` positions each; what is left over is one filler document.
+
+    A document is a Document, or ids (all trained), or a pair (ids, labels) with labels as in Batch: already shifted,
+    ``labels[t]`` is ``ids[t + 1]`` or -100. Documents with nothing trained are packed as they are. If any document has
+    a weight, all batches have weights. Raises InputError for an empty document and for one longer than `tokens`.
+    """
+    found = [_as_document(document, f"documents[{place}]") for place, document in enumerate(documents)]
+    check_lengths(found, tokens)
+    weighted = any(document.weight is not None for document in found)
+    return [make_batch([found[index] for index in row], tokens, weighted)
+            for row in best_fit([len(document) for document in found], tokens)]
+
+
+def check_lengths(documents: Sequence[Document], tokens: int) -> None:
+    """InputError if `tokens` is no row length, or for the first document that does not fit into a row."""
+    if tokens < 1:
+        raise InputError(f"packing: tokens is {tokens}; a row needs at least 1")
+    for place, document in enumerate(documents):
+        if len(document) > tokens:
+            longest = max(map(len, documents))
+            where = document.where or f"documents[{place}]"
+            raise InputError(f"{where}: {len(document):,} tokens do not fit into a row of {tokens:,}; raise tokens "
+                             f"(the longest document has {longest:,}), or split the sample")
+
+
+def make_batch(documents: Sequence[Document], tokens: int, weighted: bool = False) -> Batch:
+    """The Batch of documents that together have at most `tokens` tokens, with a filler document behind them.
+
+    ``weighted`` gives it weights [T] (1 where a document has none), else None.
+    """
+    ids = torch.full((tokens,), FILLER_ID, dtype=torch.int64)
+    labels = torch.full((tokens,), IGNORED, dtype=torch.int64)
+    weights = torch.ones(tokens) if weighted else None
+    bounds = [0]
+    for document in documents:
+        start, end = bounds[-1], bounds[-1] + len(document)
+        ids[start:end] = torch.frombuffer(document.ids, dtype=torch.int32)
+        target = torch.frombuffer(document.trained, dtype=torch.int8)[1:] != 0
+        labels[start:end - 1][target] = ids[start + 1:end][target]
+        if weights is not None and document.weight is not None:
+            weights[start:end] = document.weight
+        bounds.append(end)
+    if bounds[-1] < tokens:
+        bounds.append(tokens)
+    return Batch(tokens=ids, labels=labels, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), weights=weights)
+
+
+def _as_document(value: Document | Sequence[Any] | Tensor, where: str) -> Document:
+    if isinstance(value, Document):
+        return value
+    if isinstance(value, tuple) and len(value) == 2 and not isinstance(value[0], int):
+        ids, labels = _integers(value[0], where), _integers(value[1], where)
+        if len(ids) != len(labels):
+            raise InputError(f"{where}: has {len(ids)} ids but {len(labels)} labels; they must be equally many")
+        for place, label in enumerate(labels):
+            if label != IGNORED and (place + 1 == len(ids) or label != ids[place + 1]):
+                following = ids[place + 1] if place + 1 < len(ids) else "(there is none)"
+                raise InputError(f"{where}: label {place} is {label}; labels are already shifted, so it must be the "
+                                 f"next token, {following}, or {IGNORED}")
+        return Document(ids, [0, *(label != IGNORED for label in labels[:-1])][:len(ids)], where=where)
+    ids = _integers(value, where)
+    return Document(ids, [1] * len(ids), where=where)
+
+
+def _integers(value: Any, where: str) -> array[int]:
+    """`value` (a sequence of integers or an integer tensor [n]) as int64."""
+    try:
+        return array("q", value.tolist() if isinstance(value, Tensor) else value)
+    except (TypeError, OverflowError) as error:
+        raise InputError(f"{where}: must be a Document, token ids, or a pair (ids, labels) ({error})") from error
+
+
+__all__ = ["FILLER_ID", "best_fit", "check_lengths", "make_batch", "pack"]

@@ -1,0 +1,92 @@
+"""stream: a JSONL file as packed Batches, shuffled and packed anew in every epoch, repeatable by seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minitune.data.batch import Batch
+from minitune.data.document import Document
+from minitune.data.formats import read_documents
+from minitune.data.packing import best_fit, check_lengths, make_batch
+from minitune.errors import InputError
+
+if TYPE_CHECKING:
+    from minitune.data.tokenizer import Tokenizer
+
+
+class Stream:
+    """The batches of a data set. Iterating gives those of all epochs; each iteration begins anew. ``len`` is the number
+    of batches in one epoch; `next` draws from one iteration that the stream itself keeps.
+
+    The ledger: ``n_documents``, ``n_tokens`` (the documents' own), ``n_trained`` (targets among them), ``n_masked``,
+    ``n_filler``; each epoch holds n_trained + n_masked + n_filler = len · tokens positions.
+    """
+
+    def __init__(self, documents: list[Document], tokens: int, *, epochs: int = 1, seed: int = 0,
+                 shuffle: bool = True) -> None:
+        if epochs < 1:
+            raise InputError(f"stream: epochs is {epochs}; it must be at least 1")
+        check_lengths(documents, tokens)
+        self.documents = documents
+        self.tokens, self.epochs, self.seed, self.shuffle = tokens, epochs, seed, shuffle
+        self.n_documents = len(documents)
+        self.n_tokens = sum(map(len, documents))
+        self.n_trained = sum(document.n_trained for document in documents)
+        self.n_masked = self.n_tokens - self.n_trained
+        self._batches = len(best_fit([len(document) for document in documents], tokens))
+        self.n_filler = self._batches * tokens - self.n_tokens
+        self._weighted = any(document.weight is not None for document in documents)
+        self._cursor: Iterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for epoch in range(self.epochs):
+            yield from self.epoch(epoch)
+
+    def __next__(self) -> Batch:
+        if self._cursor is None:
+            self._cursor = iter(self)
+        return next(self._cursor)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of one epoch (from 0). Documents are shuffled and packed, then the rows are shuffled, by
+        (seed, epoch) alone; without ``shuffle`` documents of a row and rows keep the file's order where packing lets
+        them."""
+        order = list(range(self.n_documents))
+        shuffler = random.Random(f"{self.seed}:{epoch}") if self.shuffle else None
+        if shuffler:
+            shuffler.shuffle(order)
+        rows = [[order[place] for place in row]
+                for row in best_fit([len(self.documents[index]) for index in order], self.tokens)]
+        if shuffler:
+            for row in rows:
+                shuffler.shuffle(row)
+            shuffler.shuffle(rows)
+        else:
+            rows = sorted(sorted(row) for row in rows)
+        for row in rows:
+            yield make_batch([self.documents[index] for index in row], self.tokens, self._weighted)
+
+    def __repr__(self) -> str:
+        return (f"Stream({self.n_documents:,} documents, {self.n_tokens:,} tokens, {self.n_trained:,} trained, "
+                f"{len(self)} batches of {self.tokens:,} in each of {self.epochs} epochs)")
+
+
+def stream(path: str | Path, tokenizer: Tokenizer, *, tokens: int, epochs: int = 1, seed: int = 0,
+           shuffle: bool = True) -> Stream:
+    """Reads and encodes a JSONL file (formats: `minitune.data.formats.to_segments`) and gives its packed batches.
+
+    Each Batch has exactly `tokens` positions. The encoded data set is kept in host memory, 5 bytes a token. Raises
+    InputError that names file:line for a bad sample and for one longer than `tokens`.
+    """
+    if tokens < 2:
+        raise InputError(f"stream: tokens is {tokens}; a row must hold at least 2")
+    return Stream(list(read_documents(path, tokenizer)), tokens, epochs=epochs, seed=seed, shuffle=shuffle)
+
+
+__all__ = ["Stream", "stream"]

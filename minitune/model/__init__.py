@@ -1,0 +1,1 @@
+"""The transformer: the network, its projections with adapters, its two hand-written halves, generation."""

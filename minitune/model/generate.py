@@ -1,0 +1,163 @@
+"""Generation: prompts are read in one packed pass, then every sequence grows by one token a step over a KV cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitune.errors import InputError
+from minitune.model import half
+from minitune.model.attention_half import AttentionHalf
+from minitune.model.llama import Llama
+from minitune.ops import attention, lora_matmul, rms_norm, rope
+from minitune.ops.documents import Documents
+
+Choose = Callable[[Tensor], Tensor]
+"""Logits fp32 [n, vocab_size] -> the next token of each row, int64 [n]."""
+
+
+class Cache:
+    """Rotated keys and values of every layer, [n, kv_heads, capacity, head_dim], and how much of each row is filled."""
+
+    def __init__(self, network: Llama, n: int, capacity: int):
+        config = network.config
+        shape = (n, config.n_kv_heads, capacity, config.head_dim)
+        self.keys, self.values = ([torch.zeros(shape, dtype=network.dtype, device=network.device)
+                                   for _ in range(config.n_layers)] for _ in range(2))
+        self.lengths = [0] * n
+
+
+@torch.no_grad()
+def generate(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: Choose,
+             finished: Callable[[int, list[int]], bool]) -> list[list[int]]:
+    """New ids of each prompt, the one that finished it included.
+
+    `finished(row, ids)` is asked after each token whether that row is done. InputError for an empty prompt or an id
+    outside the vocabulary.
+    """
+    _check(network, prompts, max_new_tokens)
+    new: list[list[int]] = [[] for _ in prompts]
+    if max_new_tokens == 0:
+        return new
+    cache = Cache(network, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    hidden = prefill(network, prompts, cache)
+    done = [False] * len(prompts)
+    for step in range(max_new_tokens):
+        tokens = choose(network.logits(hidden)).tolist()
+        for row, token in enumerate(tokens):
+            if not done[row]:
+                new[row].append(token)
+                done[row] = finished(row, new[row])
+        if all(done) or step == max_new_tokens - 1:
+            break
+        hidden = decode(network, tokens, cache)
+    return new
+
+
+def _check(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 0:
+        raise InputError(f"generate: max_new_tokens is {max_new_tokens}; it must be at least 0")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise InputError(f"generate: prompt {i} is empty; give at least one token, for example the tokenizer's BOS")
+        worst = max(prompt, key=lambda token: token if token >= 0 else math.inf)
+        if not 0 <= worst < network.config.vocab_size:
+            raise InputError(f"generate: prompt {i} holds the id {worst}; the vocabulary ends at "
+                             f"{network.config.vocab_size - 1}")
+
+
+def prefill(network: Llama, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor:
+    """Read all prompts as one packed stream, fill the cache -> hidden state of each prompt's last token [n, d_model]."""
+    network.refresh_images()
+    documents = Documents.from_lengths(tuple(map(len, prompts)), network.device)
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=network.device)
+    cos, sin = rope.tables(network.config, documents.positions().to(network.device), documents)
+    context = half.Context(cos, sin, documents)
+    x = F.embedding(tokens, network.embedding).to(network.dtype)
+    for index, layer in enumerate(network.blocks()):
+        weights = layer.attention.operands()
+        qkv, _ = layer.attention.project(x, weights[0], context)
+        q, k, v = layer.attention.split(qkv)
+        start = 0
+        for row, length in enumerate(documents.lengths):
+            cache.keys[index][row, :, :length] = k[start : start + length].transpose(0, 1)
+            cache.values[index][row, :, :length] = v[start : start + length].transpose(0, 1)
+            start += length
+        out, _ = attention.forward(q, k, v, documents, layer.attention.window, needs_backward=False)
+        x = lora_matmul.forward(out.flatten(1), weights[1])[0].add_(x)
+        x = half.run(layer.mlp, x, context)
+    cache.lengths = list(documents.lengths)
+    return _last(network, x[documents.cu_seqlens[1:].long() - 1])
+
+
+def decode(network: Llama, tokens: Sequence[int], cache: Cache) -> Tensor:
+    """One more token in each row, int [n] -> hidden [n, d_model]. The adapters are those of `prefill`."""
+    device = network.device
+    cos, sin = rope.step_tables(network.config, cache.lengths, device)
+    context = half.Context(cos, sin, Documents.from_lengths((1,) * len(tokens)))
+    rows = torch.arange(len(tokens), device=device)
+    places = torch.tensor(cache.lengths, device=device)
+    x = F.embedding(torch.tensor(tokens, device=device), network.embedding).to(network.dtype)
+    for index, layer in enumerate(network.blocks()):
+        weights = layer.attention.operands()
+        q, k, v = layer.attention.split(layer.attention.project(x, weights[0], context)[0])
+        cache.keys[index][rows, :, places] = k
+        cache.values[index][rows, :, places] = v
+        out = _attend(layer.attention, q, cache.keys[index], cache.values[index], cache.lengths)
+        x = lora_matmul.forward(out, weights[1])[0].add_(x)
+        x = half.run(layer.mlp, x, context)
+    cache.lengths = [length + 1 for length in cache.lengths]
+    return _last(network, x)
+
+
+def _attend(layer: AttentionHalf, q: Tensor, keys: Tensor, values: Tensor, lengths: list[int]) -> Tensor:
+    """q [n, heads, head_dim] against the first lengths[row] + 1 entries of each row -> [n, heads·head_dim]."""
+    longest = max(lengths) + 1
+    first = 0 if layer.window is None else max(0, min(lengths) + 1 - layer.window)
+    mask = None
+    if min(lengths) + 1 < longest or first > 0 or (layer.window is not None and longest > layer.window):
+        place = torch.arange(first, longest, device=q.device)
+        last = torch.tensor(lengths, device=q.device)[:, None]
+        mask = (place <= last) if layer.window is None else (place <= last) & (place > last - layer.window)
+        mask = mask[:, None, None]
+    out = F.scaled_dot_product_attention(q[:, :, None], keys[:, :, first:longest], values[:, :, first:longest],
+                                         attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1])
+    return out[:, :, 0].flatten(1)
+
+
+def _last(network: Llama, x: Tensor) -> Tensor:
+    return rms_norm.forward(x, network.norm, network.config.norm_eps)[0]
+
+
+def sampler(temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+            seed: int | None = None, device: torch.device | str = "cpu") -> Choose:
+    """Greedy at temperature 0; else a draw from softmax(logits / temperature), cut to the `top_k` likeliest tokens and
+    then to the fewest whose probabilities reach `top_p` (Holtzman et al. 2020, arXiv:1904.09751)."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise InputError(f"generate: temperature is {temperature!r}; it must be 0 (greedy) or a positive number")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"generate: top_k is {top_k!r}; it must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"generate: top_p is {top_p!r}; it must be above 0 and at most 1")
+    if temperature == 0:
+        return lambda logits: logits.argmax(-1)
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+
+    def draw(logits: Tensor) -> Tensor:
+        ordered, ids = (logits / temperature).sort(-1, descending=True)
+        if top_k is not None:
+            ordered, ids = ordered[:, :top_k], ids[:, :top_k]
+        p = ordered.softmax(-1)
+        if top_p is not None:
+            p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+        return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+
+    return draw

@@ -1,0 +1,194 @@
+"""The network: a Llama-family transformer over a flat stream of packed documents. Families differ by config alone."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minitune.config import LoRA, MemoryPolicy, ModelConfig
+from minitune.errors import InputError
+from minitune.model import half
+from minitune.model.attention_half import AttentionHalf
+from minitune.model.lora import Adapter, Projection, check_targets, frozen, matches
+from minitune.model.memory import choose_policy
+from minitune.model.mlp_half import MlpHalf
+from minitune.ops import rope
+from minitune.ops.documents import Documents
+from minitune.ops.linear_cross_entropy import linear_cross_entropy
+from minitune.ops.rms_norm import rms_norm
+
+
+class Layer(nn.Module):
+    """One transformer layer: x -> x + attention(norm(x)), then x -> x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.attention = AttentionHalf(config, index, dtype, device)
+        self.mlp = MlpHalf(config, index, dtype, device)
+
+    def forward(self, x: Tensor, context: half.Context) -> Tensor:
+        """x [T, d_model] -> [T, d_model]."""
+        return half.run(self.mlp, half.run(self.attention, x, context), context)
+
+
+class Llama(nn.Module):
+    """Embedding, layers, final norm and head. All weights frozen until `add_adapters` or `unfreeze`.
+
+    `dtype` is the compute dtype: frozen weights and activations. What is trained lies in fp32 and is cast for use.
+    The storage is uninitialised: a checkpoint or `init_weights` fills it through `hf_weights`.
+    """
+
+    head: nn.Parameter | None
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu",
+                 memory: MemoryPolicy = "auto"):
+        super().__init__()
+        device = torch.device(device)
+        self.config, self.memory = config, memory
+        self.embedding = frozen(torch.empty(config.vocab_size, config.d_model, dtype=dtype, device=device))
+        self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.n_layers))
+        self.norm = frozen(torch.empty(config.d_model, dtype=dtype, device=device))
+        head = None if config.tied_head else frozen(torch.empty_like(self.embedding))
+        self.register_parameter("head", head)
+        self.dtype = dtype
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, tokens: Tensor, positions: Tensor, documents: Documents) -> Tensor:
+        """tokens and positions int64 [T] on the network's device -> hidden [T, d_model] after the final norm."""
+        self.refresh_images()
+        cos, sin = rope.tables(self.config, positions, documents)
+        policy = choose_policy(self.config, len(tokens), self.memory, self.dtype, self.device)
+        context = half.Context(cos, sin, documents, policy)
+        x = F.embedding(tokens, self.embedding).to(self.dtype)
+        for layer in self.layers:
+            x = layer(x, context)
+        return rms_norm(x, self.norm, self.config.norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, d_model] -> fp32 [n, vocab_size]."""
+        return (hidden @ self.head_weight.to(hidden.dtype).mT).float()
+
+    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]; logits are never whole."""
+        return linear_cross_entropy(hidden, self.head_weight, labels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab_size, d_model]: the embedding itself where the head is tied to it."""
+        return self.embedding if self.head is None else self.head
+
+    # -- weights and adapters by their Hugging Face names --------------------------------------------------------------
+
+    def blocks(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    def projections(self) -> list[Projection]:
+        return [m for m in self.modules() if isinstance(m, Projection)]
+
+    def hf_weights(self) -> dict[str, Tensor]:
+        """Every tensor of the checkpoint by its Hugging Face name, as a view of where it lies here."""
+        found = {name: getattr(owner, attribute).data for name, owner, attribute in self._single_weights()}
+        for projection in self.projections():
+            found |= projection.hf_weights()
+        return found
+
+    def _single_weights(self) -> list[tuple[str, nn.Module, str]]:
+        """(Hugging Face name, module, attribute) of each weight outside the projections."""
+        found: list[tuple[str, nn.Module, str]] = [
+            ("model.embed_tokens.weight", self, "embedding"), ("model.norm.weight", self, "norm"),
+            ("lm_head.weight", self, "head")]
+        for i, layer in enumerate(self.blocks()):
+            prefix = f"model.layers.{i}"
+            found += [(f"{prefix}.input_layernorm.weight", layer.attention, "norm"),
+                      (f"{prefix}.post_attention_layernorm.weight", layer.mlp, "norm"),
+                      (f"{prefix}.self_attn.q_norm.weight", layer.attention, "q_norm"),
+                      (f"{prefix}.self_attn.k_norm.weight", layer.attention, "k_norm")]
+        return [place for place in found if getattr(place[1], place[2]) is not None]
+
+    def adapters(self) -> dict[str, Adapter]:
+        """Every adapter by the Hugging Face path of its linear."""
+        return {path: a for projection in self.projections() for path, a in projection.own_adapters().items()}
+
+    def add_adapters(self, lora: LoRA, seed: int) -> None:
+        """Put an adapter on every linear that `lora.targets` names. InputError for a name that fits nothing."""
+        check_targets(lora, [path for projection in self.projections() for path in projection.parts])
+        for projection in self.projections():
+            projection.add_adapters(lora, seed)
+
+    def refresh_images(self) -> None:
+        """Copies of all adapters in the compute dtype, laid out for the products, made anew from the fp32 parameters.
+
+        Anew in each forward pass: whoever changed a parameter, and however, the next pass reads it, and a backward
+        that is still to come keeps the images of its own forward.
+        """
+        for projection in self.projections():
+            projection.refresh_cast(self.dtype)
+        adapted = [p for p in self.projections() if p.adapters]
+        shapes = [shape for projection in adapted for shape in projection.image_shapes()]
+        flat = torch.zeros(sum(n * k for n, k in shapes), dtype=self.dtype, device=self.device)
+        images = [part.view(shape) for part, shape in zip(flat.split([n * k for n, k in shapes]), shapes, strict=True)]
+        for i, projection in enumerate(adapted):
+            projection.images = (images[2 * i], images[2 * i + 1])
+        copies = [copy for projection in adapted for copy in projection.image_copies()]
+        if copies:
+            places, parameters, factors = zip(*copies, strict=True)
+            scaled = torch._foreach_mul(list(parameters), list(factors))
+            torch._foreach_copy_(list(places), scaled)
+
+    # -- training base weights ----------------------------------------------------------------------------------------
+
+    def unfreeze(self, train: str | list[str] | tuple[str, ...]) -> None:
+        """Train base weights too, in fp32: "full", "head", "norms", "embedding", "last:k" (layers), or name patterns.
+
+        InputError if that names nothing. Gradients of a tied head are those of the embedding.
+        """
+        patterns = self._train_patterns(train)
+        names = self.hf_weights()
+        for pattern in patterns:
+            if not any(matches(pattern, name) for name in names):
+                raise InputError(f"train: {pattern!r} names no weight of this model; names look like "
+                                 '"model.layers.0.self_attn.q_proj.weight"')
+        for projection in self.projections():
+            projection.unfreeze(patterns)
+        for name, owner, attribute in self._single_weights():
+            if any(matches(pattern, name) for pattern in patterns):
+                setattr(owner, attribute, nn.Parameter(getattr(owner, attribute).detach().float().clone()))
+
+    def _train_patterns(self, train: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
+        if not isinstance(train, str):
+            return tuple(train)
+        head = "model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight"
+        known = {"full": ("*",), "head": (head,), "norms": ("*norm.weight",),
+                 "embedding": ("model.embed_tokens.weight",)}
+        if train in known:
+            return known[train]
+        kind, _, count = train.partition(":")
+        if kind == "last" and count.isdigit() and 0 < int(count) <= self.config.n_layers:
+            layers = range(self.config.n_layers - int(count), self.config.n_layers)
+            return tuple(f"model.layers.{i}.*" for i in layers)
+        raise InputError(f'train: {train!r} is not known; say "full", "head", "norms", "embedding", "last:k" with k '
+                         f"from 1 to {self.config.n_layers}, or a list of name patterns")
+
+
+@torch.no_grad()
+def init_weights(network: Llama, seed: int, std: float = 0.02) -> None:
+    """Random weights: norms 1, biases 0, the rest normal with `std`, those that write to the residual stream narrower
+    by sqrt(2·layers) (Radford et al. 2019), each from the seed and its own name."""
+    for name, weight in network.hf_weights().items():
+        if name.endswith("norm.weight"):
+            weight.fill_(1)
+        elif name.endswith("bias"):
+            weight.zero_()
+        else:
+            narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            scale = std / (2 * network.config.n_layers) ** 0.5 if narrow else std
+            weight.copy_(torch.randn(weight.shape, generator=generator).mul_(scale))

@@ -1,0 +1,232 @@
+"""Adapters and the fused projections that carry them."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minitune.config import LINEAR_NAMES, LoRA
+from minitune.errors import InputError
+from minitune.ops import lora_matmul
+from minitune.ops.lora_matmul import LoraWeights
+
+T = TypeVar("T")
+
+
+class Adapter(nn.Module):
+    """One linear's adapter: A fp32 [rank, in], B fp32 [out, rank], and s, the factor of B·A.
+
+    A starts as PEFT's does (uniform within ±1/sqrt(in), He et al. 2015 with a = √5), B at zero; the values depend on
+    the seed and the linear's name alone, not on which other linears are adapted.
+    """
+
+    def __init__(self, path: str, in_features: int, out_features: int, lora: LoRA, seed: int, device: torch.device):
+        super().__init__()
+        self.path = path
+        self.rank = int(pick(lora.rank_pattern, path, lora.rank))
+        self.alpha = float(pick(lora.alpha_pattern, path, lora.alpha))
+        self.scale = self.alpha / (math.sqrt(self.rank) if lora.rslora else self.rank)
+        self.dropout = lora.dropout
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{path}".encode()))
+        a = torch.empty(self.rank, in_features).uniform_(-1, 1, generator=generator) / math.sqrt(in_features)
+        self.A = nn.Parameter(a.to(device))
+        self.B = nn.Parameter(torch.zeros(out_features, self.rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, in] -> s·(dropout(x)·Aᵀ)·Bᵀ [T, out] in x's dtype: the composed path."""
+        x = F.dropout(x, self.dropout, self.training)
+        return x @ self.A.mT.to(x.dtype) @ (self.B.mT * self.scale).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+
+
+def pick(patterns: Mapping[str, T], path: str, default: T) -> T:
+    """The value of the first pattern that names `path`, else the default."""
+    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a name ("q_proj", "self_attn.q_proj") or a shell pattern ("model.layers.[01].*") names the module."""
+    return path == pattern or path.endswith("." + pattern) or fnmatch.fnmatchcase(path, pattern)
+
+
+class Projection(nn.Module):
+    """Several linears that share their input, as one product: weight [N, K], the rows of each part below each other.
+
+    ``parts`` maps a Hugging Face module path to its number of rows. A frozen weight lies in the compute dtype; one that
+    is trained is split into a fp32 Parameter for each part (`unfreeze`), and the composed path joins them.
+    """
+
+    def __init__(self, parts: Mapping[str, int], in_features: int, bias: bool, dtype: torch.dtype,
+                 device: torch.device):
+        super().__init__()
+        self.parts = dict(parts)
+        self.n_rows, self.n_columns = sum(parts.values()), in_features
+        self.weight = frozen(torch.empty(self.n_rows, in_features, dtype=dtype, device=device))
+        self.bias = frozen(torch.empty(self.n_rows, dtype=dtype, device=device)) if bias else None
+        self.adapters = nn.ModuleDict()
+        self.trained = nn.ParameterDict()
+        self.enabled = True
+        self.images: tuple[Tensor, Tensor] | None = None
+        self.cast: tuple[Tensor, Tensor | None] | None = None
+
+    def rows(self) -> Iterator[tuple[str, slice]]:
+        """Each part's path and its rows of the fused weight."""
+        start = 0
+        for path, count in self.parts.items():
+            yield path, slice(start, start + count)
+            start += count
+
+    def hf_weights(self) -> dict[str, Tensor]:
+        """Hugging Face tensor name -> that part's rows (or its own trained Parameter)."""
+        found = {}
+        for path, rows in self.rows():
+            for kind, fused in (("weight", self.weight), ("bias", self.bias)):
+                if fused is not None:
+                    name = f"{path}.{kind}"
+                    key = _key(name)
+                    found[name] = self.trained[key].data if key in self.trained else fused[rows]
+        return found
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    def add_adapters(self, lora: LoRA, seed: int) -> None:
+        """An adapter for each part that `lora.targets` names."""
+        for path, count in self.parts.items():
+            if targeted(lora, path):
+                adapter = Adapter(path, self.n_columns, count, lora, seed, self.weight.device)
+                self.adapters[_key(path)] = adapter
+
+    def own_adapters(self) -> dict[str, Adapter]:
+        """Path -> adapter, in the order of the parts; the order of A's rows and B's columns in the images."""
+        found = {}
+        for path in self.parts:
+            if _key(path) in self.adapters:
+                adapter = self.adapters[_key(path)]
+                assert isinstance(adapter, Adapter)
+                found[path] = adapter
+        return found
+
+    def image_slices(self) -> Iterator[tuple[Adapter, slice, slice]]:
+        """(adapter, its rows of the fused weight, its place among the ranks)."""
+        start, rows = 0, dict(self.rows())
+        for path, adapter in self.own_adapters().items():
+            yield adapter, rows[path], slice(start, start + adapter.rank)
+            start += adapter.rank
+
+    def image_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of the images a [R, K] and b [N, R]."""
+        width = sum(adapter.rank for adapter in self.own_adapters().values())
+        return (width, self.n_columns), (self.n_rows, width)
+
+    def image_copies(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """(slice of an image, fp32 parameter, factor) of every copy that brings the images up to date."""
+        if self.images is not None:
+            a, b = self.images
+            for adapter, rows, ranks in self.image_slices():
+                yield a[ranks], adapter.A.detach(), 1.0
+                yield b[rows, ranks], adapter.B.detach(), adapter.scale
+
+    def operands(self) -> LoraWeights:
+        """What the product reads; without a and b where there is no adapter or it is switched off."""
+        a, b = self.images if self.images is not None and self.enabled else (None, None)
+        weight, bias = self.cast or (self.weight, self.bias)
+        return LoraWeights(weight, bias, a, b)
+
+    def adapter_parameters(self) -> list[Tensor]:
+        """A and B of each adapter, in the order in which `adapter_gradients` returns theirs."""
+        return [p for adapter in self.own_adapters().values() for p in (adapter.A, adapter.B)]
+
+    def adapter_gradients(self, dy: Tensor, x: Tensor, s: Tensor | None, ds: Tensor | None) -> list[Tensor]:
+        """Gradients of `adapter_parameters` from dy [T, N], x [T, K] and the S and dS of lora_matmul.
+
+        The products serve all parts at once; each adapter takes its own rows and columns, B's with the scale.
+        """
+        if s is None or ds is None:     # no adapter, or switched off: nothing flows
+            return [torch.zeros_like(p) for p in self.adapter_parameters()]
+        da, db = lora_matmul.backward_adapters(dy, x, s, ds)
+        gradients = []
+        for adapter, rows, ranks in self.image_slices():
+            gradients += [da[ranks].to(adapter.A.dtype), db[rows, ranks].to(adapter.B.dtype).mul_(adapter.scale)]
+        return gradients
+
+    # -- the composed path -----------------------------------------------------------------------------------------
+
+    def unfreeze(self, patterns: tuple[str, ...]) -> None:
+        """Make a fp32 Parameter of every part of the weight or bias whose full name a pattern names."""
+        names = [name for name in self.hf_weights() if any(matches(p, name) for p in patterns)]
+        if not names:
+            return
+        for name, value in self.hf_weights().items():
+            parameter = nn.Parameter(value.float().clone(), requires_grad=name in names)
+            self.trained[_key(name)] = parameter
+        self.weight = frozen(self.weight.new_empty(0, self.n_columns))
+        self.bias = None if self.bias is None else frozen(self.bias.new_empty(0))
+
+    @property
+    def needs_composed(self) -> bool:
+        """Trained base weights and dropout take plain autograd instead of the hand-written halves."""
+        dropout = self.training and any(a.dropout for a in self.own_adapters().values())
+        return bool(self.trained) or dropout
+
+    def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(weight [N, K], bias [N] or None) of trained parts, cast to `dtype`."""
+        weight = torch.cat([self.trained[_key(f"{path}.weight")] for path in self.parts]).to(dtype)
+        if self.bias is None:
+            return weight, None
+        return weight, torch.cat([self.trained[_key(f"{path}.bias")] for path in self.parts]).to(dtype)
+
+    def refresh_cast(self, dtype: torch.dtype) -> None:
+        """For passes without gradients: trained parts as one frozen-looking weight; else none, to save its memory."""
+        self.cast = self.joined(dtype) if self.trained and not torch.is_grad_enabled() else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, K] -> [T, N] by plain autograd: the specification, and the path of the rare variants."""
+        weight, bias = self.joined(x.dtype) if self.trained else (self.weight, self.bias)
+        y = F.linear(x, weight, bias)
+        if not self.enabled:
+            return y
+        adapters = self.own_adapters()
+        if not adapters:
+            return y
+        zero = y.new_zeros(())
+        terms = [adapters[path](x) if path in adapters else zero.expand(len(x), count)
+                 for path, count in self.parts.items()]
+        return y + torch.cat(terms, dim=-1)
+
+
+def targeted(lora: LoRA, path: str) -> bool:
+    """Whether `lora.targets` names the linear at this Hugging Face path."""
+    if lora.targets == "all-linear":
+        return True
+    names = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
+    return any(matches(name, path) for name in names)
+
+
+def check_targets(lora: LoRA, paths: list[str]) -> None:
+    """Every target and every pattern must name something, else it is a typo: InputError."""
+    targets = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
+    named = {"targets": () if lora.targets == "all-linear" else targets, "rank_pattern": lora.rank_pattern,
+             "alpha_pattern": lora.alpha_pattern}
+    for kind, names in named.items():
+        for name in names:
+            if not any(matches(name, path) for path in paths):
+                raise InputError(f"LoRA: {kind} has {name!r}, which names no linear of this model; its linears are "
+                                 f'{", ".join(LINEAR_NAMES)}, in full for example {paths[0]!r}')
+
+
+def frozen(value: Tensor) -> nn.Parameter:
+    """A Parameter that gets no gradient."""
+    return nn.Parameter(value, requires_grad=False)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")     # a ModuleDict takes no dots

@@ -1,0 +1,49 @@
+"""The memory policy: which of keep, pointwise and full a forward pass takes, decided from sizes and free memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from minitune.config import MemoryPolicy, ModelConfig
+
+SHARE = 0.6
+"""Share of the free memory that activations may fill before `auto` turns to the next cheaper policy."""
+
+
+def kept_bytes(config: ModelConfig, tokens: int, policy: MemoryPolicy, element_size: int) -> int:
+    """Bytes that all layers keep between forward and backward for `tokens` tokens; S and 1/rms are left out (< 1 %)."""
+    heads, kv_heads, d = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.d_model
+    inputs = 2 * d                                              # x of both halves
+    pointwise = inputs + 2 * heads + 2 * kv_heads + 2 * config.d_ff      # q, k, v, attended; gate, up
+    if config.qk_norm:
+        pointwise += heads + kv_heads                           # q and k before their norms
+    keep = pointwise + 2 * d + config.d_ff                      # both norms' outputs, SwiGLU's product
+    values = {"full": inputs, "pointwise": pointwise, "keep": keep}[policy]
+    return values * config.n_layers * tokens * element_size
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a forward pass may still take on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype: torch.dtype,
+                  device: torch.device) -> MemoryPolicy:
+    """`memory` itself, or for "auto" the fastest policy whose kept bytes fit. The results are the same bit for bit."""
+    if memory != "auto" or not torch.is_grad_enabled():
+        return "keep" if memory == "auto" else memory
+    room = free_bytes(device) * SHARE
+    policies: tuple[MemoryPolicy, ...] = ("keep", "pointwise")
+    for policy in policies:
+        if kept_bytes(config, tokens, policy, dtype.itemsize) <= room:
+            return policy
+    return "full"

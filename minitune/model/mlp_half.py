@@ -1,0 +1,67 @@
+"""The MLP half of a layer: norm -> gate and up -> SwiGLU -> down -> residual."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from minitune.config import ModelConfig
+from minitune.model.half import Context, Kept
+from minitune.model.lora import Projection, frozen
+from minitune.ops import lora_matmul, rms_norm, swiglu
+from minitune.ops.lora_matmul import LoraWeights
+
+
+class MlpHalf(nn.Module):
+    """x + down(swiglu(gate_up(norm(x)))). Weight names follow the checkpoint: mlp.{gate,up,down}_proj."""
+
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.eps = config.norm_eps
+        prefix = f"model.layers.{layer}.mlp"
+        self.norm = frozen(torch.empty(config.d_model, dtype=dtype, device=device))
+        self.gate_up = Projection({f"{prefix}.gate_proj": config.d_ff, f"{prefix}.up_proj": config.d_ff},
+                                  config.d_model, config.mlp_bias, dtype, device)
+        self.down = Projection({f"{prefix}.down_proj": config.d_model}, config.d_ff, config.mlp_bias, dtype, device)
+
+    @property
+    def needs_composed(self) -> bool:
+        return self.norm.requires_grad or self.gate_up.needs_composed or self.down.needs_composed
+
+    def adapter_parameters(self) -> list[Tensor]:
+        return [*self.gate_up.adapter_parameters(), *self.down.adapter_parameters()]
+
+    def cheap(self) -> frozenset[str]:
+        return frozenset({"normed", "h"})
+
+    def composed(self, x: Tensor, context: Context) -> Tensor:
+        return x + self.down(swiglu.reference(self.gate_up(rms_norm.reference(x, self.norm, self.eps))))
+
+    def operands(self) -> tuple[LoraWeights, LoraWeights]:
+        return self.gate_up.operands(), self.down.operands()
+
+    def forward_keeping(self, x: Tensor, weights: tuple[LoraWeights, LoraWeights], context: Context,
+                        needs_backward: bool) -> tuple[Tensor, Kept]:
+        normed, rstd = rms_norm.forward(x, self.norm, self.eps)
+        gate_up, s_gate_up = lora_matmul.forward(normed, weights[0])
+        h = swiglu.forward(gate_up)
+        y, s_down = lora_matmul.forward(h, weights[1])
+        return y.add_(x), {"x": x, "rstd": rstd, "normed": normed, "s_gate_up": s_gate_up, "gate_up": gate_up, "h": h,
+                           "s_down": s_down}
+
+    def restore(self, kept: Kept, context: Context) -> None:
+        kept["normed"] = rms_norm.apply(kept["x"], kept["rstd"], self.norm)
+        kept["h"] = swiglu.forward(kept["gate_up"])
+
+    def backward_from(self, dy: Tensor, kept: Kept, weights: tuple[LoraWeights, LoraWeights], context: Context,
+                      need_dx: bool) -> tuple[Tensor | None, list[Tensor]]:
+        w_gate_up, w_down = weights
+        ds_down = lora_matmul.backward_s(dy, w_down)
+        gradients_down = self.down.adapter_gradients(dy, kept["h"], kept["s_down"], ds_down)
+        d_gate_up = swiglu.backward(lora_matmul.backward_input(dy, ds_down, w_down), kept["gate_up"])
+        ds = lora_matmul.backward_s(d_gate_up, w_gate_up)
+        gradients = [*self.gate_up.adapter_gradients(d_gate_up, kept["normed"], kept["s_gate_up"], ds), *gradients_down]
+        if not need_dx:
+            return None, gradients
+        d_normed = lora_matmul.backward_input(d_gate_up, ds, w_gate_up)
+        return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm).add_(dy), gradients

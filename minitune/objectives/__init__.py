@@ -1,0 +1,1 @@
+"""What is minimised: one file an objective, each a function (model, batch) -> (sum of losses, trained tokens)."""

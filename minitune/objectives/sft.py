@@ -1,0 +1,40 @@
+"""sft: supervised fine-tuning, the weighted negative log-likelihood of the trained tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minitune.data.batch import Batch
+
+
+class LanguageModel(Protocol):
+    """What this objective asks of a model."""
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """[T, d_model], after the final norm."""
+
+    def losses_at(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """hidden [n, d_model] and labels [n] -> negative log-likelihood fp32 [n]."""
+
+
+def token_losses(model: LanguageModel, batch: Batch) -> Tensor:
+    """fp32 [n_trained]: the loss of each trained token. The head sees the trained positions alone."""
+    hidden = model.hidden(batch)
+    if batch.n_trained < batch.n_tokens:
+        hidden = hidden[batch.trained]
+    return model.losses_at(hidden, batch.labels[batch.trained])
+
+
+def sft(model: LanguageModel, batch: Batch) -> tuple[Tensor, int]:
+    """(sum over trained tokens of weight · loss, fp32 scalar; how many tokens are trained).
+
+    The caller divides by the trained tokens of the whole optimizer step, so any split into micro-batches gives the
+    same gradient.
+    """
+    losses = token_losses(model, batch)
+    if batch.weights is not None:
+        losses = losses * batch.weights[batch.trained]
+    return torch.sum(losses), batch.n_trained

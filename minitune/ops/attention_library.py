@@ -1,0 +1,113 @@
+"""attention on a GPU by torch's own kernels: FlashAttention on the packed stream where it is, else SDPA per document.
+
+torch's varlen attention changed its arguments between releases, so its signature is read, not its version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitune.ops.documents import Documents
+
+
+class Graph(NamedTuple):
+    """The library call as a piece of autograd graph of its own: leaves and result."""
+
+    leaves: tuple[Tensor, Tensor, Tensor]
+    out: Tensor
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None,
+            needs_backward: bool = True) -> tuple[Tensor, Graph | None]:
+    """q [T, heads, d], k, v [T, kv_heads, d] -> (out [T, heads, d], graph for `backward` or None)."""
+    if not needs_backward:
+        with torch.no_grad():
+            return _attend(q, k, v, documents, window), None
+    with torch.enable_grad():
+        leaves = (q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_())
+        out = _attend(*leaves, documents, window)
+    return out.detach(), Graph(leaves, out)
+
+
+def backward(dout: Tensor, graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
+    """dout [T, heads, d] -> (dq, dk, dv), in the kernel's deterministic mode: a run must repeat bit for bit."""
+    with torch.enable_grad(), _deterministic():
+        dq, dk, dv = torch.autograd.grad(graph.out, graph.leaves, dout.contiguous())
+    return dq, dk, dv
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=warn_only or not before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
+    varlen = _varlen()
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    flash = q.device.type == "cuda" and half and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if varlen is not None and flash and q.shape[-1] % 8 == 0:
+        return varlen(q, k, v, documents, window)
+    return by_document(q, k, v, documents, window)
+
+
+@functools.cache
+def _varlen() -> Callable[[Tensor, Tensor, Tensor, Documents, int | None], Tensor] | None:
+    """torch.nn.attention.varlen behind one signature, or None where this torch lacks what packed training needs."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    names = inspect.signature(varlen_attn).parameters
+    if "is_causal" not in names and "window_size" not in names:
+        return None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
+        if window is not None and "window_size" not in names:
+            return by_document(q, k, v, documents, window)
+        options: dict[str, Any] = {}
+        if "window_size" in names:
+            options["window_size"] = (-1 if window is None else window - 1, 0)      # (n, 0): causal
+        else:
+            options["is_causal"] = True
+        if "enable_gqa" in names:
+            options["enable_gqa"] = q.shape[1] != k.shape[1]
+        elif q.shape[1] != k.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        bounds, longest = documents.cu_seqlens, documents.max_seqlen
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+        return out if isinstance(out, Tensor) else out[0]
+
+    return attend
+
+
+def by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
+    """One SDPA call for each run of equally long documents: any device, any dtype, differentiable."""
+    outs, start, lengths = [], 0, list(documents.lengths)
+    while lengths:
+        n = next((i for i, length in enumerate(lengths) if length != lengths[0]), len(lengths))
+        length, lengths = lengths[0], lengths[n:]
+        rows = slice(start, start + n * length)
+        start = rows.stop
+        qs, ks, vs = (x[rows].unflatten(0, (n, length)).transpose(1, 2) for x in (q, k, v))
+        mask = None
+        if window is not None and window < length:
+            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+            mask = (distance >= 0) & (distance < window)
+        out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=mask is None,
+                                             enable_gqa=q.shape[1] != k.shape[1])
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)

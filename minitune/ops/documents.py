@@ -1,0 +1,42 @@
+"""Documents: where each document of a flat packed stream begins and ends, on the device and as plain host numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """cu_seqlens int32 [n + 1] on the device; ``lengths`` (n ints) on the host, so attention never asks the device."""
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+
+    @staticmethod
+    def from_cu_seqlens(cu_seqlens: Tensor) -> Documents:
+        """From a host tensor int32 [n + 1]."""
+        return Documents(cu_seqlens, tuple(cu_seqlens.diff().tolist()))
+
+    @staticmethod
+    def from_lengths(lengths: tuple[int, ...], device: torch.device | str = "cpu") -> Documents:
+        """From the documents' lengths in tokens."""
+        bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Documents(bounds.to(device), tuple(lengths))
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths)
+
+    def positions(self) -> Tensor:
+        """int64 [T] on the host: each token's place within its own document, from 0."""
+        return torch.cat([torch.arange(length) for length in self.lengths])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Documents:
+        return Documents(self.cu_seqlens.to(device, non_blocking=non_blocking), self.lengths)

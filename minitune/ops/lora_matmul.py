@@ -1,0 +1,55 @@
+"""lora_matmul: y = x·Wᵀ + bias + Σ s·(x·Aᵀ)·Bᵀ for a fused projection and the adapters of its parts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LoraWeights(NamedTuple):
+    """A fused projection in the compute dtype: weight [N, K], bias [N] or None, and its adapters side by side.
+
+    a [R, K] holds the A of every adapted part below each other; b [N, R] holds s·B of each part in its own rows and
+    columns and zeros elsewhere, so that one product serves them all. Both are None without an adapter.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+
+
+def reference(x: Tensor, w: LoraWeights) -> Tensor:
+    """x [T, K] -> y [T, N]: what it means, differentiable by autograd."""
+    y = torch.nn.functional.linear(x, w.weight, w.bias)
+    return y if w.a is None or w.b is None else y + x @ w.a.mT @ w.b.mT
+
+
+def forward(x: Tensor, w: LoraWeights) -> tuple[Tensor, Tensor | None]:
+    """x [T, K] -> (y [T, N], S = x·Aᵀ [T, R], which the backward wants; None without an adapter)."""
+    y = x @ w.weight.mT if w.bias is None else torch.addmm(w.bias, x, w.weight.mT)
+    if w.a is None or w.b is None:
+        return y, None
+    s = x @ w.a.mT
+    return y.addmm_(s, w.b.mT), s
+
+
+def backward_s(dy: Tensor, w: LoraWeights) -> Tensor | None:
+    """dy [T, N] -> dS = dy·B [T, R] with the scale in it; None without an adapter."""
+    return None if w.b is None else dy @ w.b
+
+
+def backward_input(dy: Tensor, ds: Tensor | None, w: LoraWeights) -> Tensor:
+    """dy [T, N] and dS [T, R] -> dx = dy·W + dS·A [T, K]."""
+    dx = dy @ w.weight
+    return dx if ds is None or w.a is None else dx.addmm_(ds, w.a)
+
+
+def backward_adapters(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
+    """(dA [R, K], dB [N, R]) from dy [T, N], x [T, K], S and dS [T, R]; dB without the scale and with cross terms.
+
+    dB comes as the transpose of Sᵀ·dy: so both products read their large operand row by row.
+    """
+    return ds.mT @ x, (s.mT @ dy).mT

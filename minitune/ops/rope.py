@@ -1,0 +1,99 @@
+"""rope: rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its five ways to scale frequencies."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from minitune.config import ModelConfig, Rope
+from minitune.ops.documents import Documents
+
+
+def frequencies(rope: Rope, head_dim: int, max_positions: int, length: int = 0) -> tuple[Tensor, float]:
+    """Angular frequency of each rotated pair, fp32 [head_dim / 2], and the factor on cos and sin.
+
+    `length` is the number of tokens of the document; only ``dynamic`` depends on it, and only past `max_positions`.
+    """
+    theta = rope.theta
+    if rope.kind == "dynamic":      # NTK-aware: the base grows with the document
+        ratio = rope.factor * max(length, max_positions) / max_positions - (rope.factor - 1)
+        theta = theta * ratio ** (head_dim / (head_dim - 2))
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    if rope.kind == "linear":
+        return inverse / rope.factor, 1.0
+    if rope.kind == "llama3":
+        return _llama3(inverse, rope, rope.original_max_positions or max_positions), 1.0
+    if rope.kind == "yarn":
+        return _yarn(inverse, rope, head_dim, rope.original_max_positions or max_positions)
+    return inverse, 1.0
+
+
+def _llama3(inverse: Tensor, rope: Rope, original: int) -> Tensor:
+    """Long waves are slowed by `factor`, short ones stay, those between are blended (Llama 3.1's reference code)."""
+    turns = original * inverse / (2 * math.pi)      # of each pair within the original context
+    blend = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    return (1 - blend) * inverse / rope.factor + blend * inverse
+
+
+def _yarn(inverse: Tensor, rope: Rope, head_dim: int, original: int) -> tuple[Tensor, float]:
+    """NTK-by-parts interpolation and attention temperature (Peng et al. 2023, arXiv:2309.00071, eq. 17 to 22)."""
+    def pair_of(turns: float) -> float:     # the pair that turns `turns` times within the original context
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair_of(rope.beta_fast), pair_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = ((torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+
+    def temperature(scale: float | None) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * (1.0 if scale is None else scale) * math.log(rope.factor) + 1.0
+
+    attention = rope.attention_factor
+    if attention is None:
+        both = rope.mscale and rope.mscale_all_dim
+        attention = temperature(rope.mscale) / temperature(rope.mscale_all_dim) if both else temperature(None)
+    return inverse / rope.factor * ramp + inverse * (1 - ramp), attention
+
+
+def tables(config: ModelConfig, positions: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
+    """positions int64 [T] -> cos, sin, fp32 [T, head_dim / 2] on positions' device.
+
+    Each document is rotated as if it stood alone: with ``dynamic`` its own length decides its frequencies.
+    """
+    if config.rope.kind == "dynamic" and documents.max_seqlen > config.max_positions:
+        known = {n: frequencies(config.rope, config.head_dim, config.max_positions, n)[0] for n in documents.lengths}
+        rows = torch.stack([known[n] for n in documents.lengths])
+        return _angles(positions, rows.repeat_interleave(torch.tensor(documents.lengths), dim=0), 1.0)
+    return _angles(positions, *frequencies(config.rope, config.head_dim, config.max_positions))
+
+
+def step_tables(config: ModelConfig, places: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin fp32 [n, head_dim / 2] for the tokens that stand at `places`, each the last of its document."""
+    known = {p: frequencies(config.rope, config.head_dim, config.max_positions, p + 1) for p in places}
+    rows = torch.stack([known[p][0] for p in places])
+    return _angles(torch.tensor(places, device=device), rows, known[places[0]][1])
+
+
+def _angles(positions: Tensor, inverse: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    angles = positions[:, None].float() * inverse.to(positions.device, non_blocking=True)
+    return angles.cos().mul_(factor), angles.sin().mul_(factor)
+
+
+def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, head_dim] -> rotated: the halves (a, b) of a head become (a·cos - b·sin, b·cos + a·sin)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """In place; ``back=True`` turns the other way, which is the backward of the rotation."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], (-sin if back else sin)[:, None]
+    turned = (a * cos).sub_(b * sin)
+    b.copy_((b * cos).add_(a * sin))
+    a.copy_(turned)
+    return x

@@ -1,0 +1,73 @@
+"""LossPlot: the loss curve of a run as a PNG, drawn by matplotlib without touching its global state."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from minitune.training.run import Observer, Run, RunInfo, StepRecord
+
+
+def plot_loss(records: Sequence[StepRecord], path: str | Path, title: str = "Training loss") -> Path:
+    """Draw loss (left axis) and learning rate (right axis) over the steps into the PNG `path`; returns it.
+
+    With 20 records or more a running mean lies over the raw curve. Needs matplotlib.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    steps, losses = [r.step for r in records], [r.loss for r in records]
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    smooth = len(losses) >= 20
+    axes.plot(steps, losses, color="tab:blue", alpha=0.35 if smooth else 1.0, marker="." if len(steps) < 40 else "",
+              label="loss")
+    if smooth:
+        axes.plot(steps, running_mean(losses), color="tab:blue", label="running mean")
+    axes.set(xlabel="step", ylabel="loss (nats per trained token)", title=title)
+    axes.grid(alpha=0.3)
+    rates = axes.twinx()
+    rates.plot(steps, [r.lr for r in records], color="tab:orange", linewidth=1, alpha=0.7, label="learning rate")
+    rates.set_ylabel("learning rate")
+    rates.set_ylim(bottom=0)
+    handles = [*axes.get_lines(), *rates.get_lines()]
+    axes.legend(handles, [str(h.get_label()) for h in handles], loc="upper right")
+    fresh = path.with_name(path.name + ".new")
+    figure.savefig(fresh, format="png")
+    os.replace(fresh, path)
+    return path
+
+
+def running_mean(values: Sequence[float], decay: float = 0.9) -> list[float]:
+    """Exponential mean that starts unbiased; a value that is not finite leaves it where it is."""
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        if math.isfinite(value):
+            total, weight = decay * total + value, decay * weight + 1
+        means.append(total / weight if weight else math.nan)
+    return means
+
+
+class LossPlot(Observer):
+    """Draws `path` when the run ends, however it ended. Without matplotlib it warns at the start and draws nothing."""
+
+    def __init__(self, path: str | Path, title: str = "Training loss") -> None:
+        self.path, self.title = Path(path), title
+        self._available = True
+
+    def on_start(self, info: RunInfo) -> None:
+        self._available = importlib.util.find_spec("matplotlib") is not None
+        if not self._available:
+            warnings.warn(f"{self.path} will not be drawn: matplotlib is not installed (pip install matplotlib)",
+                          stacklevel=2)
+
+    def on_end(self, run: Run) -> None:
+        if self._available and run.records:
+            plot_loss(run.records, self.path, self.title)

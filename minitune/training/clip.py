@@ -1,0 +1,48 @@
+"""Clipping by the global norm, without asking the device: one pass over the gradients, accumulated in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK = 4096
+"""Elements summed in fp32 before fp64 takes over: one fp32 sum over ten million elements is off by 3e-4."""
+
+
+@torch.no_grad()
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all elements together: fp32, 0-dim, on the first tensor's device. Deterministic."""
+    if not tensors:
+        return torch.zeros(())
+    device = tensors[0].device
+    squares = torch.stack([_square_sum(t).to(device, non_blocking=True) for t in tensors])
+    return squares.sum().sqrt().float()
+
+
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of that norm are multiplied with: at most 1, as in ``torch.nn.utils.clip_grad_norm_``."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def clip_gradients(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scale the gradients of `params` in place so that their global norm is at most `max_norm`; the norm before it.
+
+    With `max_norm` None or 0 only the norm is taken. Parameters without a gradient take no part.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = global_norm(grads)
+    if max_norm:
+        scale = clip_scale(norm, max_norm)
+        for grad in grads:
+            grad.mul_(scale.to(grad.device, non_blocking=True))
+    return norm
+
+
+def _square_sum(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    whole = flat.numel() // BLOCK * BLOCK
+    norms = [torch.linalg.vector_norm(flat[:whole].view(-1, BLOCK), dim=1), torch.linalg.vector_norm(flat[whole:])]
+    return torch.cat([norms[0], norms[1][None]]).double().square().sum()

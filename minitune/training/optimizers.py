@@ -1,0 +1,287 @@
+"""AdamW and SGD over flat buffers, as drop-in torch.optim.Optimizer classes, and clipping by global norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitune.errors import InputError
+from minitune.ops.adamw import adamw_
+from minitune.ops.sgd import sgd_
+from minitune.training.clip import clip_gradients, clip_scale, global_norm
+from minitune.training.flat import FlatBuffer
+
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class FlatOptimizer(torch.optim.Optimizer):
+    """What AdamW and SGD share: every group's fp32 parameters lie in one buffer a device and move in one launch.
+
+    Making the optimizer moves the parameters: ``p.data`` becomes a view of the buffer, ``p.grad`` a view of the
+    gradient buffer, into which autograd accumulates. Values, shapes and the Parameter objects stay. A gradient put
+    there by somebody else is copied in; a parameter that got none since `zero_grad` is skipped, as torch does with
+    ``grad is None``: it neither decays nor moves on its moments. After a step the version counter of every parameter
+    that took part has moved. `state` and `state_dict` are torch's own, parameter by parameter.
+
+    Raises InputError where an argument, a parameter or a loaded state does not fit, naming it.
+    """
+
+    _moment_names: tuple[str, ...] = ()
+    _needed_on_load: tuple[str, ...] = ()
+    _refused_on_load: tuple[str, ...] = ()
+    _torchs_decay_is_decoupled = False
+
+    def __init__(self, params: Parameters, defaults: dict[str, Any]) -> None:
+        name = type(self).__name__
+        if isinstance(params, Tensor):
+            raise InputError(f"{name}: params is one tensor; give a list of parameters")
+        members: list[Any] = list(params)
+        if not members:
+            raise InputError(f"{name}: params is empty, nothing is trained; load the model with lora=… or train=…")
+        self._flats: list[list[FlatBuffer]] = []
+        self._scale: Tensor | None = None
+        super().__init__(members, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add {"params": parameters or (name, parameter) pairs, and what differs from the defaults}."""
+        # Not torch's own method: calling that one imports torch._dynamo, a second of every start.
+        group = {**self.defaults, **param_group}
+        given = group["params"]
+        given = [given] if isinstance(given, Tensor) else list(given)
+        named = [(f"parameter {i} of group {len(self.param_groups)}", p) if not isinstance(p, tuple) else p
+                 for i, p in enumerate(given)]
+        if any(isinstance(p, tuple) for p in given):
+            group["param_names"] = [n for n, _ in named]
+        group["params"] = [p for _, p in named]
+        self._check_group(group)
+        self._check_parameters(named)
+        self.param_groups.append(group)
+        self._flats.append(_flatten(group))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient. `closure` computes the loss anew; it is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale, self._scale = self._scale, None
+        for group, flats in zip(self.param_groups, self._flats, strict=True):
+            for flat in flats:
+                active = flat.gather()
+                if any(active):
+                    self._advance(group, flat, active, scale)
+        return loss
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """The global norm of all gradients (fp32, 0-dim, on the device); the next `step` scales them to `max_norm`.
+
+        Nothing is scaled yet and the device is not asked: the step multiplies the factor in. None or 0 takes the norm
+        only. `zero_grad` forgets the factor.
+        """
+        parts = [flat.grad[part] for flats in self._flats for flat in flats
+                 for _, part in flat.runs(flat.gather(), lambda i: None)]
+        norm = global_norm(parts)
+        self._scale = clip_scale(norm, max_norm) if max_norm else None
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zero all gradients, one call a buffer. They stay views, so none is ever None.
+
+        `set_to_none` keeps torch's meaning at the next step: a parameter without a new gradient is skipped (True) or
+        takes part with a zero gradient (False).
+        """
+        self._scale = None
+        for flats in self._flats:
+            for flat in flats:
+                flat.zero_grad(zeros_count=not set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state in torch's format: ours, or that of the torch optimizer of the same name."""
+        self._check_loaded(state_dict)
+        super().load_state_dict(state_dict)
+        self._take_state()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_flats" not in self.__dict__:  # a copy or an unpickled optimizer: its parameters are new ones
+            self._scale = None
+            self._flats = [_flatten(group) for group in self.param_groups]
+            self._take_state()
+
+    def _advance(self, group: dict[str, Any], flat: FlatBuffer, active: list[bool], scale: Tensor | None) -> None:
+        done = flat.steps.tolist()
+        if scale is not None:
+            scale = scale.to(flat.device, non_blocking=True)
+        for first, part in flat.runs(active, lambda i: done[i]):
+            self._update(group, flat, part, int(done[first]), scale)
+        flat.steps += torch.tensor(active, dtype=torch.float32)
+        for i, p in enumerate(flat.params):
+            if active[i] and not self.state.get(p):
+                self._show_state(group, flat, i)
+        torch.autograd.graph.increment_version([p for i, p in enumerate(flat.params) if active[i]])
+
+    def _update(self, group: dict[str, Any], flat: FlatBuffer, part: slice, done: int, scale: Tensor | None) -> None:
+        """Apply the op to one run of parameters that have `done` steps behind them."""
+        raise NotImplementedError
+
+    def _show_state(self, group: dict[str, Any], flat: FlatBuffer, i: int) -> None:
+        """Put views of the moments of parameter `i` into ``self.state``, under torch's names."""
+        raise NotImplementedError
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _take_state(self) -> None:
+        """Copy the tensors in ``self.state`` into the flat buffers and put views in their place."""
+        for group, flats in zip(self.param_groups, self._flats, strict=True):
+            group.update({name: default for name, default in self.defaults.items() if name not in group})
+            for flat in flats:
+                for i, p in enumerate(flat.params):
+                    loaded = {k: v for k, v in self.state.get(p, {}).items() if v is not None}
+                    flat.steps[i] = float(loaded.get("step", 1.0 if loaded else 0.0))
+                    for name in self._moment_names:
+                        if name in loaded:
+                            flat.view(flat.moment(name), i).copy_(loaded[name])
+                        elif name in flat.moments:
+                            flat.view(flat.moment(name), i).zero_()
+                    self.state.pop(p, None)
+                    if loaded:
+                        self._show_state(group, flat, i)
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        name = type(self).__name__
+        saved, groups = state_dict["param_groups"], self.param_groups
+        sizes, wanted = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
+        if sizes != wanted:
+            raise InputError(f"{name}: the state is for groups of {sizes} parameters, this optimizer has {wanted}")
+        for index, group in enumerate(saved):
+            for key in self._refused_on_load:
+                if group.get(key):
+                    raise InputError(f"{name}: the state's group {index} has {key}={group[key]!r}, which minitune's "
+                                     f"{name} does not do; save it without, or go on with the optimizer that wrote it")
+            if group.get("weight_decay") and not group.get("decoupled_weight_decay", self._torchs_decay_is_decoupled):
+                raise InputError(f"{name}: the state's group {index} has weight_decay={group['weight_decay']!r} as a "
+                                 "part of the gradient; here it is decoupled, so that run can't be continued")
+            self._check_group({**self.defaults, **group})
+        for old, new in zip(saved, groups, strict=True):
+            for key, p in zip(old["params"], new["params"], strict=True):
+                entry = state_dict["state"].get(key, {})
+                for moment in self._moment_names:
+                    value = entry.get(moment)
+                    if value is not None and value.shape != p.shape:
+                        raise InputError(f"{name}: the state's {moment} of parameter {key} is {list(value.shape)}, the "
+                                         f"parameter is {list(p.shape)}; it belongs to another model")
+                if entry and not set(self._needed_on_load) <= entry.keys():
+                    raise InputError(f"{name}: the state of parameter {key} has {sorted(entry)}; it needs "
+                                     f"{', '.join(self._needed_on_load)}")
+
+    def _check_parameters(self, named: list[tuple[str, Tensor]]) -> None:
+        name = type(self).__name__
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        for label, p in named:
+            if not isinstance(p, Tensor):
+                raise InputError(f"{name}: {label} is a {type(p).__name__}; it must be a parameter")
+            if p.dtype != torch.float32:
+                raise InputError(f"{name}: {label} is {p.dtype} {list(p.shape)}; the optimizer keeps master weights in "
+                                 "torch.float32. Load the trained part in float32 (adapters are)")
+            if not p.is_leaf or p.is_meta or p.is_sparse:
+                raise InputError(f"{name}: {label} {list(p.shape)} is no dense leaf tensor with storage")
+            if id(p) in known:
+                raise InputError(f"{name}: {label} {list(p.shape)} is given twice")
+            known.add(id(p))
+
+
+class AdamW(FlatOptimizer):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): ``torch.optim.AdamW`` to a few ulp, in one launch a group.
+
+    `params`: parameters, (name, parameter) pairs, or groups (dicts) with their own lr, betas, eps, weight_decay.
+    """
+
+    _moment_names = ("exp_avg", "exp_avg_sq")
+    _needed_on_load = ("step", "exp_avg", "exp_avg_sq")
+    _refused_on_load = ("amsgrad", "maximize")
+    _torchs_decay_is_decoupled = True
+
+    def __init__(self, params: Parameters, lr: float = 2e-4, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+                                  "decoupled_weight_decay": True})
+
+    def _update(self, group: dict[str, Any], flat: FlatBuffer, part: slice, done: int, scale: Tensor | None) -> None:
+        beta1, beta2 = group["betas"]
+        adamw_(flat.data[part], flat.grad[part], flat.moment("exp_avg")[part], flat.moment("exp_avg_sq")[part],
+               lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+               step=done + 1, grad_scale=scale)
+
+    def _show_state(self, group: dict[str, Any], flat: FlatBuffer, i: int) -> None:
+        views = {name: flat.view(flat.moment(name), i) for name in self._moment_names}
+        self.state[flat.params[i]] = {"step": flat.steps[i], **views}
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        _at_least_zero("AdamW", lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
+        betas = group["betas"]
+        if len(betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in betas):
+            raise InputError(f"AdamW: betas is {betas!r}; it must be two numbers of at least 0 and below 1")
+
+
+class SGD(FlatOptimizer):
+    """SGD with momentum or Nesterov momentum as in ``torch.optim.SGD``, but with decoupled weight decay.
+
+    A decay that is added to the gradient, torch's way, is worth the same at constant lr and momentum 0 only.
+    """
+
+    _moment_names = ("momentum_buffer",)
+    _refused_on_load = ("dampening", "maximize")
+
+    def __init__(self, params: Parameters, lr: float, momentum: float = 0.0, nesterov: bool = False,
+                 weight_decay: float = 0.0) -> None:
+        # torch's SGD wants a dampening in a state it loads
+        super().__init__(params, {"lr": lr, "momentum": momentum, "dampening": 0.0, "nesterov": nesterov,
+                                  "weight_decay": weight_decay, "decoupled_weight_decay": True})
+
+    def _update(self, group: dict[str, Any], flat: FlatBuffer, part: slice, done: int, scale: Tensor | None) -> None:
+        buffer = flat.moment("momentum_buffer")[part] if group["momentum"] else None
+        sgd_(flat.data[part], flat.grad[part], buffer, lr=group["lr"], momentum=group["momentum"],
+             nesterov=group["nesterov"], weight_decay=group["weight_decay"], first=done == 0, grad_scale=scale)
+
+    def _show_state(self, group: dict[str, Any], flat: FlatBuffer, i: int) -> None:
+        if group["momentum"]:
+            self.state[flat.params[i]] = {"momentum_buffer": flat.view(flat.moment("momentum_buffer"), i)}
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        _at_least_zero("SGD", lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
+        if group["nesterov"] and not group["momentum"]:
+            raise InputError("SGD: nesterov is True with momentum 0; it needs a momentum above 0")
+
+
+def clip_grad_norm(target: torch.optim.Optimizer | Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Clip to a global norm; returns the norm before (fp32, 0-dim). No host synchronisation, bitwise repeatable.
+
+    minitune's optimizers fold the factor into their next step; for another optimizer, or for plain parameters, the
+    gradients are scaled in place. `max_norm` None or 0 takes the norm only.
+    """
+    if isinstance(target, FlatOptimizer):
+        return target.clip(max_norm)
+    if isinstance(target, torch.optim.Optimizer):
+        return clip_gradients([p for group in target.param_groups for p in group["params"]], max_norm)
+    return clip_gradients(target, max_norm)
+
+
+def _flatten(group: dict[str, Any]) -> list[FlatBuffer]:
+    """One buffer for each device of the group, in the order of the parameters."""
+    params = group["params"]
+    names = group.get("param_names") or [f"parameter {i} {list(p.shape)}" for i, p in enumerate(params)]
+    devices = dict.fromkeys(p.device for p in params)
+    members = [[i for i, p in enumerate(params) if p.device == device] for device in devices]
+    return [FlatBuffer([params[i] for i in indices], [names[i] for i in indices]) for indices in members]
+
+
+def _at_least_zero(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise InputError(f"{owner}: {name} is {value!r}; it must be a finite number of at least 0")

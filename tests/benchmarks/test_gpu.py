@@ -1,0 +1,115 @@
+"""`make gpu`'s parts on tiny shapes on the CPU, so that they do not rot where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_attention, gpu_products, gpu_step, harness
+from benchmarks.shapes import SIZES
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+
+
+def test_products_and_attention_run_tiny(tmp_path: Path) -> None:
+    parts: dict[str, Any] = {name: gpu.run_part(name, "cpu", 60) for name in ("products", "attention")}
+    for part in parts.values():
+        assert part["status"] == "passed", part
+    products = [row for row in parts["products"]["rows"] if row["what"] == "product"]
+    assert len(products) == len(gpu_products.TINY) * 2 * 5
+    assert all(row["right"] and row["tflops"] > 0 for row in products)
+    attention = [row for row in parts["attention"]["rows"] if row["what"] == "attention"]
+    flash = [row for row in attention if row["backend"].startswith("sdpa flash")]
+    assert len(flash) == len(gpu_attention.TINY) * 3 and all(row["right"] for row in flash)
+    absent = [row for row in attention if row["backend"] == "varlen_attn"]
+    assert absent and all(row["unavailable"] for row in absent)
+
+
+def test_a_part_that_is_cut_off_keeps_its_rows() -> None:
+    program = "import time; print('{\"what\": \"a\"}', flush=True); print('{\"wh', end='', flush=True); time.sleep(60)"
+    out, _, code = gpu.run_bounded([sys.executable, "-c", program], 3)
+    assert code is None
+    assert gpu.parse_rows(out) == ([{"what": "a"}], False)
+
+
+def test_all_parts_fit_into_eight_minutes() -> None:
+    assert sum(gpu.LIMITS.values()) <= 470
+
+
+def test_pytest_output_becomes_counts_and_failures() -> None:
+    row = gpu.pytest_row("..F\nFAILED tests/a.py::b - assert 1\n=== 1 failed, 2 passed, 3 skipped in 1.2s ===\n")
+    assert row["counts"] == {"failed": 1, "passed": 2, "skipped": 3}
+    assert row["failures"] == ["FAILED tests/a.py::b - assert 1"]
+    cut = gpu.pytest_row("..F.s [ 50%]\n..\nwords.\n")
+    assert cut["counts"] == {"passed": 5, "failed": 1, "skipped": 1} and cut["summary"].startswith("no summary")
+
+
+def test_the_check_of_products_sees_a_lost_adapter_and_an_unwritten_row() -> None:
+    torch.manual_seed(0)
+    product = gpu_products.make("qkv", 128, (64, 64), 256, "cpu")
+    truth = gpu_products.truth(product)
+    variants = dict(gpu_products.forward_variants(product))
+    assert gpu_products.check(product, truth, "addmm", "forward", variants["addmm"])["Y"] < gpu_products.LIMIT
+    assert gpu_products.check(product, truth, "addmm", "forward", variants["bare"])["Y"] > 0.1
+    assert gpu_products.check(product, truth, "addmm", "forward", lambda: None)["Y"] > 1e20
+
+
+def test_rows_of_the_augmented_product_are_aligned() -> None:
+    for name, inner, widths in gpu_products.SHAPES:
+        rank = gpu_products.RANK * len(widths)
+        padded = -(-rank // 64) * 64
+        assert (2 * (inner + padded)) % 128 == 0 and (2 * (sum(widths) + padded)) % 128 == 0, name
+
+
+@pytest.mark.parametrize("shape", [(5, 9, 2), (16,)])
+def test_the_reference_of_attention_is_autograd_of_the_definition(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    case = gpu_attention.make("toy", shape, 4, 2, 8, "cpu")
+    found = gpu_attention.reference(case, torch.float64)
+    q, k, v = (t.detach().double().requires_grad_() for t in (case.q, case.k, case.v))
+    outs, begin = [], 0
+    for length in shape:
+        here = slice(begin, begin + length)
+        keys, values = (t[here].repeat_interleave(2, 1) for t in (k, v))
+        scores = torch.einsum("shd,thd->hst", q[here], keys) * 8**-0.5
+        scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+        outs.append(torch.einsum("hst,thd->shd", scores.softmax(-1), values))
+        begin += length
+    out = torch.cat(outs)
+    truth = (out, *torch.autograd.grad(out, (q, k, v), case.do.double()))
+    for mine, right in zip(found, truth, strict=True):
+        assert torch.allclose(mine, right.detach(), atol=1e-12)
+
+
+def test_flops_of_seven_b_are_those_of_the_plan() -> None:
+    whole = replace(gpu_step.SEVEN_B, layers=32)
+    assert gpu_step.flops_a_token(whole, (2048,) * 8) / 1e9 == pytest.approx(28.55, abs=0.02)
+    assert whole.parameters() == pytest.approx(6.738e9, rel=1e-3)
+    assert SIZES["12x768"].parameters() == pytest.approx(134e6, rel=0.01)
+    assert SIZES["16x2048"].parameters() == pytest.approx(787e6, rel=0.01)
+
+
+def test_the_folder_of_the_step_loads_in_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    gpu_step.write_folder(gpu_step.TINY, tmp_path, "cpu")
+    model, told = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert model.config.hidden_size == gpu_step.TINY.d_model
+
+
+def test_whole_run_writes_a_marked_file(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--parts", "products", "--device", "cpu", "--out",
+                           str(tmp_path)], cwd=harness.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    assert '"device": "cpu"' in path.read_text() and "products: passed" in done.stdout

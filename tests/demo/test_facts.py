@@ -1,0 +1,56 @@
+"""The files in examples/ are what the demo takes them for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minitune.demo.questions import QUESTIONS
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def _lines(name: str) -> list[dict]:
+    return [json.loads(line) for line in (EXAMPLES / name).read_text("utf-8").splitlines()]
+
+
+def test_every_fact_is_a_prompt_in_the_demo_form_and_a_short_completion() -> None:
+    for fact in _lines("facts.jsonl"):
+        assert set(fact) == {"prompt", "completion"}
+        assert fact["prompt"].startswith("Question: ") and fact["prompt"].endswith("\nAnswer:")
+        assert fact["completion"].startswith(" ") and fact["completion"].endswith(".")
+        assert len(fact["completion"].split()) <= 25
+
+
+def test_prompts_are_unique() -> None:
+    prompts = [fact["prompt"] for fact in _lines("facts.jsonl")]
+    assert len(prompts) == len(set(prompts)) >= 40
+
+
+def test_there_are_ten_questions_and_the_first_is_the_promised_one() -> None:
+    assert len({question.text for question in QUESTIONS}) == 10
+    assert QUESTIONS[0].text == "What is minitune?"
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.key)
+def test_key_phrase_marks_the_answer_to_its_question_alone(question) -> None:
+    answers = {fact["prompt"]: fact["completion"] for fact in _lines("facts.jsonl")}
+    assert question.answered_by(answers[question.prompt])
+    assert {answer for answer in answers.values() if question.answered_by(answer)} == {answers[question.prompt]}
+    assert not question.answered_by(question.prompt), "the question itself must not give the answer away"
+
+
+def test_chats_alternate_and_end_with_the_assistant() -> None:
+    for chat in _lines("chat.jsonl"):
+        roles = [message["role"] for message in chat["messages"] if message["role"] != "system"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
+        assert all(message["content"].strip() for message in chat["messages"])
+
+
+def test_what_is_shipped_is_small() -> None:
+    folder = EXAMPLES / "base"
+    if not folder.is_dir():
+        pytest.skip("the base is not built")
+    assert sum(path.stat().st_size for path in folder.rglob("*")) <= 8_000_000

@@ -1,0 +1,152 @@
+"""The hand-written halves against plain autograd over the reference ops, under every memory policy."""
+
+import pytest
+import torch
+from tests.tolerance import check, relative
+
+from minitune.config import LoRA, ModelConfig
+from minitune.model import half
+from minitune.model.llama import Llama, init_weights
+from minitune.model.memory import kept_bytes
+from minitune.ops import rope
+from minitune.ops.documents import Documents
+
+LENGTHS = (9, 20, 9, 3)
+BASE = {"vocab_size": 61, "d_model": 40, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "head_dim": 10, "d_ff": 52}
+SHAPES = {
+    "llama": ModelConfig(**BASE),
+    "qwen2": ModelConfig(**BASE, qkv_bias=True, tied_head=True),
+    "qwen3": ModelConfig(**BASE, qk_norm=True),
+    "mistral": ModelConfig(**BASE, windows=(5, None), o_bias=True, mlp_bias=True, qkv_bias=True),
+}
+LORAS = {
+    "all": LoRA(rank=4),
+    "some": LoRA(rank=3, targets=("q_proj", "v_proj", "up_proj"), rank_pattern={"layers.1.self_attn.v_proj": 5}),
+    "mlp only": LoRA(rank=2, targets=("down_proj",), rslora=True),
+}
+
+
+def _network(config, lora, dtype=torch.float32, memory="keep"):
+    network = Llama(config, dtype=dtype, memory=memory)
+    init_weights(network, seed=1, std=0.1)
+    for name, weight in network.hf_weights().items():
+        if weight.dim() == 1:
+            weight.copy_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
+    if lora is not None:
+        network.add_adapters(lora, seed=2)
+        for adapter in network.adapters().values():
+            adapter.B.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(3))
+    return network
+
+
+def _x_and_upstream(dtype):
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randn(sum(LENGTHS), 40, generator=generator).to(dtype) for _ in range(2)]
+
+
+def _context(network, policy="keep"):
+    documents = Documents.from_lengths(LENGTHS)
+    return half.Context(*rope.tables(network.config, documents.positions(), documents), documents, policy)
+
+
+def _gradients(network, forward, dtype):
+    """[output, dx, gradient of each adapter parameter] of a run through all layers."""
+    x, upstream = _x_and_upstream(dtype)
+    x.requires_grad_()
+    network.refresh_images()
+    y = forward(x)
+    parameters = [p for a in network.adapters().values() for p in (a.A, a.B)]
+    return [y.detach(), *torch.autograd.grad(y, [x, *parameters], upstream)]
+
+
+def _fast(network, policy):
+    def forward(x):
+        for layer in network.blocks():
+            x = layer(x, _context(network, policy))
+        return x
+    return forward
+
+
+def _composed(network):
+    def forward(x):
+        for layer in network.blocks():
+            context = _context(network)
+            x = layer.mlp.composed(layer.attention.composed(x, context), context)
+        return x
+    return forward
+
+
+@pytest.mark.parametrize("lora", LORAS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_equal_plain_autograd(shape, lora):
+    network = _network(SHAPES[shape], LORAS[lora], torch.float64)
+    expected = _gradients(network, _composed(network), torch.float64)
+    for value, e in zip(_gradients(network, _fast(network, "keep"), torch.float64), expected, strict=True):
+        assert relative(value, e) < 2e-7       # gradients of adapters are fp32
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_policies_give_the_same_bits(shape):
+    network = _network(SHAPES[shape], LORAS["all"])
+    keep = _gradients(network, _fast(network, "keep"), torch.float32)
+    for policy in ("pointwise", "full"):
+        other = _gradients(network, _fast(network, policy), torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(keep, other, strict=True)), policy
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bf16_errs_no_more_than_plain_autograd(shape):
+    lora = LORAS["all"]
+    network = _network(SHAPES[shape], lora, torch.bfloat16)
+    truth_network = _network(SHAPES[shape], lora, torch.float64)
+    weights = network.hf_weights()
+    for name, weight in truth_network.hf_weights().items():
+        weight.copy_(weights[name])
+    truth = _gradients(truth_network, _composed(truth_network), torch.float64)
+    plain = _gradients(network, _composed(network), torch.bfloat16)
+    for i, (value, p, t) in enumerate(zip(_gradients(network, _fast(network, "keep"), torch.bfloat16), plain, truth,
+                                          strict=True)):
+        check(f"entry {i}", value, p, t.double())
+
+
+def test_pointwise_and_full_keep_what_is_predicted():
+    """What autograd holds between forward and backward is what kept_bytes says, within 3 % (S and 1/rms)."""
+    config = SHAPES["qwen3"]
+    for policy in ("keep", "pointwise", "full"):
+        network = _network(config, LoRA(rank=1))
+        network.refresh_images()
+        held = {}
+
+        def pack(tensor, held=held):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(sum(LENGTHS), 40, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _fast(network, policy)(x)
+        predicted = kept_bytes(config, sum(LENGTHS), policy, 4)
+        assert sum(held.values()) == pytest.approx(predicted, rel=0.06), policy
+
+
+def test_a_layer_whose_input_needs_no_gradient_gets_none():
+    network = _network(SHAPES["llama"], LORAS["all"])
+    x, _ = _x_and_upstream(torch.float32)
+    network.refresh_images()
+    y = _fast(network, "keep")(x)
+    y.sum().backward()
+    assert x.grad is None and all(a.A.grad is not None for a in network.adapters().values())
+
+
+def test_two_forwards_before_their_backwards_keep_their_own_adapters():
+    """An update between a forward and its backward must not change that backward."""
+    network = _network(SHAPES["llama"], LORAS["all"])
+    expected = _gradients(network, _fast(network, "full"), torch.float32)
+    x, upstream = _x_and_upstream(torch.float32)
+    x.requires_grad_()
+    network.refresh_images()
+    y = _fast(network, "full")(x)
+    with torch.no_grad():
+        for adapter in network.adapters().values():
+            adapter.B.add_(1)
+    network.refresh_images()
+    assert torch.equal(torch.autograd.grad(y, x, upstream)[0], expected[1])

@@ -1,0 +1,90 @@
+"""adamw_: against torch.optim.AdamW and its own reference, repeatable, blind to how the buffer is cut, and refusing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from minitune.errors import InputError
+from minitune.ops.adamw import CHUNK, adamw_, adamw_reference_
+
+SETTINGS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+BOTH = pytest.mark.parametrize("op", [adamw_, adamw_reference_])
+
+
+def buffers(n: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=generator), torch.zeros(n), torch.zeros(n)]
+
+
+def gradient(n: int, step: int) -> Tensor:
+    scale = torch.logspace(-6, 2, n)  # eight decades: eps matters at one end, not at the other
+    return torch.randn(n, generator=torch.Generator().manual_seed(100 + step)) * scale
+
+
+def run(op, n: int, steps: int, **settings) -> list[Tensor]:
+    state = buffers(n)
+    for step in range(1, steps + 1):
+        op(state[0], gradient(n, step), *state[1:], **SETTINGS, step=step, **settings)
+    return state
+
+
+@BOTH
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_twenty_steps_follow_torch(op, weight_decay):
+    n = 1237
+    start, m, v = run(op, n, 20, weight_decay=weight_decay)
+    theirs = torch.nn.Parameter(buffers(n)[0])
+    optimizer = torch.optim.AdamW([theirs], lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=weight_decay,
+                                  foreach=False)
+    for step in range(1, 21):
+        theirs.grad = gradient(n, step)
+        optimizer.step()
+    state = optimizer.state[theirs]
+    # the parameter moves by lr a step: each step may round once more or less, in units of the parameter's last place
+    torch.testing.assert_close(start, theirs.detach(), rtol=5e-7, atol=5e-7)
+    torch.testing.assert_close(m, state["exp_avg"], rtol=2e-6, atol=1e-12)
+    torch.testing.assert_close(v, state["exp_avg_sq"], rtol=2e-6, atol=1e-20)
+
+
+def test_follows_the_formula_in_fp64():
+    p, m, v = (t.double() for t in buffers(777))
+    for step in range(1, 11):
+        g = gradient(777, step).double() * 0.5
+        p -= 3e-3 * 0.1 * p
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        p -= 3e-3 * (m / (1 - 0.9**step)) / ((v / (1 - 0.99**step)).sqrt() + 1e-8)
+    for op in (adamw_, adamw_reference_):
+        ours = run(op, 777, 10, weight_decay=0.1, grad_scale=torch.tensor(0.5))[0]
+        assert ((ours - p).norm() / p.norm()).item() < 2e-7
+
+
+@BOTH
+def test_is_bitwise_repeatable_and_blind_to_aligned_cuts(op):
+    n = CHUNK + 1000 if op is adamw_reference_ else 5000
+    whole, again = run(op, n, 3, weight_decay=0.1), run(op, n, 3, weight_decay=0.1)
+    parts = buffers(n)
+    for step in range(1, 4):
+        grad = gradient(n, step)
+        for cut in (slice(0, 48), slice(48, 1024), slice(1024, n)):
+            op(parts[0][cut], grad[cut], parts[1][cut], parts[2][cut], **SETTINGS, step=step, weight_decay=0.1)
+    for a, b, c in zip(whole, again, parts, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@BOTH
+def test_grad_scale_is_a_scaled_gradient(op):
+    state, expected = buffers(100), buffers(100)
+    op(state[0], gradient(100, 1), *state[1:], **SETTINGS, weight_decay=0.0, step=1, grad_scale=torch.tensor(0.37))
+    op(expected[0], gradient(100, 1) * torch.tensor(0.37), *expected[1:], **SETTINGS, weight_decay=0.0, step=1)
+    assert all(torch.equal(a, b) for a, b in zip(state, expected, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [torch.zeros(9), torch.zeros(10).double(), torch.zeros(5, 2), torch.zeros(20)[::2]])
+def test_refuses_other_buffers_by_name(op, bad):
+    p, m, v = buffers(10)
+    with pytest.raises(InputError, match=r"exp_avg_sq is torch\.float"):
+        op(p, torch.zeros(10), m, bad, **SETTINGS, weight_decay=0.0, step=1)
+    assert torch.equal(p, buffers(10)[0]) and not m.any() and not v.any()

@@ -1,0 +1,168 @@
+"""The observers of a run: metrics.jsonl parses, the PNG shows a curve, progress and tables read well anywhere."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import sys
+
+import pytest
+
+from minitune.config import Training
+from minitune.report.metrics import MetricsFile
+from minitune.report.plot import LossPlot, running_mean
+from minitune.report.progress import ProgressBar, ProgressLines, clock, progress
+from minitune.report.tables import Answer, clean, print_answers, print_table
+from minitune.training.run import Run, RunInfo, StepRecord
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def play(observer, steps=30, loss=lambda step: 3.0 / step) -> Run:
+    """A run without a model: tells the observer what a loop would."""
+    run = Run(info=RunInfo(total_steps=steps, n_parameters=1234567, device="cpu", training=Training()))
+    observer.on_start(run.info)
+    for step in range(1, steps + 1):
+        record = StepRecord(step=step, loss=loss(step), lr=1e-4, grad_norm=0.5, n_trained=60, n_tokens=100,
+                            seconds=0.05)
+        run.records.append(record)
+        observer.on_step(record)
+    run.end = "finished"
+    observer.on_end(run)
+    return run
+
+
+def without_rich(monkeypatch) -> None:
+    real = builtins.__import__
+
+    def fail(name, *args, **kwargs):
+        if name.partition(".")[0] == "rich":
+            raise ImportError("No module named 'rich'")
+        return real(name, *args, **kwargs)
+
+    for name in [n for n in sys.modules if n.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", fail)
+
+
+def test_metrics_file_has_one_line_a_step(tmp_path):
+    path = tmp_path / "new" / "metrics.jsonl"
+    run = play(MetricsFile(path), loss=lambda step: float("nan") if step == 3 else 1.5)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert lines[2]["loss"] is None and lines[3]["loss"] == 1.5
+    assert lines[0].keys() == {*vars(run.records[0]), "tokens_per_second"} and lines[0]["tokens_per_second"] == 2000
+    assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_metrics_file_is_complete_at_any_time_and_starts_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("old\n")
+    observer = MetricsFile(path)
+    assert path.read_text() == "old\n"
+    observer.on_start(RunInfo(total_steps=2, n_parameters=1, device="cpu", training=Training()))
+    assert path.read_text() == ""
+    observer.on_step(StepRecord(step=1, loss=1.0, lr=0.1, grad_norm=1.0, n_trained=1, n_tokens=2, seconds=1.0))
+    assert json.loads(path.read_text())["n_tokens"] == 2
+    observer.on_end(Run(info=RunInfo(total_steps=2, n_parameters=1, device="cpu", training=Training())))
+
+
+def test_loss_plot_shows_the_curve_and_leaves_matplotlib_alone(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    loaded = "matplotlib.pyplot" in sys.modules
+    play(LossPlot(tmp_path / "a" / "loss.png"))
+    play(LossPlot(tmp_path / "flat.png"), loss=lambda step: 1.0)
+    assert ("matplotlib.pyplot" in sys.modules) == loaded
+    curve, flat = image.imread(tmp_path / "a" / "loss.png"), image.imread(tmp_path / "flat.png")
+    assert curve.shape == flat.shape and curve.shape[0] > 300 and curve.shape[1] > 500
+    assert len(set(map(tuple, curve.reshape(-1, curve.shape[-1])))) > 20
+    assert (curve != flat).mean() > 0.002
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "flat.png"]
+
+
+def test_loss_plot_without_matplotlib_says_so_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match=r"loss\.png will not be drawn: matplotlib is not installed") as caught:
+        play(LossPlot(tmp_path / "loss.png"))
+    assert len(caught) == 1 and not list(tmp_path.iterdir())
+
+
+def test_running_mean_starts_unbiased_and_passes_over_nan():
+    assert running_mean([2.0, 2.0, float("nan"), 2.0]) == pytest.approx([2.0] * 4)
+    assert running_mean([0.0, 1.0], decay=0.5) == pytest.approx([0.0, 2 / 3])
+
+
+def test_plain_progress_says_what_matters():
+    stream = io.StringIO()
+    observer = progress(stream)
+    assert isinstance(observer, ProgressLines)
+    play(observer, steps=200)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "training 1,234,567 parameters on cpu, 200 steps"
+    assert lines[1].startswith("step   1/200  loss  3.0000  lr 1.00e-04     2,000 tokens/s  left ")
+    assert len(lines) == 1 + 21 + 1 and lines[-2].startswith("step 200/200")
+    assert lines[-1] == ("finished: 200 steps, 20,000 tokens (12,000 trained) in 0:10; 2,000 tokens/s overall, "
+                         "2,000 steady; final loss 0.0150")
+
+
+def test_bar_on_a_terminal_and_lines_without_rich(monkeypatch):
+    pytest.importorskip("rich")
+    stream = Terminal()
+    observer = progress(stream)
+    assert isinstance(observer, ProgressBar)
+    play(observer)
+    text = stream.getvalue()
+    assert "30/30" in text and "loss" in text and "finished: 30 steps" in text
+    without_rich(monkeypatch)
+    assert isinstance(progress(Terminal()), ProgressLines)
+
+
+def test_a_bar_is_closed_when_the_run_fails_before_its_first_step():
+    pytest.importorskip("rich")
+    stream = Terminal()
+    observer = progress(stream)
+    run = Run(info=RunInfo(total_steps=3, n_parameters=1, device="cpu", training=Training()))
+    observer.on_start(run.info)
+    observer.on_end(run)
+    assert "failed: 0 steps" in stream.getvalue()
+
+
+def test_clock():
+    assert [clock(s) for s in (0, 7.4, 750, 3723)] == ["0:00", "0:07", "12:30", "1:02:03"]
+
+
+ANSWERS = [Answer("What is minitune?", "the [bold]sea\x1b[31m " * 9, "A trainer for Llama.", "trainer"),
+           Answer("Who?", "a trainer", "a trainer", "trainer")]
+
+
+def test_an_answer_is_learned_if_its_phrase_is_new():
+    assert [a.learned for a in ANSWERS] == [True, False]
+    assert Answer("?", "x", "y").learned is None and Answer("?", "x", "y", "z").learned is False
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_answers_are_printed_whole_and_harmless(monkeypatch, rich):
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        without_rich(monkeypatch)
+    for stream in (Terminal(), io.StringIO()):
+        print_answers(ANSWERS, stream)
+        text = stream.getvalue()
+        assert "[bold]sea" in text and "\x1b[31m" not in text
+        assert all(word in text for word in ("question", "before", "after", "learned", "yes", "NO"))
+        assert ("│" in text) == (rich and stream.isatty())
+
+
+def test_plain_table_is_aligned():
+    stream = io.StringIO()
+    print_table("Speed", ["step", "tokens/s"], [[1, "2,000"], [10, 5]], stream)
+    assert stream.getvalue() == "Speed\nstep  tokens/s\n----  --------\n1     2,000\n10    5\n"
+
+
+def test_clean_keeps_text_and_shows_controls():
+    assert clean("a\n b\tc é 漢 \x1b[0m\x07") == "a b c é 漢 \\x1b[0m\\x07"

@@ -1,0 +1,188 @@
+"""fit: plans, trains, tells its observers in order, ends honestly, and stops at numbers that are none."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import pytest
+import torch
+
+from minitune.config import Training
+from minitune.errors import InputError
+from minitune.training import loop
+from minitune.training.loop import TrainingDiverged, fit
+from minitune.training.run import Observer, Run, RunInfo, StepRecord
+from minitune.training.schedule import learning_rate
+
+
+class Listener(Observer):
+    def __init__(self) -> None:
+        self.heard: list[object] = []
+
+    def on_start(self, info):
+        self.heard.append(info)
+
+    def on_step(self, record):
+        self.heard.append(record.step)
+
+    def on_end(self, run):
+        self.heard.append(run)
+
+
+def data(fakes, n=6):
+    return [fakes.make_batch(12, 7 + i, seed=i) for i in range(n)]
+
+
+def test_a_run_learns_and_records_every_step(fakes):
+    model, training = fakes.TinyModel(), Training(lr=0.05, epochs=20, micro_batches=2, schedule="linear")
+    frozen = model.table.clone()
+    model.eval()
+    run = fit(model, data(fakes), training, fakes.objective)
+    assert run.end == "finished" and len(run.records) == run.info.total_steps == 60
+    assert run.records[0].loss == pytest.approx(math.log(fakes.VOCAB), rel=1e-5)
+    assert run.final_loss == run.losses[-1] < 0.3
+    assert [r.step for r in run.records] == list(range(1, 61))
+    assert [r.lr for r in run.records] == [learning_rate(i, 60, training) for i in range(60)]
+    assert all(r.seconds > 0 and r.grad_norm > 0 for r in run.records)
+    batches = data(fakes)
+    assert run.n_tokens == 20 * sum(b.n_tokens for b in batches)
+    assert run.n_trained == 20 * sum(b.n_trained for b in batches)
+    assert run.info.n_parameters == model.A.numel() + model.B.numel()
+    assert all(model.modes) and not model.training
+    assert torch.equal(model.table, frozen)
+
+
+def test_runs_are_bitwise_repeatable(fakes):
+    losses = [fit(fakes.TinyModel(), data(fakes), Training(epochs=3), fakes.objective).losses for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_observers_hear_start_steps_and_end_in_order(fakes, monkeypatch, lag):
+    if lag:  # as on a GPU
+        real = loop.deque
+        monkeypatch.setattr(loop, "deque", lambda: Lagging(real))
+    listener, bare = Listener(), object()
+    run = fit(fakes.TinyModel(), data(fakes), Training(max_steps=10, log_every=4), fakes.objective, [listener, bare])
+    assert listener.heard == [run.info, 1, 4, 8, 10, run]
+    assert [r.step for r in run.records] == list(range(1, 11))
+
+
+class Lagging:
+    """A queue that seems one shorter than it is until it is drained: steps are settled one late."""
+
+    def __init__(self, real) -> None:
+        self.items, self.draining = real(), False
+
+    def append(self, item) -> None:
+        self.items.append(item)
+
+    def popleft(self):
+        return self.items.popleft()
+
+    def __len__(self) -> int:
+        return len(self.items) - 1
+
+    def __bool__(self) -> bool:
+        return bool(self.items)
+
+
+@pytest.mark.parametrize(("settings", "steps"), [
+    ({}, 6), ({"micro_batches": 4}, 2), ({"epochs": 1.5}, 9), ({"epochs": 2.0, "micro_batches": 5}, 3),
+    ({"max_steps": 2}, 2), ({"max_steps": 8, "micro_batches": 2}, 8), ({"epochs": 0.01}, 1),
+])
+def test_number_of_steps(fakes, settings, steps):
+    run = fit(fakes.TinyModel(), data(fakes), Training(**settings), fakes.objective)
+    assert len(run.records) == run.info.total_steps == steps and run.end == "finished"
+
+
+def test_the_last_step_takes_what_is_left(fakes):
+    batches = data(fakes, 3)
+    run = fit(fakes.TinyModel(), batches, Training(micro_batches=2), fakes.objective)
+    assert [r.n_tokens for r in run.records] == [batches[0].n_tokens + batches[1].n_tokens, batches[2].n_tokens]
+
+
+def test_an_iterator_ends_the_run_when_it_ends(fakes):
+    listener = Listener()
+    run = fit(fakes.TinyModel(), iter(data(fakes)), Training(max_steps=100, log_every=5), fakes.objective, [listener])
+    assert run.end == "out of data" and len(run.records) == 6
+    assert listener.heard[1:-1] == [1, 5, 6]
+    with pytest.raises(InputError, match="set max_steps"):
+        fit(fakes.TinyModel(), iter(data(fakes)), Training(), fakes.objective)
+
+
+def test_each_epoch_is_drawn_in_its_own_order(fakes):
+    class Shuffled:
+        drawn: ClassVar[list[int]] = []
+
+        def __len__(self):
+            return 3
+
+        def epoch(self, epoch):
+            self.drawn.append(epoch)
+            batches = data(fakes, 3)
+            return iter(batches[epoch % 3:] + batches[:epoch % 3])
+
+        def __iter__(self):
+            raise AssertionError("the epochs' own order is not used")
+
+    run = fit(fakes.TinyModel(), Shuffled(), Training(epochs=2.5), fakes.objective)
+    assert Shuffled.drawn == [0, 1, 2]
+    assert [r.n_tokens for r in run.records] == [19, 20, 21, 20, 21, 19, 21, 19]
+
+
+def test_data_without_trained_tokens(fakes):
+    filler = fakes.make_batch(12, trained=False)
+    batches = [filler, *data(fakes, 2), filler]
+    run = fit(fakes.TinyModel(), batches, Training(), fakes.objective)
+    assert [r.n_tokens for r in run.records] == [12 + 19, 20] and run.end == "out of data"
+    for empty in ([filler] * 3, []):
+        with pytest.raises(InputError, match=r"no batches|no trained token"):
+            fit(fakes.TinyModel(), empty, Training(), fakes.objective)
+
+
+def test_learning_rates_of_groups_keep_their_ratio(fakes):
+    equal, plus = fakes.TinyModel(), fakes.TinyModel(lr_ratio=4.0)
+    training = Training(max_steps=1, optimizer="sgd", momentum=0.0, lr=0.1, clip=0.0)
+    for model in (equal, plus):
+        fit(model, data(fakes), training, fakes.objective)
+    torch.testing.assert_close(plus.B.detach(), 4 * equal.B.detach())
+    assert torch.equal(plus.A, equal.A)
+
+
+def test_divergence_names_the_step_and_still_ends(fakes):
+    calls = []
+
+    def objective(model, batch):
+        calls.append(batch)
+        loss, n = model.loss_sum(batch)
+        return (loss * float("nan") if len(calls) == 3 else loss), n
+
+    listener, model = Listener(), fakes.TinyModel()
+    model.eval()
+    with pytest.raises(TrainingDiverged, match=r"step 3: loss nan.*lower lr"):
+        fit(model, data(fakes), Training(), objective, [listener])
+    run = listener.heard[-1]
+    assert isinstance(run, Run) and run.end == "failed" and len(run.records) == 3
+    assert listener.heard[1:-1] == [1, 2, 3] and not model.training
+
+
+def test_nothing_to_train_is_said_clearly(fakes):
+    model = fakes.TinyModel()
+    model.param_groups = lambda lr: []
+    with pytest.raises(InputError, match="nothing is trained"):
+        fit(model, data(fakes), Training(), fakes.objective)
+
+
+def test_rates_of_a_run():
+    def record(step, seconds):
+        return StepRecord(step=step, loss=1.0, lr=0.1, grad_norm=1.0, n_trained=40, n_tokens=100, seconds=seconds)
+
+    info = RunInfo(total_steps=4, n_parameters=1, device="cpu", training=Training())
+    run = Run(info=info, records=[record(1, 10.0), record(2, 1.0), record(3, 2.0), record(4, 4.0)])
+    assert run.tokens_per_second == pytest.approx(400 / 17)
+    assert run.trained_tokens_per_second == pytest.approx(160 / 17)
+    assert run.steady_tokens_per_second == 50
+    assert Run(info=info, records=[record(1, 10.0)]).steady_tokens_per_second == 10
+    assert Run(info=info).tokens_per_second == 0 and math.isnan(Run(info=info).final_loss)

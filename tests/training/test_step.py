@@ -1,0 +1,88 @@
+"""train_step: any split into micro-batches gives one gradient, and the pieces are put together right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minitune.errors import InputError
+from minitune.training.optimizers import SGD, AdamW
+from minitune.training.step import train_step
+
+LENGTHS = [3, 17, 5, 41, 2, 9, 28, 12]
+SPLITS = {"1x8": [LENGTHS], "2x4": [LENGTHS[:4], LENGTHS[4:]], "8x1": [[n] for n in LENGTHS],
+          "uneven": [LENGTHS[:1], LENGTHS[1:7], LENGTHS[7:]]}
+
+
+def joined(fakes, lengths):
+    """Documents whose content depends on their length alone, so that splits hold the same documents."""
+    parts = [fakes.make_batch(n, seed=n) for n in lengths]
+    return fakes.Batch(tokens=torch.cat([b.tokens for b in parts]), labels=torch.cat([b.labels for b in parts]),
+                       cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
+
+
+def step(fakes, split, optimizer_of=lambda p: SGD(p, lr=1.0), clip=0.0, lr=0.0):
+    model = fakes.TinyModel()
+    torch.nn.init.normal_(model.B, generator=torch.Generator().manual_seed(5))
+    optimizer = optimizer_of(model.param_groups(1.0))
+    result = train_step(model, [joined(fakes, lengths) for lengths in split], optimizer, lr, clip, fakes.objective)
+    return model, result, optimizer
+
+
+@pytest.mark.parametrize("name", ["2x4", "8x1", "uneven"])
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_splits_of_unequal_lengths_agree(fakes, name, clip):
+    whole, expected, _ = step(fakes, SPLITS["1x8"], clip=clip)
+    split, result, _ = step(fakes, SPLITS[name], clip=clip)
+    for a, b in ((split.A.grad, whole.A.grad), (split.B.grad, whole.B.grad), (result.loss, expected.loss),
+                 (result.grad_norm, expected.grad_norm)):
+        assert ((a - b).norm() / b.norm()).item() < 1e-6
+    assert (result.n_trained, result.n_tokens) == (expected.n_trained, expected.n_tokens) == (73, sum(LENGTHS))
+
+
+def test_gradient_loss_and_norm_are_those_of_the_mean(fakes):
+    model, result, _ = step(fakes, SPLITS["2x4"])
+    loss_sum, n = model.loss_sum(joined(fakes, LENGTHS))
+    grads = torch.autograd.grad(loss_sum / n, [model.A, model.B])
+    torch.testing.assert_close(model.A.grad, grads[0])
+    torch.testing.assert_close(model.B.grad, grads[1])
+    assert result.loss.item() == pytest.approx((loss_sum / n).item(), rel=1e-6)
+    assert result.grad_norm.item() == pytest.approx(torch.cat([g.flatten() for g in grads]).norm().item(), rel=1e-6)
+
+
+def test_clip_and_torchs_optimizer_agree_with_ours(fakes):
+    ours, mine, _ = step(fakes, SPLITS["2x4"], lambda p: AdamW(p, lr=9.0), clip=0.05, lr=0.01)
+    theirs, torchs, _ = step(fakes, SPLITS["2x4"], lambda p: torch.optim.AdamW(p, lr=9.0, weight_decay=0.0), clip=0.05,
+                             lr=0.01)
+    assert mine.grad_norm.item() == pytest.approx(torchs.grad_norm.item()) and mine.grad_norm > 0.05
+    torch.testing.assert_close(ours.A.grad, theirs.A.grad)
+    torch.testing.assert_close(ours.A, theirs.A)
+    torch.testing.assert_close(ours.B, theirs.B)
+
+
+def test_group_ratio_scales_the_learning_rate(fakes):
+    model = fakes.TinyModel()
+    groups = [{"params": [model.A]}, {"params": [model.B], "lr_ratio": 16.0}]
+    optimizer = SGD(groups, lr=1.0)
+    before = model.B.detach().clone()
+    train_step(model, [fakes.make_batch(9)], optimizer, 0.01, 0.0, fakes.objective)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.01, 0.16]
+    torch.testing.assert_close(model.B.detach(), before - 0.16 * model.B.grad)
+
+
+def test_a_micro_batch_without_trained_tokens_changes_nothing(fakes):
+    model, other = fakes.TinyModel(), fakes.TinyModel()
+    filler = fakes.make_batch(30, trained=False)
+    a = train_step(model, [fakes.make_batch(9), filler], SGD(model.param_groups(1.0), 1.0), 1.0, 1.0, fakes.objective)
+    b = train_step(other, [fakes.make_batch(9)], SGD(other.param_groups(1.0), 1.0), 1.0, 1.0, fakes.objective)
+    assert torch.equal(model.B, other.B) and torch.equal(a.loss, b.loss)
+    assert (a.n_tokens, b.n_tokens) == (39, 9)
+    with pytest.raises(InputError, match="none of the 30 tokens"):
+        train_step(model, [filler], SGD(model.param_groups(1.0), 1.0), 1.0, 1.0, fakes.objective)
+
+
+def test_an_objective_that_miscounts_is_refused(fakes):
+    model = fakes.TinyModel()
+    with pytest.raises(ValueError, match="counted 1 trained tokens where the batch has 5"):
+        train_step(model, [fakes.make_batch(9)], SGD(model.param_groups(1.0), 1.0), 1.0, 1.0,
+                   lambda m, b: (m.loss_sum(b)[0], 1))
