@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -73,7 +73,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
 
 
 def init(name: str, folder: str | Path, *, tokenizer: str | Path | None = None, seed: int = 0) -> None:
-    """Write a checkpoint folder with random weights in the shape of that name, with a tokenizer copied from a folder."""
+    """Write a checkpoint folder with random weights in a named shape, its tokenizer copied from another folder."""
     config = shape(name)
     network = Llama(config, dtype=DTYPES[config.dtype])
     init_weights(network, seed)
@@ -107,7 +107,7 @@ class Model(nn.Module):
                              "beside config.json")
         return self._tokenizer
 
-    # -- losses ----------------------------------------------------------------------------------------------------------
+    # -- losses ------------------------------------------------------------------------------------------------------
 
     def hidden(self, batch: Batch) -> Tensor:
         """[T, d_model] on the model's device, after the final norm."""
@@ -147,7 +147,7 @@ class Model(nn.Module):
         total, n = self.loss_sum(batch)
         return total / n
 
-    # -- what is trained ------------------------------------------------------------------------------------------------
+    # -- what is trained ---------------------------------------------------------------------------------------------
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Every parameter that gets a gradient, fp32, in a fixed order. InputError if all is frozen."""
@@ -180,12 +180,11 @@ class Model(nn.Module):
                 projection.enabled = enabled
 
     def save_adapter(self, folder: str | Path) -> None:
-        """A PEFT adapter folder: adapter_config.json and adapter_model.safetensors. peft, vLLM and transformers load it."""
+        """A PEFT adapter folder (adapter_config.json, adapter_model.safetensors); peft, vLLM, transformers load it."""
         if self.lora is None:
             raise InputError("save_adapter: the model has no adapter; load it with lora=mt.LoRA(…) or adapter=…")
         if any(projection.trained for projection in self.network.projections()):
-            raise InputError("save_adapter: base weights are trained too and an adapter file cannot hold them; save the "
-                             "whole model with save()")
+            raise InputError("save_adapter: base weights are trained too, and an adapter file cannot hold them")
         base = None if self.path is None else str(self.path)
         write_adapter(Path(folder), self.network.adapters(), self.lora, base)
 
@@ -201,7 +200,7 @@ class Model(nn.Module):
         if self._tokenizer is not None and self.path is not None:
             copy_tokenizer(self.path, target)
 
-    # -- generation -------------------------------------------------------------------------------------------------------
+    # -- generation --------------------------------------------------------------------------------------------------
 
     @overload
     def generate(self, ids: Sequence[int], max_new_tokens: int, temperature: float = ..., top_k: int | None = ...,
@@ -248,7 +247,10 @@ class _Ending:
         if any(not text for text in stop):
             raise InputError("generate: a stop text is empty")
         self.eos_ids, self.stop = eos_ids, stop
-        self.decode: Callable[[list[int]], str] = lambda ids: "" if tokenizer is None else tokenizer.decode(ids, continues=True)
+        self.tokenizer = tokenizer
+
+    def decode(self, ids: list[int]) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.decode(ids, continues=True)
 
     def _cut(self, ids: list[int]) -> int | None:
         """Where the first stop text begins in the decoded ids, in characters."""
@@ -304,10 +306,10 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    known = {**DTYPES, **{value: value for value in DTYPES.values()}}
-    if dtype not in known:
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
         raise InputError(f"load: dtype is {dtype!r}; say {', '.join(DTYPES)} or nothing")
-    return known[dtype]
+    return found
 
 
 def _has_tokenizer(folder: Path) -> bool:

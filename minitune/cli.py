@@ -61,7 +61,8 @@ class Train:
         after = self._answers(model, questions)
         if questions:
             print_answers([Answer(*row) for row in zip(questions, before, after, strict=True)])
-        print(f"loss {record.final_loss:.4f}, {record.tokens_per_second:,.0f} tokens/s; adapter in {self.out / 'adapter'}")
+        print(f"loss {record.final_loss:.4f}, {record.tokens_per_second:,.0f} tokens/s; adapter in "
+              f"{self.out / 'adapter'}")
 
     def _answers(self, model: Model, questions: tuple[str, ...]) -> list[str]:
         return [model.complete(question, self.max_new_tokens) for question in questions]

@@ -6,11 +6,11 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.oracles import make
-from tests.tolerance import relative
 from transformers import AutoModelForCausalLM
 
 import minitune as mt
+from tests.oracles import make
+from tests.tolerance import relative
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = {

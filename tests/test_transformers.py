@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.oracles import VARIANTS, make
-from tests.tolerance import relative
 
 import minitune as mt
+from tests.oracles import VARIANTS, make
+from tests.tolerance import relative
 
 LENGTHS = (11, 30, 1, 22)
 

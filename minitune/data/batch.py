@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Documents laid end to end: int64 tokens [T], int64 labels [T], int32 cu_seqlens [n + 1], fp32 weights [T] or None.
+    """Documents end to end: int64 tokens [T], int64 labels [T], int32 cu_seqlens [n + 1], fp32 weights [T] or None.
 
     ``labels[t]`` is ``tokens[t + 1]`` of the same document, already shifted; -100 is not trained, and neither is the
     last position of a document. What the host knows it keeps as plain numbers, so that no device has to be asked:
@@ -62,17 +63,25 @@ class Batch:
                 raise InputError(f"Batch: {name} has {value.numel()} entries for {tokens} tokens")
         bounds = self.cu_seqlens
         if bounds.numel() < 2 or bounds[0] != 0 or bounds[-1] != tokens or (bounds.diff() <= 0).any():
-            raise InputError(f"Batch: cu_seqlens must rise strictly from 0 to the {tokens} tokens; got {bounds.tolist()}")
+            raise InputError(f"Batch: cu_seqlens must rise strictly from 0 to the {tokens} tokens, "
+                             f"not {bounds.tolist()}")
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; the copies from pinned memory do not block the host."""
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         moved = object.__new__(Batch)
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            if isinstance(value, Tensor | Documents):
-                value = value.to(device, non_blocking=True)
-            object.__setattr__(moved, name, value)
+            if isinstance(value, Documents):
+                value = Documents(change(value.cu_seqlens), value.lengths)
+            object.__setattr__(moved, name, change(value) if isinstance(value, Tensor) else value)
         return moved
+
+    def pin_memory(self) -> Batch:
+        """The same batch in pinned host memory, from where a copy to a GPU does not block the host."""
+        return self._map(lambda value: value.pin_memory())
 
     @property
     def n_tokens(self) -> int:

@@ -71,7 +71,7 @@ def _check(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int
 
 
 def prefill(network: Llama, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor:
-    """Read all prompts as one packed stream, fill the cache -> hidden state of each prompt's last token [n, d_model]."""
+    """Read all prompts as one packed stream and fill the cache -> hidden [n, d_model] of each prompt's last token."""
     network.refresh_images()
     documents = Documents.from_lengths(tuple(map(len, prompts)), network.device)
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=network.device)

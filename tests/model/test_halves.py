@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.tolerance import check, relative
 
 from minitune.config import LoRA, ModelConfig
 from minitune.model import half
@@ -10,6 +9,7 @@ from minitune.model.llama import Llama, init_weights
 from minitune.model.memory import kept_bytes
 from minitune.ops import rope
 from minitune.ops.documents import Documents
+from tests.tolerance import check, relative
 
 LENGTHS = (9, 20, 9, 3)
 BASE = {"vocab_size": 61, "d_model": 40, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "head_dim": 10, "d_ff": 52}

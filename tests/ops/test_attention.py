@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.tolerance import check, relative
 
 from minitune.ops import attention, attention_library
 from minitune.ops.documents import Documents
+from tests.tolerance import check, relative
 
 CASES = {
     "one block": ((37,), 3, 3, None),

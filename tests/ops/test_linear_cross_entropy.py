@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.tolerance import check, relative
 
 from minitune.ops import linear_cross_entropy as lce
+from tests.tolerance import check, relative
 
 
 def _plain(hidden, weight, labels, upstream, dtype):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.tolerance import check
 
 from minitune.ops import lora_matmul
 from minitune.ops.lora_matmul import LoraWeights
+from tests.tolerance import check
 
 
 def _case(dtype, bias):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.tolerance import check
 
 from minitune.ops import rms_norm
+from tests.tolerance import check
 
 EPS = 1e-5
 

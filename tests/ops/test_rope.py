@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from tests.tolerance import check, relative
 
 from minitune.config import ModelConfig, Rope
 from minitune.ops import rope
 from minitune.ops.documents import Documents
+from tests.tolerance import check, relative
 
 SHAPE = {"vocab_size": 8, "d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "d_ff": 8}
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.tolerance import check
 
 from minitune.ops import swiglu
+from tests.tolerance import check
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

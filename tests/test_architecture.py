@@ -1,0 +1,91 @@
+"""What ARCHITECTURE.md promises of the source: imports go downward, borders hold, files and functions stay short."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "minitune"
+LEVELS = [{"errors"}, {"config"}, {"ops"}, {"model"}, {"checkpoint", "data"}, {"training", "objectives"}, {"report"},
+          {"api"}, {"demo"}, {"cli"}]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+ONLY_IN = {"rich": {"report", "cli"}, "tyro": {"cli"}, "matplotlib": {"report"}, "sentencepiece": {"data"},
+           "tokenizers": {"data"}}
+FORBIDDEN = {"transformers", "peft", "bitsandbytes", "accelerate", "lightning"}
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if "examples" not in path.parts]
+
+
+def _imports(path):
+    """Every module that a file imports, in functions too, with names imported from a package."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _home(path):
+    part = path.relative_to(PACKAGE).parts[0]
+    return part.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_downward(path):
+    home = _home(path)
+    if home in ("__init__", "__main__"):
+        return
+    assert home in LEVEL, f"{home} has no level: add it to ARCHITECTURE.md and here"
+    for name in _imports(path):
+        top, *rest = name.split(".")
+        if top == "minitune":
+            other = rest[0]
+            assert other == home or LEVEL[other] < LEVEL[home], f"{home} imports {name}, which is not below it"
+        assert top not in FORBIDDEN, f"{path}: {top} is an oracle for tests, not a part of minitune"
+        assert home in ONLY_IN.get(top, {home}), f"{path}: only {ONLY_IN[top]} may import {top}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(path):
+    source = path.read_text("utf-8")
+    assert len(source.splitlines()) <= 400, f"{path} has {len(source.splitlines())} lines"
+    tree = ast.parse(source)
+    assert ast.get_docstring(tree) and source.startswith('"""'), f"{path}: the first line tells its one job"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 60, f"{path}: {node.name} has {length} lines"
+
+
+def test_every_op_has_its_test():
+    helpers = {"__init__", "documents", "attention_library"}
+    for path in (PACKAGE / "ops").glob("*.py"):
+        if path.stem not in helpers:
+            assert (ROOT / "tests" / "ops" / f"test_{path.stem}.py").exists(), path.stem
+
+
+IMPORT = """
+import sys, time, socket
+import torch
+def refuse(*_, **__): raise AssertionError("import minitune opens a connection")
+socket.socket.connect = refuse
+state = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.nn.Linear.forward,
+         torch.optim.AdamW.step, torch.Tensor.backward)
+start = time.process_time()
+import minitune
+seconds = time.process_time() - start
+assert state == (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.nn.Linear.forward,
+                 torch.optim.AdamW.step, torch.Tensor.backward), "import minitune changes torch"
+heavy = {"transformers", "peft", "tyro", "rich", "matplotlib", "sentencepiece", "tokenizers"} & set(sys.modules)
+assert not heavy, f"import minitune loads {heavy}"
+print(seconds)
+"""
+
+
+def test_import_is_light_and_patches_nothing():
+    seconds = min(float(subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True,
+                                       cwd=ROOT).stdout) for _ in range(2))
+    assert seconds < 0.3, f"import minitune takes {seconds:.2f} s beyond torch"
