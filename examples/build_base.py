@@ -31,10 +31,10 @@ from minitune.report.progress import ProgressLines
 HERE = Path(__file__).parent
 CONFIG = mt.ModelConfig(vocab_size=4096, d_model=192, n_layers=6, n_heads=6, n_kv_heads=2, head_dim=32, d_ff=512,
                         max_positions=1024, tied_head=True, bos_id=1, eos_ids=(2,))
-TRAINING = mt.Training(tokens=2048, epochs=3, lr=3e-3, warmup=0.02, min_lr_ratio=0.1, weight_decay=0.05, log_every=20)
-REPLAYED = 600
+TRAINING = mt.Training(tokens=2048, epochs=2, lr=3e-3, warmup=0.02, min_lr_ratio=0.1, weight_decay=0.05, log_every=20)
+REPLAYED = 1000
 """So many short training texts go into replay.jsonl, for the demo to mix with its facts."""
-REPLAY_CHARS = range(60, 220)
+REPLAY_CHARS = range(60, 700)
 
 
 def train_tokenizer(texts: Iterable[str]) -> bytes:
@@ -65,9 +65,11 @@ def write_texts(path: Path, texts: Iterable[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-def replay(texts: list[str]) -> list[str]:
-    """REPLAYED short training texts, those with the smallest hashes."""
-    short = [text for text in texts if len(text) in REPLAY_CHARS]
+def replay(texts: list[str], held: list[str]) -> list[str]:
+    """REPLAYED short training texts, those with the smallest hashes, without any that shares a line with `held`."""
+    lines = {line.strip() for text in held for line in text.split("\n") if line.strip()}
+    short = [text for text in texts if len(text) in REPLAY_CHARS
+             and lines.isdisjoint(line.strip() for line in text.split("\n"))]
     return sorted(short, key=lambda text: hashlib.sha256(text.encode()).digest())[:REPLAYED]
 
 
@@ -135,7 +137,7 @@ def main() -> None:
         shutil.rmtree(base, ignore_errors=True)
         base.mkdir(parents=True)
         write_texts(options.out / "heldout.jsonl", held)
-        write_texts(options.out / "replay.jsonl", replay(texts))
+        write_texts(options.out / "replay.jsonl", replay(texts, held))
         run = train_base(work, base, texts, options.seed)
     held_loss = held_out_loss(mt.load(base), options.out / "heldout.jsonl")
     (base / "SOURCE.md").write_text(source_note(texts, held, n_tokens, run, held_loss), encoding="utf-8")

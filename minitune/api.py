@@ -21,6 +21,7 @@ from minitune.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from minitune.errors import InputError
 from minitune.model.generate import generate, sampler
 from minitune.model.llama import Llama, init_weights
+from minitune.model.memory import reuse_freed_memory
 from minitune.model.shapes import shape
 from minitune.objectives import sft
 from minitune.ops.documents import Documents
@@ -39,7 +40,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     else float32. lora: fresh adapters to train; adapter: a PEFT adapter folder to go on from or to use; train: base
     weights to train ("full", "head", "norms", "embedding", "last:4", or name patterns). With none of the three all is
     frozen. memory: what is kept for the backward ("keep", "pointwise", "full"; "auto" decides by free memory). seed:
-    for the adapters' start.
+    for the adapters' start. On a CPU it also tells malloc to keep freed memory, which nearly halves a step's time.
 
     Raises InputError for whatever is wrong with the folder or the arguments.
     """
@@ -52,6 +53,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     if lora is not None and lora.dora:
         raise InputError("load: LoRA(dora=True) is not part of this version; leave dora=False")
     place = _device(device)
+    if place.type == "cpu":
+        reuse_freed_memory()
     config = read_config(folder)
     checkpoint = Checkpoint.open(folder)
     network = Llama(config, dtype=_dtype(dtype, place), device=place, memory=memory)

@@ -103,14 +103,23 @@ class LoRA:
     """
 
     rank: int = 16
+    """r, the inner size of B·A."""
     alpha: float = 32
+    """Scale of the adapter: s = alpha / rank."""
     dropout: float = 0.0
+    """Share of the adapter's inputs that is zeroed in training."""
     targets: str | tuple[str, ...] = "all-linear"
+    """"all-linear", or names or patterns of linears."""
     rslora: bool = False
+    """s = alpha / sqrt(rank) instead."""
     dora: bool = False
+    """Not part of this version."""
     lr_ratio: float = 1.0
+    """LoRA+: B learns at lr · lr_ratio."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks, by name or pattern."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Other alphas, by name or pattern."""
 
     def __post_init__(self) -> None:
         _positive("LoRA", rank=self.rank, alpha=self.alpha, lr_ratio=self.lr_ratio)
@@ -126,24 +135,41 @@ class LoRA:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One training run: how long, how fast, in what portions. ``tokens`` is the length T of one packed micro-batch."""
+    """One training run: how long, how fast, in what portions."""
 
     tokens: int = 2048
+    """T, the length of one packed micro-batch; no document may be longer."""
     micro_batches: int = 1
+    """Micro-batches of one optimizer step."""
     epochs: int = 1
+    """Passes over the data."""
     max_steps: int | None = None
+    """Optimizer steps instead of epochs; the data is repeated as often as needed."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 2e-4
+    """Highest learning rate."""
     schedule: ScheduleName = "cosine"
+    """Course of the learning rate after the warm-up."""
     warmup: float = 0.03
+    """Below 1 a share of the steps, else a number of steps."""
     min_lr_ratio: float = 0.0
+    """The schedule ends at lr · min_lr_ratio."""
     weight_decay: float = 0.0
+    """Decoupled (AdamW's)."""
     momentum: float = 0.9
+    """Of SGD."""
     clip: float = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
     seed: int = 0
+    """Of adapters, shuffling and dropout."""
     log_every: int = 1
+    """Observers hear of every so many steps."""
 
     def __post_init__(self) -> None:
+        for name in ("tokens", "micro_batches", "epochs", "max_steps", "seed", "log_every"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) or (value is None and name == "max_steps")):
+                raise InputError(f"training: {name} is {value!r}; it must be a whole number")
         _positive("training", tokens=self.tokens, micro_batches=self.micro_batches, epochs=self.epochs, lr=self.lr,
                   max_steps=self.max_steps, log_every=self.log_every)
         _at_least_zero("training", warmup=self.warmup, min_lr_ratio=self.min_lr_ratio, weight_decay=self.weight_decay,

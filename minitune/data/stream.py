@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """The batches of a data set. Iterating gives those of all epochs; each iteration begins anew. ``len`` is the number
-    of batches in one epoch; `next` draws from one iteration that the stream itself keeps.
+    """The batches of a data set. Iterating gives those of all epochs, ``len`` of them; each iteration begins anew, and
+    `next` draws from one iteration that the stream itself keeps. Epochs are packed anew, so one may have a batch more
+    than another.
 
-    The ledger: ``n_documents``, ``n_tokens`` (the documents' own), ``n_trained`` (targets among them), ``n_masked``,
-    ``n_filler``; each epoch holds n_trained + n_masked + n_filler = len · tokens positions.
+    The ledger of one epoch: ``n_documents``, ``n_tokens`` (the documents' own), ``n_trained`` (targets among them),
+    ``n_masked``, and ``n_filler`` in epoch 0: n_trained + n_masked + n_filler = count(1) · tokens.
     """
 
     def __init__(self, documents: list[Document], tokens: int, *, epochs: int = 1, seed: int = 0,
@@ -36,13 +37,19 @@ class Stream:
         self.n_tokens = sum(map(len, documents))
         self.n_trained = sum(document.n_trained for document in documents)
         self.n_masked = self.n_tokens - self.n_trained
-        self._batches = len(best_fit([len(document) for document in documents], tokens))
-        self.n_filler = self._batches * tokens - self.n_tokens
+        self._counts: list[int] = []        # batches of each epoch, as far as they were asked for
+        self.n_filler = self.count(1) * tokens - self.n_tokens
         self._weighted = any(document.weight is not None for document in documents)
         self._cursor: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
-        return self._batches
+        return self.count(self.epochs)
+
+    def count(self, epochs: int) -> int:
+        """The number of batches in the first `epochs` epochs."""
+        while len(self._counts) < epochs:
+            self._counts.append(len(self._rows(len(self._counts))))
+        return sum(self._counts[:epochs])
 
     def __iter__(self) -> Iterator[Batch]:
         for epoch in range(self.epochs):
@@ -57,6 +64,11 @@ class Stream:
         """The batches of one epoch (from 0). Documents are shuffled and packed, then the rows are shuffled, by
         (seed, epoch) alone; without ``shuffle`` documents of a row and rows keep the file's order where packing lets
         them."""
+        for row in self._rows(epoch):
+            yield make_batch([self.documents[index] for index in row], self.tokens, self._weighted)
+
+    def _rows(self, epoch: int) -> list[list[int]]:
+        """Which documents stand in each batch of an epoch."""
         order = list(range(self.n_documents))
         shuffler = random.Random(f"{self.seed}:{epoch}") if self.shuffle else None
         if shuffler:
@@ -67,14 +79,12 @@ class Stream:
             for row in rows:
                 shuffler.shuffle(row)
             shuffler.shuffle(rows)
-        else:
-            rows = sorted(sorted(row) for row in rows)
-        for row in rows:
-            yield make_batch([self.documents[index] for index in row], self.tokens, self._weighted)
+            return rows
+        return sorted(sorted(row) for row in rows)
 
     def __repr__(self) -> str:
         return (f"Stream({self.n_documents:,} documents, {self.n_tokens:,} tokens, {self.n_trained:,} trained, "
-                f"{len(self)} batches of {self.tokens:,} in each of {self.epochs} epochs)")
+                f"{len(self)} batches of {self.tokens:,} in {self.epochs} epochs)")
 
 
 def stream(path: str | Path, tokenizer: Tokenizer, *, tokens: int, epochs: int = 1, seed: int = 0,

@@ -182,7 +182,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
     """Copies the tokenizer's own files from one checkpoint folder to another; config.json is not one of them."""
     for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
+        if (Path(source) / name).is_file() and Path(source).resolve() != Path(target).resolve():
             shutil.copyfile(Path(source) / name, Path(target) / name)
 
 

@@ -7,6 +7,7 @@ kept for the backward. `reference` is what both must equal.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -65,13 +66,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
         out, graph = attention_library.forward(q, k, v, documents, window, needs_backward)
         return out, Saved(q, k, v, documents, window, graph)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for rows, n, length in _groups(documents):
-        qs, ks, vs = _heads_first(q, rows, n, k.shape[1]), _heads_first(k, rows, n), _heads_first(v, rows, n)
+    for group in _groups(documents):
+        heads = k.shape[1]
+        qs, ks, vs = _scaled(group.take(q, heads)), group.take(k, heads), group.take(v, heads)
         result = torch.empty_like(qs)
-        for begin, end, first in _blocks(length, window):
+        for begin, end, first in _blocks(group.length, window):
             p = _probabilities(qs, ks, begin, end, first, window)
             result[:, :, begin:end] = _split_group(torch.bmm(p, vs[:, 0, first:end]), qs)
-        out[rows] = _tokens_first(result, n)
+        group.put(out, result)
     return out, Saved(q, k, v, documents, window)
 
 
@@ -101,19 +103,18 @@ def backward(dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     if graph is not None:
         return attention_library.backward(dout, graph)
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    for rows, n, length in _groups(documents):
+    for group in _groups(documents):
         heads = k.shape[1]
-        qs, ks, vs = _heads_first(q, rows, n, heads), _heads_first(k, rows, n), _heads_first(v, rows, n)
-        parts = _backward_group(_heads_first(dout, rows, n, heads), qs, ks, vs, length, window)
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient[rows] = _tokens_first(part, n)
+        qs, ks, vs = _scaled(group.take(q, heads)), group.take(k, heads), group.take(v, heads)
+        upstream = group.take(dout, heads, zero_padding=True)
+        for gradient, part in zip(gradients, _backward_group(upstream, qs, ks, vs, group.length, window), strict=True):
+            group.put(gradient, part)
     return gradients[0], gradients[1], gradients[2]
 
 
 def _backward_group(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, length: int,
                     window: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one group. Scores and probabilities are formed again; dS = P·(dP - Σ P·dP) in one fused op."""
-    scale = 1 / math.sqrt(q.shape[-1])
+    """Gradients of one group, q already scaled. The probabilities are formed again; dS = P·(dP - Σ P·dP) is one op."""
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(x[:, 0], dtype=wide) for x in (k, v))     # summed over blocks of queries
@@ -126,16 +127,28 @@ def _backward_group(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, length: int,
         dv[:, keys] += torch.bmm(p.mT, upstream)
         dk[:, keys] += torch.bmm(ds.mT, q[:, :, begin:end].flatten(1, 2))
         dq[:, :, begin:end] = _split_group(torch.bmm(ds, k[:, 0, keys]), q)
-    return dq.mul_(scale), dk.mul_(scale).to(q.dtype)[:, None], dv.to(q.dtype)[:, None]
+    return _scaled(dq), dk.to(q.dtype)[:, None], dv.to(q.dtype)[:, None]
 
 
 def _probabilities(q: Tensor, k: Tensor, begin: int, end: int, first: int, window: int | None) -> Tensor:
-    """softmax(q·kᵀ/√d) of the queries begin … end-1 against the keys first … end-1: [batch, group·queries, keys]."""
-    group, queries = q.shape[1], end - begin
-    scores = torch.bmm(q[:, :, begin:end].flatten(1, 2), k[:, 0, first:end].mT).mul_(1 / math.sqrt(q.shape[-1]))
-    hidden = ~_visible(begin, end, first, window, q.device)
-    scores.unflatten(1, (group, queries)).masked_fill_(hidden, -math.inf)
+    """softmax(q·kᵀ), q already scaled, of the queries begin … end-1 against the keys first … end-1, as
+    [batch, group·queries, keys]. Adding -inf where a key is hidden is four times as fast as masked_fill_."""
+    scores = torch.bmm(q[:, :, begin:end].flatten(1, 2), k[:, 0, first:end].mT)
+    masked = first if window is not None else begin     # without a window all queries see the keys before `begin`
+    _split_group(scores, q)[..., masked - first :].add_(_mask(end - begin, end - masked, window, q.dtype))
     return scores.softmax(-1)
+
+
+@functools.lru_cache(maxsize=64)
+def _mask(queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[queries, keys]: 0 where one of the last `queries` positions sees one of the last `keys`, else -inf."""
+    visible = _visible(keys - queries, keys, 0, window, torch.device("cpu"))
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -math.inf)
+
+
+def _scaled(q: Tensor) -> Tensor:
+    """q/√d in place: one pass over q instead of one over all scores."""
+    return q.mul_(1 / math.sqrt(q.shape[-1]))
 
 
 def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
@@ -144,33 +157,59 @@ def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
         yield begin, min(begin + BLOCK, length), 0 if window is None else max(0, begin - window + 1)
 
 
-def _groups(documents: Documents) -> Iterator[tuple[Tensor | slice, int, int]]:
-    """(rows of the stream, number of documents, their length) for each length that occurs."""
-    starts: dict[int, list[int]] = {}
+class _Group(NamedTuple):
+    """Documents of about one length that are worked on together, the shorter ones padded behind their end.
+
+    Padding needs no mask: it lies after every true position, where a causal query does not look, and what padded
+    queries give is dropped.
+    """
+
+    rows: Tensor | slice        # n · length rows of the stream
+    n: int
+    length: int
+    valid: Tensor | None        # bool [n · length], None without padding
+
+    def take(self, x: Tensor, kv_heads: int, zero_padding: bool = False) -> Tensor:
+        """[T, heads, d] -> [n·kv_heads, heads / kv_heads, length, d], a fresh copy: heads of one key head together."""
+        x = x[self.rows]
+        if zero_padding and self.valid is not None:
+            x = x.masked_fill(~self.valid[:, None, None], 0)
+        x = x.unflatten(0, (self.n, -1)).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        return x.clone(memory_format=torch.contiguous_format).flatten(0, 1)
+
+    def put(self, target: Tensor, x: Tensor) -> None:
+        """The way back: [n·kv_heads, group, length, d] into the group's rows of target [T, heads, d]."""
+        x = x.unflatten(0, (self.n, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+        if self.valid is None or isinstance(self.rows, slice):
+            target[self.rows] = x
+        else:
+            target[self.rows[self.valid]] = x[self.valid]
+
+
+@functools.lru_cache(maxsize=8)
+def _groups(documents: Documents) -> list[_Group]:
+    """Documents shorter than 1024 share a group where their lengths round up to the same multiple of 16 (of an eighth
+    of themselves if that is more): a few passes for a stream of many short documents."""
+    found = []
+    groups: dict[int, list[tuple[int, int]]] = {}
     start = 0
     for length in documents.lengths:
-        starts.setdefault(length, []).append(start)
+        grain = 1 << max(4, length.bit_length() - 4) if length < 1024 else 1
+        groups.setdefault(-(-length // grain) * grain, []).append((start, length))
         start += length
-    for length, begins in starts.items():
-        n = len(begins)
-        if begins[-1] - begins[0] == (n - 1) * length:      # side by side: a view, no gathering
-            yield slice(begins[0], begins[0] + n * length), n, length
-        else:
-            rows = (torch.tensor(begins)[:, None] + torch.arange(length)).flatten()
-            yield rows, n, length
-
-
-def _heads_first(x: Tensor, rows: Tensor | slice, n: int, kv_heads: int | None = None) -> Tensor:
-    """[T, heads, d] -> [n·kv_heads, group, length, d], contiguous: the heads that share a key head lie together."""
-    x = x[rows]
-    heads = kv_heads or x.shape[1]
-    x = x.unflatten(0, (n, -1)).unflatten(2, (heads, -1))
-    return x.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
-
-
-def _tokens_first(x: Tensor, n: int) -> Tensor:
-    """The way back: [n·kv_heads, group, length, d] -> [n·length, heads, d]."""
-    return x.unflatten(0, (n, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+    for members in groups.values():
+        n, longest = len(members), max(length for _, length in members)
+        begins = [begin for begin, _ in members]
+        equal = all(length == longest for _, length in members)
+        if equal and begins[-1] - begins[0] == (n - 1) * longest:      # side by side: a view, no gathering
+            found.append(_Group(slice(begins[0], begins[0] + n * longest), n, longest, None))
+            continue
+        places = torch.arange(longest)
+        rows = torch.tensor(begins)[:, None] + places
+        valid = places < torch.tensor([length for _, length in members])[:, None]
+        rows = torch.where(valid, rows, rows[:, :1])
+        found.append(_Group(rows.flatten(), n, longest, None if equal else valid.flatten()))
+    return found
 
 
 def _split_group(x: Tensor, q: Tensor) -> Tensor:

@@ -23,10 +23,10 @@ from minitune.training.step import Objective, StepResult, train_step
 
 @runtime_checkable
 class Epochs(Protocol):
-    """Data that is shuffled anew in every epoch, as `mt.data.stream` gives it."""
+    """Data that is shuffled and packed anew in every epoch, as `mt.data.stream` gives it."""
 
-    def __len__(self) -> int:
-        """Micro-batches in one epoch."""
+    def count(self, epochs: int) -> int:
+        """Micro-batches in the first `epochs` epochs."""
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The micro-batches of one epoch, counted from 0."""
@@ -87,7 +87,11 @@ def make_optimizer(model: Any, training: Training) -> FlatOptimizer:
 
 def _plan(batches: Iterable[Batch], training: Training) -> tuple[int, int]:
     """(steps, micro-batches) of the run."""
-    length = len(batches) if isinstance(batches, Sized) else None
+    length = None
+    if isinstance(batches, Epochs):
+        length = batches.count(training.epochs)
+    elif isinstance(batches, Sized):
+        length = len(batches) * training.epochs
     if length == 0:
         raise InputError("training: there are no batches; the data holds nothing to train on")
     if training.max_steps is not None:
@@ -95,8 +99,7 @@ def _plan(batches: Iterable[Batch], training: Training) -> tuple[int, int]:
     if length is None:
         raise InputError("training: the data has no length, so the number of steps is unknown; set max_steps, or "
                          "give a list of batches")
-    micro_batches = math.ceil(length * training.epochs)
-    return math.ceil(micro_batches / training.micro_batches), micro_batches
+    return math.ceil(length / training.micro_batches), length
 
 
 def _stream(batches: Iterable[Batch]) -> Iterator[Batch]:

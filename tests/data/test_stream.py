@@ -48,7 +48,8 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
 def test_epochs_hold_every_document_in_an_order_of_their_own(path: Path, tokenizer: Tokenizer) -> None:
     stream = data.stream(path, tokenizer, tokens=100, epochs=2, seed=3)
     first, second = list(stream.epoch(0)), list(stream.epoch(1))
-    assert len(first) == len(second) == len(stream) and same(list(stream), first + second)
+    assert len(first) == stream.count(1) and len(first) + len(second) == len(stream) == stream.count(2)
+    assert same(list(stream), first + second)
     documents = Counter(tuple(document.ids) for document in stream.documents)
     assert contents(first) == contents(second) == documents and not same(first, second)
     assert same(list(data.stream(path, tokenizer, tokens=100, epochs=2, seed=3)), first + second)

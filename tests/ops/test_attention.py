@@ -12,6 +12,8 @@ CASES = {
     "several blocks": ((600,), 2, 1, None),
     "equal side by side": ((40, 40, 40), 4, 2, None),
     "equal apart": ((17, 30, 17, 1, 30), 6, 2, None),
+    "many short": ((5, 17, 3, 20, 1, 33, 40, 31, 2, 18, 60, 63, 9), 4, 2, None),
+    "many short, window": ((5, 17, 3, 20, 33, 40, 31, 18), 4, 2, 6),
     "window inside a block": ((50, 9), 2, 2, 7),
     "window across blocks": ((530, 300), 2, 1, 100),
 }
