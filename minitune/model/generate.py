@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,9 @@ from minitune.model.attention_half import AttentionHalf
 from minitune.model.llama import Llama
 from minitune.ops import attention, lora_matmul, rms_norm, rope
 from minitune.ops.documents import Documents
+
+WORTH_PACKING = 16
+"""From so many new tokens on, packing the weights for a CPU costs less than it saves."""
 
 Choose = Callable[[Tensor], Tensor]
 """Logits fp32 [n, vocab_size] -> the next token of each row, int64 [n]."""
@@ -45,7 +49,15 @@ def generate(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: i
         return new
     cache = Cache(network, len(prompts), max(map(len, prompts)) + max_new_tokens)
     hidden = prefill(network, prompts, cache)
-    done = [False] * len(prompts)
+    with network.packed_weights() if max_new_tokens >= WORTH_PACKING else contextlib.nullcontext():
+        _grow(network, hidden, cache, new, max_new_tokens, choose, finished)
+    return new
+
+
+def _grow(network: Llama, hidden: Tensor, cache: Cache, new: list[list[int]], max_new_tokens: int, choose: Choose,
+          finished: Callable[[int, list[int]], bool]) -> None:
+    """Append to each row of `new` until it is finished or has `max_new_tokens`."""
+    done = [False] * len(new)
     for step in range(max_new_tokens):
         tokens = choose(network.logits(hidden)).tolist()
         for row, token in enumerate(tokens):
@@ -53,9 +65,8 @@ def generate(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: i
                 new[row].append(token)
                 done[row] = finished(row, new[row])
         if all(done) or step == max_new_tokens - 1:
-            break
+            return
         hidden = decode(network, tokens, cache)
-    return new
 
 
 def _check(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

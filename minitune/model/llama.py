@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from minitune.model.attention_half import AttentionHalf
 from minitune.model.lora import Adapter, Projection, check_targets, frozen, matches
 from minitune.model.memory import choose_policy
 from minitune.model.mlp_half import MlpHalf
-from minitune.ops import rope
+from minitune.ops import packed_weight, rope
 from minitune.ops.documents import Documents
 from minitune.ops.linear_cross_entropy import linear_cross_entropy
 from minitune.ops.rms_norm import rms_norm
@@ -54,6 +56,8 @@ class Llama(nn.Module):
         head = None if config.tied_head else frozen(torch.empty_like(self.embedding))
         self.register_parameter("head", head)
         self.dtype = dtype
+        self.packed_head: Tensor | None = None
+        self._policies: dict[int, MemoryPolicy] = {}
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
@@ -61,16 +65,37 @@ class Llama(nn.Module):
         """tokens and positions int64 [T] on the network's device -> hidden [T, d_model] after the final norm."""
         self.refresh_images()
         cos, sin = rope.tables(self.config, positions, documents)
-        policy = choose_policy(self.config, len(tokens), self.memory, self.dtype, self.device)
-        context = half.Context(cos, sin, documents, policy)
+        context = half.Context(cos, sin, documents, self._policy(len(tokens)))
         x = F.embedding(tokens, self.embedding).to(self.dtype)
         for layer in self.layers:
             x = layer(x, context)
         return rms_norm(x, self.norm, self.config.norm_eps)
 
+    def _policy(self, tokens: int) -> MemoryPolicy:
+        """The memory policy of a pass over so many tokens, decided at the first one."""
+        if tokens not in self._policies and torch.is_grad_enabled():
+            self._policies[tokens] = choose_policy(self.config, tokens, self.memory, self.dtype, self.device)
+        return self._policies.get(tokens, "keep")
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, d_model] -> fp32 [n, vocab_size]."""
+        if self.packed_head is not None:
+            return packed_weight.product(hidden, self.packed_head).float()
         return (hidden @ self.head_weight.to(hidden.dtype).mT).float()
+
+    @contextlib.contextmanager
+    def packed_weights(self) -> Iterator[None]:
+        """Within it the weights lie packed beside themselves, for products with few rows on a CPU."""
+        projections = self.projections()
+        try:
+            for projection in projections:
+                projection.packed = packed_weight.pack(projection.operands().weight)
+            self.packed_head = packed_weight.pack(self.head_weight.to(self.dtype))
+            yield
+        finally:
+            for projection in projections:
+                projection.packed = None
+            self.packed_head = None
 
     def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]; logits are never whole."""

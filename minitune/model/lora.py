@@ -77,6 +77,7 @@ class Projection(nn.Module):
         self.enabled = True
         self.images: tuple[Tensor, Tensor] | None = None
         self.cast: tuple[Tensor, Tensor | None] | None = None
+        self.packed: Tensor | None = None
 
     def rows(self) -> Iterator[tuple[str, slice]]:
         """Each part's path and its rows of the fused weight."""
@@ -139,7 +140,7 @@ class Projection(nn.Module):
         """What the product reads; without a and b where there is no adapter or it is switched off."""
         a, b = self.images if self.images is not None and self.enabled else (None, None)
         weight, bias = self.cast or (self.weight, self.bias)
-        return LoraWeights(weight, bias, a, b)
+        return LoraWeights(weight, bias, a, b, self.packed)
 
     def adapter_parameters(self) -> list[Tensor]:
         """A and B of each adapter, in the order in which `adapter_gradients` returns theirs."""

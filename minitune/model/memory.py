@@ -53,8 +53,8 @@ def reuse_freed_memory() -> None:
 def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype: torch.dtype,
                   device: torch.device) -> MemoryPolicy:
     """`memory` itself, or for "auto" the fastest policy whose kept bytes fit. The results are the same bit for bit."""
-    if memory != "auto" or not torch.is_grad_enabled():
-        return "keep" if memory == "auto" else memory
+    if memory != "auto":
+        return memory
     room = free_bytes(device) * SHARE
     policies: tuple[MemoryPolicy, ...] = ("keep", "pointwise")
     for policy in policies:

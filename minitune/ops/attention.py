@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from minitune.ops import attention_library
 from minitune.ops.documents import Documents
 
-BLOCK = 256
+BLOCK = 128
 """Queries of a block: its scores stay in the cache, and what lies above the diagonal is skipped block by block."""
 
 

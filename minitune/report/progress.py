@@ -30,14 +30,16 @@ class ProgressLines(Observer):
         self.stream = stream
         self._info: RunInfo | None = None
         self._started = 0.0
+        self._next = 0.0
 
     def on_start(self, info: RunInfo) -> None:
-        self._info, self._started = info, time.perf_counter()
+        self._info, self._started, self._next = info, time.perf_counter(), 0.0
         self._print(f"training {info.n_parameters:,} parameters on {info.device}, {info.total_steps} steps")
 
     def on_step(self, record: StepRecord) -> None:
         total = self._info.total_steps if self._info else record.step
-        if record.step in (1, total) or record.step % max(1, total // PLAIN_LINES) == 0:
+        if record.step >= self._next or record.step == total:     # log_every may leave steps out
+            self._next = (record.step * PLAIN_LINES // total + 1) * total / PLAIN_LINES
             elapsed = time.perf_counter() - self._started
             left = elapsed / record.step * (total - record.step)
             self._print(f"step {record.step:>{len(str(total))}}/{total}  {numbers(record)}  left {clock(left)}")

@@ -15,7 +15,7 @@ def _plain(hidden, weight, labels, upstream, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frozen_head(dtype, monkeypatch):
-    monkeypatch.setattr(lce, "CHUNK_BYTES", 20 * 4 * 301)      # 20 tokens: 53 divide into 20, 20 and 13
+    monkeypatch.setitem(lce.CHUNK_BYTES, "cpu", 20 * 4 * 301)      # 20 tokens: 53 divide into 20, 20 and 13
     hidden, weight = torch.randn(53, 36).to(dtype), (torch.randn(301, 36) / 3).to(dtype)
     labels, upstream = torch.randint(0, 301, (53,)), torch.randn(53)
     (truth, d_truth), (plain, d_plain) = (_plain(hidden, weight, labels, upstream, d) for d in (torch.float64, dtype))
@@ -35,7 +35,7 @@ def test_sure_predictions_keep_their_gradient_in_bf16():
 
 
 def test_trained_head_gets_its_gradient(monkeypatch):
-    monkeypatch.setattr(lce, "CHUNK_BYTES", 16 * 4 * 50)
+    monkeypatch.setitem(lce.CHUNK_BYTES, "cpu", 16 * 4 * 50)
     hidden, weight = torch.randn(37, 12, requires_grad=True), torch.randn(50, 12, requires_grad=True)
     labels, upstream = torch.randint(0, 50, (37,)), torch.randn(37)
     expected = torch.autograd.grad(lce.reference(hidden, weight, labels), (hidden, weight), upstream)

@@ -166,3 +166,13 @@ def test_plain_table_is_aligned():
 
 def test_clean_keeps_text_and_shows_controls():
     assert clean("a\n b\tc é 漢 \x1b[0m\x07") == "a b c é 漢 \\x1b[0m\\x07"
+
+
+def test_plain_lines_come_even_if_only_some_steps_are_told():
+    """Steps told every 20 of 1720 rarely fall on a twentieth of the run."""
+    stream = io.StringIO()
+    observer = ProgressLines(stream)
+    observer.on_start(RunInfo(total_steps=1720, n_parameters=1, device="cpu", training=Training(log_every=20)))
+    for step in (1, *range(20, 1721, 20)):
+        observer.on_step(StepRecord(step=step, loss=1.0, lr=0.1, grad_norm=1.0, n_trained=1, n_tokens=2, seconds=1.0))
+    assert 15 <= len(stream.getvalue().splitlines()) - 1 <= 25
