@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,9 @@ from minitune.checkpoint.adapter import match_adapter, read_adapter, write_adapt
 from minitune.checkpoint.hf_config import read_config, write_config
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import load_weights, save_weights
-from minitune.config import LoRA, MemoryPolicy, Training
-from minitune.data.batch import Batch
-from minitune.data.stream import stream
+from minitune.config import LoRA, MemoryPolicy, ModelConfig, Training
+from minitune.data.batch import IGNORED, Batch
+from minitune.data.stream import Stream, stream
 from minitune.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from minitune.errors import InputError
 from minitune.model.generate import generate, sampler
@@ -24,7 +26,6 @@ from minitune.model.llama import Llama, init_weights
 from minitune.model.memory import reuse_freed_memory
 from minitune.model.shapes import shape
 from minitune.objectives import sft
-from minitune.ops.documents import Documents
 from minitune.training.loop import fit
 from minitune.training.run import Observer, Run
 
@@ -50,14 +51,27 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     if lora is not None and adapter is not None:
         raise InputError(f"load: both lora and adapter are given; the adapter in {adapter} brings its own rank and "
                          "targets, so leave lora=None")
+    if lora is not None and not isinstance(lora, LoRA):
+        raise InputError(f"load: lora is {lora!r}; give mt.LoRA(rank=16, …)")
     if lora is not None and lora.dora:
         raise InputError("load: LoRA(dora=True) is not part of this version; leave dora=False")
+    if train is not None and (lora is not None or adapter is not None):
+        raise InputError("load: an adapter and trained base weights together are not part of this version, since no "
+                         "file could hold both; give either lora or adapter, or train")
+    if memory not in get_args(MemoryPolicy):
+        raise InputError(f"load: memory is {memory!r}; say {', '.join(get_args(MemoryPolicy))}")
     place = _device(device)
+    compute = _dtype(dtype, place)
+    if compute == torch.float16 and (lora is not None or train is not None):
+        raise InputError("load: training in float16 loses small gradients, and loss scaling is not part of this "
+                         'version; say dtype="bfloat16" or "float32"')
     if place.type == "cpu":
         reuse_freed_memory()
     config = read_config(folder)
     checkpoint = Checkpoint.open(folder)
-    network = Llama(config, dtype=_dtype(dtype, place), device=place, memory=memory)
+    if _too_large(config, checkpoint):      # its missing tensors are named before memory is taken for them
+        load_weights(checkpoint, Llama(config, dtype=compute, device="meta").hf_weights(), config.tied_head)
+    network = Llama(config, dtype=compute, device=place, memory=memory)
     load_weights(checkpoint, network.hf_weights(), config.tied_head)
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
     if tokenizer is not None:
@@ -78,10 +92,15 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
 def init(name: str, folder: str | Path, *, tokenizer: str | Path | None = None, seed: int = 0) -> None:
     """Write a checkpoint folder with random weights in a named shape, its tokenizer copied from another folder."""
     config = shape(name)
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"init: {target} exists already; name another folder, or remove it")
     network = Llama(config, dtype=DTYPES[config.dtype])
     init_weights(network, seed)
-    Model(network, None if tokenizer is None else load_tokenizer(tokenizer),
-          None if tokenizer is None else Path(tokenizer)).save(folder)
+    words = None if tokenizer is None else load_tokenizer(tokenizer)
+    if words is not None:
+        words.check_vocab(config.vocab_size)
+    Model(network, words, None if tokenizer is None else Path(tokenizer)).save(folder)
 
 
 class Model(nn.Module):
@@ -94,8 +113,7 @@ class Model(nn.Module):
         self.lora: LoRA | None = None
 
     @property
-    def config(self) -> Any:
-        """The ModelConfig of the network."""
+    def config(self) -> ModelConfig:
         return self.network.config
 
     @property
@@ -114,6 +132,9 @@ class Model(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """[T, d_model] on the model's device, after the final norm."""
+        if batch.highest_token >= self.config.vocab_size:
+            raise InputError(f"the batch holds the token id {batch.highest_token}; the vocabulary ends at "
+                             f"{self.config.vocab_size - 1}")
         batch = batch.to(self.device)
         out: Tensor = self.network(batch.tokens, batch.positions, batch.documents)
         return out
@@ -124,14 +145,10 @@ class Model(nn.Module):
 
     def logits(self, tokens: Tensor | Sequence[int], cu_seqlens: Tensor | None = None) -> Tensor:
         """tokens int64 [T], one document or those that cu_seqlens int32 [n + 1] bounds -> fp32 [T, vocab_size]."""
-        tokens = torch.as_tensor(tokens, dtype=torch.int64)
-        bounds = torch.tensor([0, len(tokens)], dtype=torch.int32) if cu_seqlens is None else cu_seqlens
-        documents = Documents.from_cu_seqlens(bounds.cpu().int())
-        if tokens.dim() != 1 or documents.n_tokens != len(tokens) or min(documents.lengths) < 1:
-            raise InputError(f"logits: tokens {list(tokens.shape)} and cu_seqlens {bounds.tolist()} do not fit; tokens "
-                             "must be flat and cu_seqlens rise from 0 to their number")
-        hidden = self.network(tokens.to(self.device), documents.positions().to(self.device), documents.to(self.device))
-        return self.network.logits(hidden)
+        ids = torch.as_tensor(tokens, dtype=torch.int64).cpu()
+        bounds = torch.as_tensor([0, ids.numel()] if cu_seqlens is None else cu_seqlens, dtype=torch.int32).cpu()
+        batch = Batch(tokens=ids, labels=torch.full_like(ids, IGNORED), cu_seqlens=bounds)
+        return self.network.logits(self.hidden(batch))
 
     def token_losses(self, batch: Batch) -> Tensor:
         """fp32 [T]: negative log-likelihood at trained positions, without their weights, and 0 elsewhere."""
@@ -186,10 +203,9 @@ class Model(nn.Module):
         """A PEFT adapter folder (adapter_config.json, adapter_model.safetensors); peft, vLLM, transformers load it."""
         if self.lora is None:
             raise InputError("save_adapter: the model has no adapter; load it with lora=mt.LoRA(…) or adapter=…")
-        if any(projection.trained for projection in self.network.projections()):
-            raise InputError("save_adapter: base weights are trained too, and an adapter file cannot hold them")
         base = None if self.path is None else str(self.path)
-        write_adapter(Path(folder), self.network.adapters(), self.lora, base)
+        linears = [path for projection in self.network.projections() for path in projection.parts]
+        write_adapter(Path(folder), self.network.adapters(), self.lora, base, linears)
 
     def save(self, folder: str | Path) -> None:
         """The base weights as a checkpoint folder that transformers and minitune load, its tokenizer with it."""
@@ -219,8 +235,9 @@ class Model(nn.Module):
 
         Greedy at temperature 0, else sampled. Ends at EOS, at a stop text or after `max_new_tokens`.
         """
-        single = len(ids) == 0 or not isinstance(ids[0], Sequence | Tensor)
-        prompts = [list(map(int, prompt)) for prompt in ([ids] if single else ids)]
+        single, prompts = _prompts(ids)
+        if type(max_new_tokens) is not int:
+            raise InputError(f"generate: max_new_tokens is {max_new_tokens!r}; it must be a whole number")
         choose = sampler(temperature, top_k, top_p, seed, self.device)
         ending = _Ending(self.eos_ids, self._tokenizer, (stop,) if isinstance(stop, str) else tuple(stop or ()))
         answers = [ending.trim(new) for new in generate(self.network, prompts, max_new_tokens, choose, ending.reached)]
@@ -237,8 +254,10 @@ class Model(nn.Module):
     def complete(self, text: str, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
                  top_p: float | None = None, stop: str | Sequence[str] | None = None, seed: int | None = None) -> str:
         """What the model writes after `text`; control strings inside `text` stay text."""
-        new = self.generate(self.tokenizer.encode(text), max_new_tokens, temperature, top_k, top_p, stop, seed)
-        return self.tokenizer.decode(new, continues=True)
+        ending = _Ending(self.eos_ids, self.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        choose = sampler(temperature, top_k, top_p, seed, self.device)
+        (new,) = generate(self.network, [self.tokenizer.encode(text)], max_new_tokens, choose, ending.reached)
+        return ending.text(new)
 
 
 class _Ending:
@@ -262,6 +281,11 @@ class _Ending:
 
     def reached(self, row: int, ids: list[int]) -> bool:
         return ids[-1] in self.eos_ids or self._cut(ids) is not None
+
+    def text(self, ids: list[int]) -> str:
+        """Up to the stop text, to the character: a token may reach into it."""
+        ids = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+        return self.decode(ids)[: self._cut(ids)]
 
     def trim(self, ids: list[int]) -> list[int]:
         """Without EOS, and without any token that reaches into the stop text."""
@@ -289,7 +313,32 @@ def train(model: Model, data: str | Path | Iterable[Batch], *, training: Trainin
     training = training or Training(**settings)
     if isinstance(data, str | Path):
         data = stream(data, model.tokenizer, tokens=training.tokens, seed=training.seed)
+    elif isinstance(data, Stream) and data.epochs not in (1, training.epochs):
+        raise InputError(f"train: the stream has epochs={data.epochs}, the training epochs={training.epochs}; set "
+                         "epochs in one place")
     return fit(model, data, training, sft.sft, observers)
+
+
+def _prompts(ids: Any) -> tuple[bool, list[list[int]]]:
+    """(whether it is one prompt, the prompts as lists): a flat list or tensor of ids, or a list of such."""
+    if isinstance(ids, Tensor):
+        ids = ids.tolist()
+    try:
+        single = len(ids) == 0 or not isinstance(ids[0], Sequence | Tensor)
+        return single, [[operator.index(i) for i in prompt] for prompt in ([ids] if single else ids)]
+    except (TypeError, RuntimeError) as error:
+        raise InputError(f"generate: ids is {str(ids)[:60]!r}; give token ids or a list of such, as "
+                         "tokenizer.encode(text) makes them") from error
+
+
+def _too_large(config: ModelConfig, checkpoint: Checkpoint) -> bool:
+    """Whether config.json asks for more weights than the checkpoint holds. InputError if by far."""
+    names = checkpoint.names()
+    if config.n_layers > len(names):
+        raise InputError(f"{checkpoint.path(names[0]).parent if names else 'the checkpoint'}: config.json says "
+                         f"{config.n_layers} layers, and the checkpoint holds {len(names)} tensors in all")
+    held = sum(math.prod(checkpoint.info(name).shape) for name in names)
+    return config.n_layers * config.d_model * config.d_ff * 3 + config.vocab_size * config.d_model > held
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -307,8 +356,9 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        good = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if good else torch.float32
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
         raise InputError(f"load: dtype is {dtype!r}; say {', '.join(DTYPES)} or nothing")

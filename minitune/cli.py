@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
 
 from minitune.api import Model, init, load, train
 from minitune.config import LoRA, MemoryPolicy, Training
 from minitune.data.formats import prompts_of
+from minitune.data.stream import stream
 from minitune.errors import InputError
 from minitune.report.metrics import MetricsFile
 from minitune.report.plot import LossPlot
@@ -52,10 +54,12 @@ class Train:
         lora = self.lora if self.adapter is None else None
         model = load(self.base, device=self.device, dtype=self.dtype, memory=self.memory, seed=self.training.seed,
                      lora=lora, adapter=self.adapter)
+        data = stream(self.data, model.tokenizer, tokens=self.training.tokens, seed=self.training.seed)
+        print(data, file=sys.stderr)
         questions = self.ask or tuple(itertools.islice(prompts_of(self.data), 3))
         before = self._answers(model, questions)
         self.out.mkdir(parents=True, exist_ok=True)
-        record = train(model, self.data, training=self.training, observers=(
+        record = train(model, data, training=self.training, observers=(
             progress(), MetricsFile(self.out / "metrics.jsonl"), LossPlot(self.out / "loss.png")))
         model.save_adapter(self.out / "adapter")
         after = self._answers(model, questions)
@@ -108,7 +112,6 @@ class Init:
     seed: int = 0
 
     def run(self) -> None:
-        _check_out(self.out)
         tokenizer = self.tokenizer
         if tokenizer is None and self.shape == "tiny":
             tokenizer = Path(__file__).parent / "examples" / "base"
@@ -149,7 +152,10 @@ def main(args: list[str] | None = None) -> None:
     except InputError as error:
         print(f"minitune: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except TrainingDiverged as error:
+    except OSError as error:
+        print(f"minitune: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (TrainingDiverged, MemoryError, torch.OutOfMemoryError) as error:
         print(f"minitune: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from minitune.errors import InputError
 
@@ -13,6 +14,23 @@ MemoryPolicy = Literal["auto", "keep", "pointwise", "full"]
 ScheduleName = Literal["constant", "linear", "cosine"]
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a layer, by their Hugging Face names: what ``targets="all-linear"`` means."""
+
+
+def _check_types(owner: str, settings: Any) -> None:
+    """InputError for a field whose value is not of its declared type: a Literal's values, int, float, bool, str."""
+    for name, declared in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        choices = get_args(declared) if get_origin(declared) is Literal else ()
+        if choices and value not in choices:
+            raise InputError(f"{owner}: {name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+        kinds = [kind for kind in (get_args(declared) or (declared,)) if kind in (int, float, bool, str)]
+        optional = type(None) in get_args(declared) and value is None
+        if kinds and not choices and not optional and get_origin(declared) in (None, UnionType):
+            fits = type(value) in kinds or (float in kinds and type(value) is int)
+            if not fits and not (str in kinds and isinstance(value, tuple | list)):
+                names = " or ".join({int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[k]
+                                    for k in kinds)
+                raise InputError(f"{owner}: {name} is {value!r}; it must be {names}")
 
 
 def _positive(owner: str, **values: float | None) -> None:
@@ -49,6 +67,7 @@ class Rope:
     truncate: bool = True
 
     def __post_init__(self) -> None:
+        _check_types("rope", self)
         _positive("rope", theta=self.theta, factor=self.factor, original_max_positions=self.original_max_positions)
 
 
@@ -81,6 +100,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_types("model", self)
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_positions")
         _positive("model", norm_eps=self.norm_eps, **{name: getattr(self, name) for name in sizes})
         if self.n_heads % self.n_kv_heads:
@@ -122,6 +142,11 @@ class LoRA:
     """Other alphas, by name or pattern."""
 
     def __post_init__(self) -> None:
+        _check_types("LoRA", self)
+        for pattern, kinds in ((self.rank_pattern, (int,)), (self.alpha_pattern, (int, float))):
+            for key, value in pattern.items():
+                if type(value) not in kinds:
+                    raise InputError(f"LoRA: the pattern {key!r} has the value {value!r}; it must be a number")
         _positive("LoRA", rank=self.rank, alpha=self.alpha, lr_ratio=self.lr_ratio)
         _positive("LoRA", **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()})
         _positive("LoRA", **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()})
@@ -166,10 +191,7 @@ class Training:
     """Observers hear of every so many steps."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "micro_batches", "epochs", "max_steps", "seed", "log_every"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) or (value is None and name == "max_steps")):
-                raise InputError(f"training: {name} is {value!r}; it must be a whole number")
+        _check_types("training", self)
         _positive("training", tokens=self.tokens, micro_batches=self.micro_batches, epochs=self.epochs, lr=self.lr,
                   max_steps=self.max_steps, log_every=self.log_every)
         _at_least_zero("training", warmup=self.warmup, min_lr_ratio=self.min_lr_ratio, weight_decay=self.weight_decay,

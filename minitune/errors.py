@@ -1,5 +1,5 @@
 """The one exception for bad input: the command line prints it without a traceback and exits with code 2."""
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Something the user gave is wrong. The message names the file, the line or field, the value, and what to do."""

@@ -30,5 +30,12 @@ def check(name: str, value: Tensor, plain: Tensor, truth: Tensor) -> None:
     assert error.max() <= 2 * allowed.max() + ulp, (
         f"{name}: max error {error.max():.3e} at {at} ({float(value[tuple(at)])} for {float(truth[tuple(at)])}); plain "
         f"PyTorch errs by {allowed.max():.3e}, one ulp is {ulp:.3e}")
-    rms, plain_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
-    assert rms <= 2 * plain_rms + ulp, f"{name}: rms error {rms:.3e}; plain PyTorch errs by {plain_rms:.3e}"
+    check_rms(name, value, plain, truth)
+
+
+def check_rms(name: str, value: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """The rule for the root mean square alone: for whole layers, where roundings that differ by chance add up and the
+    single largest error says little."""
+    rms, allowed = ((x.double() - truth).square().mean().sqrt() for x in (value, plain))
+    ulp = float(truth.abs().max()) * torch.finfo(value.dtype).eps
+    assert rms <= 2 * allowed + ulp, f"{name}: rms error {rms:.3e}; plain PyTorch errs by {allowed:.3e}"

@@ -22,7 +22,7 @@ class Batch:
     ``labels[t]`` is ``tokens[t + 1]`` of the same document, already shifted; -100 is not trained, and neither is the
     last position of a document. What the host knows it keeps as plain numbers, so that no device has to be asked:
     ``documents`` (lengths, longest), ``positions`` (int64 [T], restarting in each document), ``trained`` (int64
-    [n_trained], the trained positions), ``n_trained``, ``max_seqlen``.
+    [n_trained], the trained positions), ``n_trained``, ``max_seqlen``, ``highest_token``.
 
     Raises InputError for shapes or values that break this contract.
     """
@@ -36,6 +36,7 @@ class Batch:
     trained: Tensor = field(init=False, repr=False)
     n_trained: int = field(init=False)
     max_seqlen: int = field(init=False)
+    highest_token: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._check()
@@ -43,9 +44,19 @@ class Batch:
         last = self.cu_seqlens[1:].long() - 1
         if (self.labels[last] != IGNORED).any():
             raise InputError("Batch: the last position of a document has no next token; its label must be -100")
+        wrong = (self.labels[:-1] != IGNORED) & (self.labels[:-1] != self.tokens[1:])
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            raise InputError(f"Batch: labels[{at}] is {int(self.labels[at])}; it must be the next token "
+                             f"{int(self.tokens[at + 1])}, or -100 (labels are already shifted)")
+        if self.tokens.min() < 0:
+            raise InputError(f"Batch: tokens holds {int(self.tokens.min())}; ids are never negative")
+        if self.weights is not None and not torch.isfinite(self.weights).all():
+            raise InputError("Batch: weights holds values that are not finite")
         trained = (self.labels != IGNORED).nonzero().flatten()
         derived = {"documents": documents, "positions": documents.positions(), "trained": trained,
-                   "n_trained": trained.numel(), "max_seqlen": documents.max_seqlen}
+                   "n_trained": trained.numel(), "max_seqlen": documents.max_seqlen,
+                   "highest_token": int(self.tokens.max())}
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
@@ -74,9 +85,8 @@ class Batch:
         moved = object.__new__(Batch)
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            if isinstance(value, Documents):
-                value = Documents(change(value.cu_seqlens), value.lengths)
             object.__setattr__(moved, name, change(value) if isinstance(value, Tensor) else value)
+        object.__setattr__(moved, "documents", Documents(moved.cu_seqlens, self.documents.lengths))
         return moved
 
     def pin_memory(self) -> Batch:

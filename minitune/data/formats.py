@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -89,8 +88,8 @@ def _weight(sample: Mapping[str, Any], where: str) -> float | None:
     weight = sample.get("weight")
     if weight is None:
         return None
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise InputError(f"{where}: weight is {weight!r}; it must be a positive, finite number")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e30:
+        raise InputError(f"{where}: weight is {repr(weight)[:40]}; it must be a positive number below 1e30")
     return float(weight)
 
 

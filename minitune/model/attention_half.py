@@ -87,7 +87,7 @@ class AttentionHalf(nn.Module):
         y, s_o = lora_matmul.forward(attended, weights[1])
         return y.add_(x), kept | {"qkv": qkv, "graph": saved.graph, "attended": attended, "s_o": s_o}
 
-    def restore(self, kept: Kept, context: Context) -> None:
+    def restore(self, kept: Kept) -> None:
         kept["normed"] = rms_norm.apply(kept["x"], kept["rstd"], self.norm)
 
     def backward_from(self, dy: Tensor, kept: Kept, weights: tuple[LoraWeights, LoraWeights], context: Context,

@@ -14,6 +14,7 @@ from minitune.errors import InputError
 from minitune.model import half
 from minitune.model.attention_half import AttentionHalf
 from minitune.model.llama import Llama
+from minitune.model.memory import free_bytes
 from minitune.ops import attention, lora_matmul, rms_norm, rope
 from minitune.ops.documents import Documents
 
@@ -48,8 +49,11 @@ def generate(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: i
     if max_new_tokens == 0:
         return new
     cache = Cache(network, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    network.check_length(max(map(len, prompts)) + max_new_tokens)
     hidden = prefill(network, prompts, cache)
-    with network.packed_weights() if max_new_tokens >= WORTH_PACKING else contextlib.nullcontext():
+    size = sum(weight.numel() * weight.element_size() for weight in network.hf_weights().values())
+    pack = max_new_tokens >= WORTH_PACKING and network.device.type == "cpu" and 2 * size < free_bytes(network.device)
+    with network.packed_weights() if pack else contextlib.nullcontext():
         _grow(network, hidden, cache, new, max_new_tokens, choose, finished)
     return new
 
@@ -150,7 +154,7 @@ def sampler(temperature: float = 0.0, top_k: int | None = None, top_p: float | N
     then to the fewest whose probabilities reach `top_p` (Holtzman et al. 2020, arXiv:1904.09751)."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise InputError(f"generate: temperature is {temperature!r}; it must be 0 (greedy) or a positive number")
-    if top_k is not None and top_k < 1:
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
         raise InputError(f"generate: top_k is {top_k!r}; it must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"generate: top_p is {top_p!r}; it must be above 0 and at most 1")
@@ -163,7 +167,7 @@ def sampler(temperature: float = 0.0, top_k: int | None = None, top_p: float | N
         generator.manual_seed(seed)
 
     def draw(logits: Tensor) -> Tensor:
-        ordered, ids = (logits / temperature).sort(-1, descending=True)
+        ordered, ids = ((logits - logits.amax(-1, keepdim=True)) / temperature).sort(-1, descending=True)
         if top_k is not None:
             ordered, ids = ordered[:, :top_k], ids[:, :top_k]
         p = ordered.softmax(-1)

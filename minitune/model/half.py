@@ -49,7 +49,7 @@ class Half(Protocol):
     def cheap(self) -> frozenset[str]:
         """The kept entries that `restore` forms again at the price of a pointwise pass."""
 
-    def restore(self, kept: Kept, context: Context) -> None:
+    def restore(self, kept: Kept) -> None:
         """Put the cheap entries back."""
 
     def backward_from(self, dy: Tensor, kept: Kept, weights: tuple[LoraWeights, LoraWeights], context: Context,
@@ -85,8 +85,9 @@ class _Run(torch.autograd.Function):
         if context.policy == "full":
             kept = half.forward_keeping(kept["x"], weights, context, needs_backward=True)[1]
         elif context.policy == "pointwise":
-            half.restore(kept, context)
+            half.restore(kept)
         dx, gradients = half.backward_from(dy, kept, weights, context, ctx.needs_input_grad[0])
+        ctx.others = {}     # a library's graph: a loss that is still referenced must not keep it alive
         return dx, None, None, *gradients
 
 
@@ -97,7 +98,7 @@ def run(half: Half, x: Tensor, context: Context) -> Tensor:
     if not half.needs_composed:
         out: Tensor = _Run.apply(x, half, context, *half.adapter_parameters())
         return out
-    if context.policy == "full":
+    if context.policy != "keep":       # plain autograd has no cheaper list to keep than none
         composed: Tensor = checkpoint(half.composed, x, context, use_reentrant=False)
         return composed
     return half.composed(x, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import zlib
 from collections.abc import Iterator
 
@@ -64,6 +65,7 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, documents: Documents) -> Tensor:
         """tokens and positions int64 [T] on the network's device -> hidden [T, d_model] after the final norm."""
         self.refresh_images()
+        self.check_length(documents.max_seqlen)
         cos, sin = rope.tables(self.config, positions, documents)
         context = half.Context(cos, sin, documents, self._policy(len(tokens)))
         x = F.embedding(tokens, self.embedding).to(self.dtype)
@@ -71,10 +73,17 @@ class Llama(nn.Module):
             x = layer(x, context)
         return rms_norm(x, self.norm, self.config.norm_eps)
 
+    def check_length(self, length: int) -> None:
+        """Warn, once for each place in the code, of documents longer than the model was made for."""
+        if length > self.config.max_positions and self.config.rope.kind != "dynamic":
+            warnings.warn(f"a document of {length} tokens is longer than the {self.config.max_positions} positions "
+                          "that config.json names; the model may be poor there", stacklevel=3)
+
     def _policy(self, tokens: int) -> MemoryPolicy:
         """The memory policy of a pass over so many tokens, decided at the first one."""
         if tokens not in self._policies and torch.is_grad_enabled():
-            self._policies[tokens] = choose_policy(self.config, tokens, self.memory, self.dtype, self.device)
+            composed = any(layer.attention.needs_composed or layer.mlp.needs_composed for layer in self.blocks())
+            self._policies[tokens] = choose_policy(self.config, tokens, self.memory, self.dtype, self.device, composed)
         return self._policies.get(tokens, "keep")
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -143,7 +143,9 @@ class Projection(nn.Module):
         return LoraWeights(weight, bias, a, b, self.packed)
 
     def adapter_parameters(self) -> list[Tensor]:
-        """A and B of each adapter, in the order in which `adapter_gradients` returns theirs."""
+        """A and B of each adapter, in the order of `adapter_gradients`; none while they are switched off."""
+        if not self.enabled:
+            return []
         return [p for adapter in self.own_adapters().values() for p in (adapter.A, adapter.B)]
 
     def adapter_gradients(self, dy: Tensor, x: Tensor, s: Tensor | None, ds: Tensor | None) -> list[Tensor]:
@@ -151,8 +153,8 @@ class Projection(nn.Module):
 
         The products serve all parts at once; each adapter takes its own rows and columns, B's with the scale.
         """
-        if s is None or ds is None:     # no adapter, or switched off: nothing flows
-            return [torch.zeros_like(p) for p in self.adapter_parameters()]
+        if s is None or ds is None:     # no adapter, or switched off
+            return []
         da, db = lora_matmul.backward_adapters(dy, x, s, ds)
         gradients = []
         for adapter, rows, ranks in self.image_slices():
@@ -162,13 +164,15 @@ class Projection(nn.Module):
     # -- the composed path -----------------------------------------------------------------------------------------
 
     def unfreeze(self, patterns: tuple[str, ...]) -> None:
-        """Make a fp32 Parameter of every part of the weight or bias whose full name a pattern names."""
+        """Make a fp32 Parameter of every part of the weight or bias whose full name a pattern names; its siblings stay
+        frozen in the compute dtype."""
         names = [name for name in self.hf_weights() if any(matches(p, name) for p in patterns)]
         if not names:
             return
         for name, value in self.hf_weights().items():
-            parameter = nn.Parameter(value.float().clone(), requires_grad=name in names)
-            self.trained[_key(name)] = parameter
+            trained = name in names
+            copy = value.to(torch.float32 if trained else value.dtype, copy=True)
+            self.trained[_key(name)] = nn.Parameter(copy, requires_grad=trained)
         self.weight = frozen(self.weight.new_empty(0, self.n_columns))
         self.bias = None if self.bias is None else frozen(self.bias.new_empty(0))
 
@@ -180,10 +184,10 @@ class Projection(nn.Module):
 
     def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """(weight [N, K], bias [N] or None) of trained parts, cast to `dtype`."""
-        weight = torch.cat([self.trained[_key(f"{path}.weight")] for path in self.parts]).to(dtype)
+        weight = torch.cat([self.trained[_key(f"{path}.weight")].to(dtype) for path in self.parts])
         if self.bias is None:
             return weight, None
-        return weight, torch.cat([self.trained[_key(f"{path}.bias")] for path in self.parts]).to(dtype)
+        return weight, torch.cat([self.trained[_key(f"{path}.bias")].to(dtype) for path in self.parts])
 
     def refresh_cast(self, dtype: torch.dtype) -> None:
         """For passes without gradients: trained parts as one frozen-looking weight; else none, to save its memory."""

@@ -49,7 +49,7 @@ class MlpHalf(nn.Module):
         return y.add_(x), {"x": x, "rstd": rstd, "normed": normed, "s_gate_up": s_gate_up, "gate_up": gate_up, "h": h,
                            "s_down": s_down}
 
-    def restore(self, kept: Kept, context: Context) -> None:
+    def restore(self, kept: Kept) -> None:
         kept["normed"] = rms_norm.apply(kept["x"], kept["rstd"], self.norm)
         kept["h"] = swiglu.forward(kept["gate_up"])
 

@@ -22,10 +22,7 @@ class LanguageModel(Protocol):
 
 def token_losses(model: LanguageModel, batch: Batch) -> Tensor:
     """fp32 [n_trained]: the loss of each trained token. The head sees the trained positions alone."""
-    hidden = model.hidden(batch)
-    if batch.n_trained < batch.n_tokens:
-        hidden = hidden[batch.trained]
-    return model.losses_at(hidden, batch.labels[batch.trained])
+    return model.losses_at(model.hidden(batch)[batch.trained], batch.labels[batch.trained])
 
 
 def sft(model: LanguageModel, batch: Batch) -> tuple[Tensor, int]:

@@ -46,13 +46,14 @@ def backward(dout: Tensor, graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
+    """torch's public switch also rewrites the compiler's settings, which are the user's; this is the flag alone."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=warn_only or not before)
+    torch._C._set_deterministic_algorithms(True, warn_only=warn_only or not before)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch._C._set_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:

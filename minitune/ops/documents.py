@@ -37,6 +37,3 @@ class Documents:
     def positions(self) -> Tensor:
         """int64 [T] on the host: each token's place within its own document, from 0."""
         return torch.cat([torch.arange(length) for length in self.lengths])
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Documents:
-        return Documents(self.cu_seqlens.to(device, non_blocking=non_blocking), self.lengths)

@@ -62,7 +62,11 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None].to(gradient.dtype), None, None
+        return (gradient * upstream[:, None]).to(gradient.dtype), None, None
+
+
+def _trained_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return reference(hidden, weight.to(hidden.dtype), labels)      # cast in here, so that no chunk keeps a copy
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -74,6 +78,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     if not (weight.requires_grad and torch.is_grad_enabled()):
         losses: Tensor = _FrozenHead.apply(hidden, weight.detach().to(hidden.dtype), labels)
         return losses
-    parts = [checkpoint(reference, h, weight.to(hidden.dtype), y, use_reentrant=False)
+    parts = [checkpoint(_trained_head, h, weight, y, use_reentrant=False)
              for h, y in zip(hidden.split(_chunk(weight)), labels.split(_chunk(weight)), strict=True)]
     return torch.cat(parts) if parts else hidden.new_empty(0, dtype=_wide(hidden))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -67,7 +68,14 @@ def tables(config: ModelConfig, positions: Tensor, documents: Documents) -> tupl
         known = {n: frequencies(config.rope, config.head_dim, config.max_positions, n)[0] for n in documents.lengths}
         rows = torch.stack([known[n] for n in documents.lengths])
         return _angles(positions, rows.repeat_interleave(torch.tensor(documents.lengths), dim=0), 1.0)
-    return _angles(positions, *frequencies(config.rope, config.head_dim, config.max_positions))
+    return _angles(positions, *_static(config.rope, config.head_dim, config.max_positions, positions.device))
+
+
+@functools.lru_cache(maxsize=32)
+def _static(rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> tuple[Tensor, float]:
+    """Frequencies that no document changes, kept on the device: a copy in each pass would make a GPU wait."""
+    inverse, factor = frequencies(rope, head_dim, max_positions)
+    return inverse.to(device), factor
 
 
 def step_tables(config: ModelConfig, places: list[int], device: torch.device) -> tuple[Tensor, Tensor]:

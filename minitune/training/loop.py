@@ -62,7 +62,8 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     model.train(True)
     try:
         _tell(observers, "on_start", run.info)
-        _steps(model, _groups(batches, training.micro_batches, limit, device), optimizer, objective, observers, run)
+        groups = islice(_groups(batches, training.micro_batches, limit, device), total_steps)
+        _steps(model, groups, optimizer, objective, observers, run)
         if not run.records:
             raise InputError("training: the data has no trained token (no batch, or all labels are -100)")
         run.end = "finished" if len(run.records) == total_steps else "out of data"
@@ -85,8 +86,8 @@ def make_optimizer(model: Any, training: Training) -> FlatOptimizer:
     return AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
 
 
-def _plan(batches: Iterable[Batch], training: Training) -> tuple[int, int]:
-    """(steps, micro-batches) of the run."""
+def _plan(batches: Iterable[Batch], training: Training) -> tuple[int, int | None]:
+    """(steps, micro-batches) of the run; with max_steps as many micro-batches as these take."""
     length = None
     if isinstance(batches, Epochs):
         length = batches.count(training.epochs)
@@ -95,7 +96,7 @@ def _plan(batches: Iterable[Batch], training: Training) -> tuple[int, int]:
     if length == 0:
         raise InputError("training: there are no batches; the data holds nothing to train on")
     if training.max_steps is not None:
-        return training.max_steps, training.max_steps * training.micro_batches
+        return training.max_steps, None
     if length is None:
         raise InputError("training: the data has no length, so the number of steps is unknown; set max_steps, or "
                          "give a list of batches")
@@ -103,18 +104,19 @@ def _plan(batches: Iterable[Batch], training: Training) -> tuple[int, int]:
 
 
 def _stream(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches again and again, each epoch in its own order if they know one; an iterator once only."""
+    """The batches again and again, each epoch in its own order if they know one; an iterator once only, and so too
+    data in which nothing is trained."""
     for epoch in count():
-        empty = True
+        n_trained = 0
         drawn = batches.epoch(epoch) if isinstance(batches, Epochs) else iter(batches)
         for batch in drawn:
-            empty = False
+            n_trained += batch.n_trained
             yield batch
-        if empty or drawn is batches:
+        if n_trained == 0 or drawn is batches:
             return
 
 
-def _groups(batches: Iterable[Batch], size: int, limit: int, device: torch.device) -> Iterator[list[Batch]]:
+def _groups(batches: Iterable[Batch], size: int, limit: int | None, device: torch.device) -> Iterator[list[Batch]]:
     """The micro-batches of each step, on the device. Drawn while the device is still busy with the step before."""
     group: list[Batch] = []
     for batch in islice(_stream(batches), limit):

@@ -54,6 +54,7 @@ def train_step(model: Any, micro_batches: Sequence[Batch], optimizer: torch.opti
             raise ValueError(f"the objective counted {n} trained tokens where the batch has {batch.n_trained}")
         (loss_sum / n_step).backward()
         total = loss_sum.detach() if total is None else total + loss_sum.detach()
+        del loss_sum    # and with it the graph, before the next forward
     assert total is not None
     norm = clip_grad_norm(optimizer, clip)
     for group in optimizer.param_groups:

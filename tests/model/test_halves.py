@@ -9,7 +9,7 @@ from minitune.model.llama import Llama, init_weights
 from minitune.model.memory import kept_bytes
 from minitune.ops import rope
 from minitune.ops.documents import Documents
-from tests.tolerance import check, relative
+from tests.tolerance import check_rms, relative
 
 LENGTHS = (9, 20, 9, 3)
 BASE = {"vocab_size": 61, "d_model": 40, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "head_dim": 10, "d_ff": 52}
@@ -106,7 +106,7 @@ def test_bf16_errs_no_more_than_plain_autograd(shape):
     plain = _gradients(network, _composed(network), torch.bfloat16)
     for i, (value, p, t) in enumerate(zip(_gradients(network, _fast(network, "keep"), torch.bfloat16), plain, truth,
                                           strict=True)):
-        check(f"entry {i}", value, p, t.double())
+        check_rms(f"entry {i}", value, p, t.double())
 
 
 def test_pointwise_and_full_keep_what_is_predicted():
