@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 CONFIG = mt.ModelConfig(vocab_size=4096, d_model=192, n_layers=6, n_heads=6, n_kv_heads=2, head_dim=32, d_ff=512,
                         max_positions=1024, tied_head=True, bos_id=1, eos_ids=(2,))
 TRAINING = mt.Training(tokens=2048, epochs=2, lr=3e-3, warmup=0.02, min_lr_ratio=0.1, weight_decay=0.05, log_every=20)
-REPLAYED = 1000
+REPLAYED = 5000
 """So many short training texts go into replay.jsonl, for the demo to mix with its facts."""
 REPLAY_CHARS = range(60, 700)
 

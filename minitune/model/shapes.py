@@ -15,7 +15,7 @@ SHAPES: dict[str, ModelConfig] = {
     "134m": ModelConfig(vocab_size=32_000, d_model=768, n_layers=12, n_heads=12, n_kv_heads=12, head_dim=64, d_ff=2048,
                         bos_id=1, eos_ids=(2,)),
     "787m": ModelConfig(vocab_size=32_000, d_model=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, d_ff=5632,
-                        bos_id=1, eos_ids=(2,)),
+                        tied_head=True, bos_id=1, eos_ids=(2,)),
     "llama-3.2-1b": ModelConfig(vocab_size=128_256, d_model=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64,
                                 d_ff=8192, max_positions=131_072, tied_head=True, bos_id=128_000, eos_ids=(128_001,),
                                 rope=Rope(kind="llama3", theta=500_000.0, factor=32.0, original_max_positions=8192)),
