@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+pytest.importorskip("transformers")
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,

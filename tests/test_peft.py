@@ -2,9 +2,11 @@
 
 import copy
 
-import peft
 import pytest
 import torch
+
+pytest.importorskip("peft")
+import peft
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 

@@ -1,8 +1,8 @@
 """attention: causal, grouped-query, within each document of a flat packed stream, optionally in a sliding window.
 
 Two ways stand behind `forward` and `backward`. On a CPU: matrix products over blocks of queries, one pass for each
-group of equally long documents. On a GPU: torch's own kernels (`attention_library`), whose piece of autograd graph is
-kept for the backward. `reference` is what both must equal.
+group of documents of about one length. On a GPU: torch's own kernels (`attention_library`), whose piece of autograd
+graph is kept for the backward. `reference` is what both must equal.
 """
 
 from __future__ import annotations

@@ -63,3 +63,10 @@ def test_a_missing_base_is_said_with_the_command_that_builds_it(tmp_path, monkey
     with pytest.raises(InputError, match="make base"):
         demo.run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.timeout(900)
+def test_the_demo_keeps_its_promise(tmp_path, capsys) -> None:
+    """The whole job on the shipped base: what `make demo` runs and checks."""
+    assert demo.run(tmp_path, device="cpu"), capsys.readouterr().out
+    assert {"adapter", "loss.png", "metrics.jsonl", "train.jsonl"} <= {path.name for path in tmp_path.iterdir()}

@@ -110,7 +110,7 @@ def test_bf16_errs_no_more_than_plain_autograd(shape):
 
 
 def test_pointwise_and_full_keep_what_is_predicted():
-    """What autograd holds between forward and backward is what kept_bytes says, within 3 % (S and 1/rms)."""
+    """What autograd holds between forward and backward is what kept_bytes says, within 6 % (S and 1/rms)."""
     config = SHAPES["qwen3"]
     for policy in ("keep", "pointwise", "full"):
         network = _network(config, LoRA(rank=1))

@@ -1,0 +1,67 @@
+"""The whole of it on a GPU: the same losses as on the CPU, no waiting within a step, the same bits twice."""
+
+import pytest
+import torch
+
+import minitune as mt
+from tests.oracles import make
+from tests.tolerance import relative
+
+pytestmark = pytest.mark.gpu
+VARIANTS = ["llama-2-gqa", "llama-dynamic", "mistral", "qwen3"]
+
+
+def _batch(lengths=(20, 31, 9, 31), seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    documents = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths]
+    return mt.data.pack(documents, sum(lengths) + 5)[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_gradients_and_generation_equal_the_cpus_in_fp32(variant, tmp_path):
+    make(variant, tmp_path)
+    results = []
+    for device in ("cpu", "cuda"):
+        model = mt.load(tmp_path, lora=mt.LoRA(rank=4), dtype="float32", device=device)
+        for adapter in model.network.adapters().values():
+            adapter.B.data.copy_(torch.randn(adapter.B.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
+        loss = model.loss(_batch())
+        loss.backward()
+        results.append((loss.detach().cpu(), [p.grad.cpu() for p in model.trainable_parameters()],
+                        model.generate([[5, 6, 7], [8]], 12)))
+    (loss, gradients, new), (gpu_loss, gpu_gradients, gpu_new) = results
+    assert relative(gpu_loss, loss) < 1e-5 and gpu_new == new
+    for a, b in zip(gpu_gradients, gradients, strict=True):
+        assert relative(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("memory", ["keep", "pointwise", "full"])
+def test_a_step_in_bf16_repeats_bit_for_bit_and_waits_for_nothing(memory, tmp_path):
+    make("qwen3", tmp_path)
+    losses = []
+    for _ in range(2):
+        model = mt.load(tmp_path, lora=mt.LoRA(rank=4), device="cuda", memory=memory)
+        optimizer = mt.AdamW(model.trainable_parameters(), lr=1e-2)
+        batch = _batch().pin_memory().to("cuda")
+        run = []
+        for step in range(5):
+            torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
+            loss = model.loss(batch)
+            loss.backward()
+            optimizer.clip(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.append(loss.detach())
+        torch.cuda.set_sync_debug_mode("default")
+        losses.append(torch.stack(run).cpu())
+    assert torch.equal(*losses) and losses[0][-1] < losses[0][0]
+
+
+def test_train_runs_and_saves(tmp_path):
+    make("llama-2-gqa", tmp_path / "base")
+    model = mt.load(tmp_path / "base", lora=mt.LoRA(rank=4), device="cuda")
+    run = mt.train(model, [_batch(seed=s) for s in range(4)], epochs=5, lr=1e-2, micro_batches=2)
+    assert run.final_loss < run.records[0].loss
+    model.save_adapter(tmp_path / "adapter")
+    loaded = mt.load(tmp_path / "base", adapter=tmp_path / "adapter", device="cuda")
+    assert torch.equal(loaded.loss(_batch()), model.loss(_batch()))
