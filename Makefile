@@ -39,7 +39,7 @@ lint: $(VENV)/.test
 gpu:                            ## on a GPU machine, with the python and torch that it has: tests, then timings
 	$(PYTHON) -m benchmarks.gpu
 
-bench: $(VENV)/.test            ## minitune beside transformers + PEFT on this CPU; about half an hour
+bench: $(VENV)/.test            ## minitune beside transformers + PEFT on this CPU; an hour, on a quiet machine
 	$(BIN)/python -m benchmarks.bench_train
 	$(BIN)/python -m benchmarks.tables
 

@@ -211,12 +211,9 @@ def bench(size: str, told: argparse.Namespace) -> Path:
         folder = Path(place)
         subprocess.run([sys.executable, "-m", SIDES, "write", "--folder", str(folder), "--size", size], cwd=ROOT,
                        check=True)
-        rivals: list[dict[str, Any]] = []
         for shape in told.layout:
             say(f"{size}, {shape}")
-            tried: list[dict[str, Any]] = []
-            if not (rivals and told.choose_once):
-                rivals, tried = choose_rivals(folder, size, shape, told)
+            rivals, tried = choose_rivals(folder, size, shape, told)
             sides, texts = alternate(folder, size, shape, rivals, told)
             profiles |= {f"{name}-{shape}": text for name, text in texts.items()}
             raw["layouts"][shape] = {"n_tokens": sum(layout(shape)), "rivals": rivals, "tried": tried, "sides": sides,
@@ -240,7 +237,6 @@ def main() -> None:
     option("--attempts", type=int, default=4, help="how often a turn is tried until the machine is quiet")
     option("--void-share", type=float, default=VOID_SHARE, help="share of the CPU that others may take in a turn")
     option("--profile", action="store_true", help="write the operators of one step beside the raw file")
-    option("--choose-once", action="store_true", help="the first layout's best rivals stand for all layouts")
     option("--no-compiled", dest="compiled", action="store_false", help="leave torch.compile out")
     option("--no-ours", dest="ours", action="store_false", help="the rivals and the limit only")
     option("--out", type=Path, help="folder of the raw files, default benchmarks/results")
