@@ -1,10 +1,12 @@
-# make demo | test | test-all | lint | gpu | bench | base | clean
+# make install | demo | test | test-all | lint | gpu | bench | base | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all lint gpu bench base clean
+.PHONY: install demo test test-all lint gpu bench base clean
+
+install: $(VENV)/.installed     ## the package and its dependencies, into .venv
 
 # torch comes first and pinned: without it another package would pull its newest build, with gigabytes beside it.
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt

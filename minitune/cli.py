@@ -36,7 +36,7 @@ class Train:
     """Folder for the adapter, metrics.jsonl and loss.png; it must not exist yet, or be empty."""
     ask: tuple[str, ...] = ()
     """Questions to answer before and after; by default the first three prompts of the data."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = 128
     """Longest answer, in tokens."""
     adapter: Path | None = None
     """PEFT adapter folder to go on from; its rank and targets then count."""
@@ -45,12 +45,14 @@ class Train:
     dtype: str | None = None
     """bfloat16 or float32; by default the one that the device is good at."""
     memory: MemoryPolicy = "auto"
-    """What is kept for the backward: more memory, more speed."""
+    """What is kept for the backward: keep (fastest), pointwise, full (least memory); auto takes the first that fits."""
     lora: LoRA = field(default_factory=LoRA)
     training: Training = field(default_factory=Training)
 
     def run(self) -> None:
         _check_out(self.out)
+        if self.adapter is not None and self.lora != LoRA():
+            raise InputError("train: --adapter brings its own rank, alpha and targets; leave out the flags of LoRA")
         lora = self.lora if self.adapter is None else None
         model = load(self.base, device=self.device, dtype=self.dtype, memory=self.memory, seed=self.training.seed,
                      lora=lora, adapter=self.adapter)
@@ -83,15 +85,21 @@ class Complete:
     adapter: Path | None = None
     """PEFT adapter folder."""
     max_new_tokens: int = 128
+    """Longest answer, in tokens."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """0 is greedy, more is bolder."""
     top_k: int | None = None
+    """Draw among so many likeliest tokens."""
     top_p: float | None = None
+    """Draw among the fewest tokens whose probabilities reach this."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer."""
     seed: int | None = None
+    """Random seed of the draws."""
     device: str | None = None
+    """cuda or cpu; by default the GPU if there is one."""
     dtype: str | None = None
+    """bfloat16 or float32; by default the one that the device is good at."""
 
     def run(self) -> None:
         model = load(self.base, device=self.device, dtype=self.dtype, adapter=self.adapter)
@@ -138,6 +146,9 @@ Command = (Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Complete,
            | Annotated[Init, tyro.conf.subcommand("init")] | Annotated[Demo, tyro.conf.subcommand("demo")])
 
 
+DESCRIPTION = "Fine-tune Llama-family models with LoRA on one NVIDIA GPU or a CPU."
+
+
 def _check_out(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already; name another folder with --out, or remove it")
@@ -146,7 +157,7 @@ def _check_out(out: Path) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run one command. User errors end in one line on stderr and exit code 2."""
     try:
-        command = tyro.cli(Command, prog="minitune", description=__doc__, args=args,
+        command = tyro.cli(Command, prog="minitune", description=DESCRIPTION, args=args,
                            config=(OmitArgPrefixes, OmitSubcommandPrefixes))
         command.run()
     except InputError as error:

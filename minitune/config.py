@@ -1,4 +1,4 @@
-"""Every setting and every default of minitune, as frozen dataclasses that check their own values."""
+"""Settings of models, adapters and training runs with their defaults: frozen dataclasses that check themselves."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class LoRA:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One training run: how long, how fast, in what portions."""
+    """One training run: how long, how fast, in what batches."""
 
     tokens: int = 2048
     """T, the length of one packed micro-batch; no document may be longer."""
@@ -182,13 +182,13 @@ class Training:
     weight_decay: float = 0.0
     """Decoupled (AdamW's)."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     clip: float = 1.0
     """Largest global norm of the gradient; 0 does not clip."""
     seed: int = 0
-    """Of adapters, shuffling and dropout."""
+    """Random seed of adapters, shuffling and dropout."""
     log_every: int = 1
-    """Observers hear of every so many steps."""
+    """Report every so many steps."""
 
     def __post_init__(self) -> None:
         _check_types("training", self)
