@@ -135,6 +135,7 @@ class Model(nn.Module):
         if batch.highest_token >= self.config.vocab_size:
             raise InputError(f"the batch holds the token id {batch.highest_token}; the vocabulary ends at "
                              f"{self.config.vocab_size - 1}")
+        self.network.check_length(batch.longest_trained)
         batch = batch.to(self.device)
         out: Tensor = self.network(batch.tokens, batch.positions, batch.documents)
         return out

@@ -56,7 +56,8 @@ class Train:
         lora = self.lora if self.adapter is None else None
         model = load(self.base, device=self.device, dtype=self.dtype, memory=self.memory, seed=self.training.seed,
                      lora=lora, adapter=self.adapter)
-        data = stream(self.data, model.tokenizer, tokens=self.training.tokens, seed=self.training.seed)
+        data = stream(self.data, model.tokenizer, tokens=self.training.tokens, epochs=self.training.epochs,
+                      seed=self.training.seed)
         print(data, file=sys.stderr)
         questions = self.ask or tuple(itertools.islice(prompts_of(self.data), 3))
         before = self._answers(model, questions)

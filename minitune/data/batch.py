@@ -22,7 +22,8 @@ class Batch:
     ``labels[t]`` is ``tokens[t + 1]`` of the same document, already shifted; -100 is not trained, and neither is the
     last position of a document. What the host knows it keeps as plain numbers, so that no device has to be asked:
     ``documents`` (lengths, longest), ``positions`` (int64 [T], restarting in each document), ``trained`` (int64
-    [n_trained], the trained positions), ``n_trained``, ``max_seqlen``, ``highest_token``.
+    [n_trained], the trained positions), ``n_trained``, ``max_seqlen``, ``longest_trained`` (of the documents in which
+    something is trained: a row's filler is none), ``highest_token``.
 
     Raises InputError for shapes or values that break this contract.
     """
@@ -36,6 +37,7 @@ class Batch:
     trained: Tensor = field(init=False, repr=False)
     n_trained: int = field(init=False)
     max_seqlen: int = field(init=False)
+    longest_trained: int = field(init=False)
     highest_token: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,9 +58,15 @@ class Batch:
         trained = (self.labels != IGNORED).nonzero().flatten()
         derived = {"documents": documents, "positions": documents.positions(), "trained": trained,
                    "n_trained": trained.numel(), "max_seqlen": documents.max_seqlen,
+                   "longest_trained": max((documents.lengths[i] for i in self._trained_documents(trained)), default=0),
                    "highest_token": int(self.tokens.max())}
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    def _trained_documents(self, trained: Tensor) -> list[int]:
+        """Which documents hold a trained position."""
+        found: list[int] = torch.bucketize(trained, self.cu_seqlens[1:].long(), right=True).unique().tolist()
+        return found
 
     def _check(self) -> None:
         tokens = self.tokens.numel()

@@ -65,7 +65,6 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, documents: Documents) -> Tensor:
         """tokens and positions int64 [T] on the network's device -> hidden [T, d_model] after the final norm."""
         self.refresh_images()
-        self.check_length(documents.max_seqlen)
         cos, sin = rope.tables(self.config, positions, documents)
         context = half.Context(cos, sin, documents, self._policy(len(tokens)))
         x = F.embedding(tokens, self.embedding).to(self.dtype)

@@ -1,0 +1,49 @@
+"""Batch: the contract it checks and what it derives on the host."""
+
+import warnings
+
+import pytest
+import torch
+
+import minitune as mt
+
+
+def _batch(tokens, labels, bounds, **rest):
+    return mt.Batch(tokens=torch.tensor(tokens), labels=torch.tensor(labels),
+                    cu_seqlens=torch.tensor(bounds, dtype=torch.int32), **rest)
+
+
+def test_what_the_host_knows():
+    batch = _batch([5, 6, 7, 0, 0, 0, 0, 8, 9], [6, -100, -100, -100, -100, -100, -100, 9, -100], [0, 3, 7, 9])
+    assert batch.documents.lengths == (3, 4, 2) and batch.max_seqlen == 4 and batch.longest_trained == 3
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1]
+    assert batch.trained.tolist() == [0, 7] and batch.n_trained == 2 and batch.highest_token == 9
+    assert batch.to("cpu").documents.lengths == (3, 4, 2)
+
+
+WRONG = {
+    "label": ([1, 2, 3], [2, 1, -100], [0, 3], {}, "labels"),
+    "last": ([1, 2], [2, 2], [0, 2], {}, "-100"),
+    "bounds": ([1, 2], [2, -100], [0, 1], {}, "cu_seqlens"),
+    "falling": ([1, 2], [2, -100], [0, 2, 1, 2], {}, "cu_seqlens"),
+    "length": ([1, 2], [2], [0, 2], {}, "labels"),
+    "negative": ([-1, 2], [2, -100], [0, 2], {}, "-1"),
+    "weights": ([1, 2], [2, -100], [0, 2], {"weights": torch.tensor([float("nan"), 1])}, "weights"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_broken_contract_is_named(case):
+    tokens, labels, bounds, rest, word = WRONG[case]
+    with pytest.raises(mt.InputError, match=word):
+        _batch(tokens, labels, bounds, **rest)
+
+
+def test_only_documents_that_are_trained_count_as_too_long(tmp_path):
+    mt.init("tiny", tmp_path / "m")
+    model = mt.load(tmp_path / "m", device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.loss(mt.data.pack([[5, 6, 7]], 1500)[0])      # the filler of 1,497 tokens is no document
+    with pytest.warns(UserWarning, match="1024 positions"):
+        model.loss(mt.data.pack([list(range(3, 1103))], 1500)[0])
