@@ -1,6 +1,7 @@
 """The public face: loading, training, saving, generating, and one clear error for each misuse."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ TRAIN = {"full": None, "head": {"lm_head.weight"}, "embedding": {"model.embed_to
 def folder(tmp_path_factory):
     """A tiny checkpoint with a tokenizer, written by `mt.init`."""
     folder = tmp_path_factory.mktemp("tiny")
-    mt.init("tiny", folder, tokenizer="examples/base", seed=1)
+    mt.init("tiny", folder, tokenizer=Path(mt.__file__).parent / "examples" / "base", seed=1)
     return folder
 
 
