@@ -41,7 +41,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     else float32. lora: fresh adapters to train; adapter: a PEFT adapter folder to go on from or to use; train: base
     weights to train ("full", "head", "norms", "embedding", "last:4", or name patterns). With none of the three all is
     frozen. memory: what is kept for the backward ("keep", "pointwise", "full"; "auto" decides by free memory). seed:
-    for the adapters' start. On a CPU it also tells malloc to keep freed memory, which nearly halves a step's time.
+    for the adapters' start. On a CPU it also tells malloc to keep freed memory, which saves a step's page faults.
 
     Raises InputError for whatever is wrong with the folder or the arguments.
     """

@@ -37,7 +37,7 @@ class Cache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write one key and one value [n, kv_heads, head_dim] behind what each row holds; `lengths` is left alone."""
-        if len(set(self.lengths)) == 1:     # a slice is a plain copy, several times as fast as an index
+        if len(set(self.lengths)) == 1:     # a slice is a plain copy, cheaper than an index
             place = self.lengths[0]
             self.keys[layer][:, :, place], self.values[layer][:, :, place] = k, v
         else:

@@ -48,8 +48,8 @@ def free_bytes(device: torch.device) -> int:
 def reuse_freed_memory() -> None:
     """Tell glibc's malloc to keep freed memory for the next tensor instead of handing it back to the kernel.
 
-    A training step on a CPU frees and takes the same large tensors over and over; fresh pages for them cost up to half
-    of its time. It holds for the whole process from here on. Where malloc is another one, nothing happens.
+    A training step on a CPU frees and takes the same large tensors over and over, and fresh pages for them cost time.
+    It holds for the whole process from here on. Where malloc is another one, nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
