@@ -1,7 +1,7 @@
 """packed_weight: a bf16 weight laid out once as oneDNN's kernels want it, for products with few rows on a CPU.
 
-A token's decoding multiplies one row by every weight; oneDNN else lays the weight out anew in each product, which
-takes as long as the product itself. The packed copy costs the weight's memory again, so generation makes it and drops
+A token's decoding multiplies one row by every weight; oneDNN else lays the weight out anew in each product. The
+packed copy costs the weight's memory again, so generation makes it and drops
 it (`model/generate.py`).
 """
 
