@@ -19,7 +19,7 @@ from minitune.ops import attention, lora_matmul, rms_norm, rope
 from minitune.ops.documents import Documents
 
 WORTH_PACKING = 16
-"""From so many new tokens on, packing the weights for a CPU costs less than it saves."""
+"""From so many new tokens on, packing the weights for several sequences on a CPU costs less than it saves."""
 
 Choose = Callable[[Tensor], Tensor]
 """Logits fp32 [n, vocab_size] -> the next token of each row, int64 [n]."""
@@ -61,7 +61,8 @@ def generate(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: i
     network.check_length(max(map(len, prompts)) + max_new_tokens)
     hidden = prefill(network, prompts, cache)
     size = sum(weight.numel() * weight.element_size() for weight in network.hf_weights().values())
-    pack = max_new_tokens >= WORTH_PACKING and network.device.type == "cpu" and 2 * size < free_bytes(network.device)
+    pack = (len(prompts) > 1 and max_new_tokens >= WORTH_PACKING and network.device.type == "cpu"
+            and 2 * size < free_bytes(network.device))
     with network.packed_weights() if pack else contextlib.nullcontext():
         _grow(network, hidden, cache, new, max_new_tokens, choose, finished)
     return new

@@ -18,7 +18,7 @@ from minitune.model.attention_half import AttentionHalf
 from minitune.model.lora import Adapter, Projection, check_targets, frozen, matches
 from minitune.model.memory import choose_policy
 from minitune.model.mlp_half import MlpHalf
-from minitune.ops import packed_weight, rope
+from minitune.ops import few_rows, rope
 from minitune.ops.documents import Documents
 from minitune.ops.linear_cross_entropy import linear_cross_entropy
 from minitune.ops.rms_norm import rms_norm
@@ -87,18 +87,16 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, d_model] -> fp32 [n, vocab_size]."""
-        if self.packed_head is not None:
-            return packed_weight.product(hidden, self.packed_head).float()
-        return (hidden @ self.head_weight.to(hidden.dtype).mT).float()
+        return few_rows.product(hidden, self.head_weight.to(hidden.dtype), packed=self.packed_head).float()
 
     @contextlib.contextmanager
     def packed_weights(self) -> Iterator[None]:
-        """Within it the weights lie packed beside themselves, for products with few rows on a CPU."""
+        """Within it the weights lie packed beside themselves, for products with a few rows on a CPU."""
         projections = self.projections()
         try:
             for projection in projections:
-                projection.packed = packed_weight.pack(projection.operands().weight)
-            self.packed_head = packed_weight.pack(self.head_weight.to(self.dtype))
+                projection.packed = few_rows.pack(projection.operands().weight)
+            self.packed_head = few_rows.pack(self.head_weight.to(self.dtype))
             yield
         finally:
             for projection in projections:

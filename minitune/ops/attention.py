@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from minitune.ops import attention_library
 from minitune.ops.documents import Documents
 
-BLOCK = 128
-"""Queries of a block: its scores stay in the cache, and what lies above the diagonal is skipped block by block."""
+ROWS = 256
+"""Rows of one product, queries times the query heads of a key head: enough for the matrix unit, few enough that the
+scores stay in the cache and what lies above the diagonal is skipped block by block."""
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None = None) -> Tensor:
@@ -70,9 +71,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
         heads = k.shape[1]
         qs, ks, vs = _scaled(group.take(q, heads)), group.take(k, heads), group.take(v, heads)
         result = torch.empty_like(qs)
-        for begin, end, first in _blocks(group.length, window):
-            p = _probabilities(qs, ks, begin, end, first, window)
-            result[:, :, begin:end] = _split_group(torch.bmm(p, vs[:, 0, first:end]), qs)
+        for begin, end, first in _blocks(group.length, window, qs.shape[1]):
+            p = _probabilities(qs, _keys(ks, first, end), begin, first, window)
+            result[:, :, begin:end] = _split_group(torch.bmm(p, _keys(vs, first, end)), qs)
         group.put(out, result)
     return out, Saved(q, k, v, documents, window)
 
@@ -118,22 +119,29 @@ def _backward_group(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, length: int,
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(x[:, 0], dtype=wide) for x in (k, v))     # summed over blocks of queries
-    for begin, end, first in _blocks(length, window):
-        keys = slice(first, end)
-        p = _probabilities(q, k, begin, end, first, window)
+    for begin, end, first in _blocks(length, window, q.shape[1]):
+        keys, seen = slice(first, end), _keys(k, first, end)
+        p = _probabilities(q, seen, begin, first, window)
         upstream = dout[:, :, begin:end].flatten(1, 2)
-        dp = torch.bmm(upstream, v[:, 0, keys].mT)
+        dp = torch.bmm(upstream, _keys(v, first, end).mT)
         ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
         dv[:, keys] += torch.bmm(p.mT, upstream)
         dk[:, keys] += torch.bmm(ds.mT, q[:, :, begin:end].flatten(1, 2))
-        dq[:, :, begin:end] = _split_group(torch.bmm(ds, k[:, 0, keys]), q)
+        dq[:, :, begin:end] = _split_group(torch.bmm(ds, seen), q)
     return _scaled(dq), dk.to(q.dtype)[:, None], dv.to(q.dtype)[:, None]
 
 
-def _probabilities(q: Tensor, k: Tensor, begin: int, end: int, first: int, window: int | None) -> Tensor:
-    """softmax(q·kᵀ), q already scaled, of the queries begin … end-1 against the keys first … end-1, as
+def _keys(k: Tensor, first: int, end: int) -> Tensor:
+    """The keys (or values) first … end-1 as a packed [batch, keys, d]: bmm would copy a slice itself, and where it
+    wants the transpose it would do so element by element."""
+    return k[:, 0, first:end].contiguous()
+
+
+def _probabilities(q: Tensor, seen: Tensor, begin: int, first: int, window: int | None) -> Tensor:
+    """softmax(q·kᵀ), q already scaled, of the queries begin … end-1 against the keys first … end-1 in `seen`, as
     [batch, group·queries, keys]. Hidden keys get -inf added, which is cheaper than masked_fill_."""
-    scores = torch.bmm(q[:, :, begin:end].flatten(1, 2), k[:, 0, first:end].mT)
+    end = first + seen.shape[1]
+    scores = torch.bmm(q[:, :, begin:end].flatten(1, 2), seen.mT)
     masked = first if window is not None else begin     # without a window all queries see the keys before `begin`
     _split_group(scores, q)[..., masked - first :].add_(_mask(end - begin, end - masked, window, q.dtype))
     return scores.softmax(-1)
@@ -151,10 +159,11 @@ def _scaled(q: Tensor) -> Tensor:
     return q.mul_(1 / math.sqrt(q.shape[-1]))
 
 
-def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
-    """(first query, end of queries, first key that any of them sees)."""
-    for begin in range(0, length, BLOCK):
-        yield begin, min(begin + BLOCK, length), 0 if window is None else max(0, begin - window + 1)
+def _blocks(length: int, window: int | None, group: int) -> Iterator[tuple[int, int, int]]:
+    """(first query, end of queries, first key that any of them sees), for `group` query heads a key head."""
+    size = max(64, min(ROWS // group, length // 2))
+    for begin in range(0, length, size):
+        yield begin, min(begin + size, length), 0 if window is None else max(0, begin - window + 1)
 
 
 class _Group(NamedTuple):

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from minitune.ops.chunks import in_cache
+
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Room for the fp32 logits of one chunk of tokens: at a vocabulary of 32,000 that is 524 tokens on a CPU, 4,194 on a
 GPU, which wants tall products."""
@@ -50,10 +52,12 @@ class _FrozenHead(torch.autograd.Function):
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
             part = torch.mm(hidden[rows], weight.mT, out=logits[: len(labels[rows])])
-            losses[rows], log_p = _losses(part, labels[rows])
+            for some in in_cache(len(part), part.shape[1], part.device):
+                losses[rows][some], log_p = _losses(part[some], labels[rows][some])
+                if gradient is not None:
+                    minus_one = log_p.new_full((len(log_p), 1), -1)     # in fp32: 1 - p may be far smaller than p
+                    part[some] = log_p.exp_().scatter_add_(1, labels[rows][some, None], minus_one)
             if gradient is not None:
-                minus_one = log_p.new_full((len(part), 1), -1)     # in fp32: 1 - p may be far smaller than p
-                part.copy_(log_p.exp_().scatter_add_(1, labels[rows, None], minus_one))
                 torch.mm(part, weight, out=gradient[rows])
         ctx.save_for_backward(gradient)
         return losses

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minitune.ops import packed_weight
+from minitune.ops import few_rows
 
 
 class LoraWeights(NamedTuple):
@@ -15,7 +15,7 @@ class LoraWeights(NamedTuple):
 
     a [R, K] holds the A of every adapted part below each other; b [N, R] holds s·B of each part in its own rows and
     columns and zeros elsewhere, so that one product serves them all. Both are None without an adapter. ``packed`` is
-    the weight once more for generation on a CPU (`packed_weight`).
+    the weight once more for generation on a CPU (`few_rows`).
     """
 
     weight: Tensor
@@ -33,10 +33,7 @@ def reference(x: Tensor, w: LoraWeights) -> Tensor:
 
 def forward(x: Tensor, w: LoraWeights) -> tuple[Tensor, Tensor | None]:
     """x [T, K] -> (y [T, N], S = x·Aᵀ [T, R], which the backward wants; None without an adapter)."""
-    if w.packed is not None:
-        y = packed_weight.product(x, w.packed, w.bias)
-    else:
-        y = x @ w.weight.mT if w.bias is None else torch.addmm(w.bias, x, w.weight.mT)
+    y = few_rows.product(x, w.weight, w.bias, w.packed)
     if w.a is None or w.b is None:
         return y, None
     s = x @ w.a.mT

@@ -18,26 +18,26 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [..., d] -> (y [..., d] in x's dtype, 1/rms [..., 1] fp32, which `backward` and `apply` want)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))     # once: an op of mixed dtypes would do it by itself
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return apply(x, rstd, weight), rstd
+    return (wide * rstd).to(x.dtype).mul_(weight), rstd
 
 
 def apply(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     """y from x and its stored 1/rms: what recomputing costs."""
-    return (x * rstd).to(x.dtype).mul_(weight)
+    return (x.to(rstd.dtype) * rstd).to(x.dtype).mul_(weight)
 
 
 def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     """dy [..., d] -> dx [..., d] in x's dtype; the weight is frozen here.
 
-    With n = x·rstd and g = dy·weight: dx = rstd · (g - n · mean(g·n)).
+    With g = dy·weight: dx = rstd · (g - x · rstd² · mean(g·x)).
     """
-    normalised = x * rstd
-    gradient = dy * weight.to(rstd.dtype)
-    projection = torch.linalg.vecdot(gradient, normalised)[..., None].div_(x.shape[-1])
-    return gradient.sub_(normalised.mul_(projection)).mul_(rstd).to(x.dtype)
+    wide = x.to(rstd.dtype)
+    gradient = dy.to(rstd.dtype) * weight.to(rstd.dtype)
+    projection = torch.linalg.vecdot(gradient, wide)[..., None].mul_(rstd * rstd / -x.shape[-1])
+    return torch.addcmul(gradient, wide, projection).mul_(rstd).to(x.dtype)
 
 
 class _RmsNorm(torch.autograd.Function):

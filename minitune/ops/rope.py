@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minitune.config import ModelConfig, Rope
+from minitune.ops.chunks import in_cache
 from minitune.ops.documents import Documents
 
 
@@ -99,9 +100,14 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     """In place; ``back=True`` turns the other way, which is the backward of the rotation."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None], (-sin if back else sin)[:, None]
-    turned = (a * cos).sub_(b * sin)
-    b.copy_((b * cos).add_(a * sin))
-    a.copy_(turned)
+    sign = -1.0 if back else 1.0
+    for rows in in_cache(len(x), x[:1].numel(), x.device):
+        wide = x[rows].to(cos.dtype)
+        a, b = wide.chunk(2, dim=-1)
+        c, s = cos[rows, None], sin[rows, None]
+        turned = torch.empty_like(wide)
+        turned_a, turned_b = turned.chunk(2, dim=-1)
+        torch.mul(a, c, out=turned_a).addcmul_(b, s, value=-sign)
+        torch.mul(b, c, out=turned_b).addcmul_(a, s, value=sign)
+        x[rows] = turned
     return x

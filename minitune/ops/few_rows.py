@@ -1,0 +1,31 @@
+"""few_rows: x·Wᵀ + bias where x has few rows, as in decoding on a CPU: the weight is read once, at the memory's rate.
+
+One row is a matrix-vector product, which reads the weight as it lies. For a few rows oneDNN would lay the weight out
+anew in each product; `pack` does that once. The packed copy costs the weight's memory again, so generation makes it and
+drops it (`model/generate.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """weight [N, K] -> its packed copy, or None where packing does not apply: not bf16, not on a CPU, no oneDNN."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return None
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+    return packed
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """x [n, K], weight [N, K] and perhaps its packed copy -> x·Wᵀ + bias [n, N]."""
+    if packed is not None:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return y
+    if len(x) == 1 and x.device.type == "cpu":
+        return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
+    return x @ weight.mT if bias is None else torch.addmm(bias, x, weight.mT)
