@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minitune.ops.chunks import in_cache
+
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., d], weight [d] -> [..., d] in x's dtype. Statistics in fp32 (fp64 stays), as Llama's own code does."""
@@ -18,15 +20,22 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [..., d] -> (y [..., d] in x's dtype, 1/rms [..., 1] fp32, which `backward` and `apply` want)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))     # once: an op of mixed dtypes would do it by itself
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (wide * rstd).to(x.dtype).mul_(weight), rstd
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    for rows in in_cache(len(x), x[:1].numel(), x.device):
+        wide = x[rows].to(rstd.dtype)      # once: an op of mixed dtypes would do it by itself
+        torch.linalg.vector_norm(wide, dim=-1, keepdim=True, out=rstd[rows])
+        rstd[rows].square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        torch.mul((wide * rstd[rows]).to(x.dtype), weight, out=y[rows])
+    return y, rstd
 
 
 def apply(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     """y from x and its stored 1/rms: what recomputing costs."""
-    return (x.to(rstd.dtype) * rstd).to(x.dtype).mul_(weight)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for rows in in_cache(len(x), x[:1].numel(), x.device):
+        torch.mul((x[rows].to(rstd.dtype) * rstd[rows]).to(x.dtype), weight, out=y[rows])
+    return y
 
 
 def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
@@ -34,10 +43,13 @@ def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
 
     With g = dy·weight: dx = rstd · (g - x · rstd² · mean(g·x)).
     """
-    wide = x.to(rstd.dtype)
-    gradient = dy.to(rstd.dtype) * weight.to(rstd.dtype)
-    projection = torch.linalg.vecdot(gradient, wide)[..., None].mul_(rstd * rstd / -x.shape[-1])
-    return torch.addcmul(gradient, wide, projection).mul_(rstd).to(x.dtype)
+    dx, wide_weight = torch.empty_like(x, memory_format=torch.contiguous_format), weight.to(rstd.dtype)
+    for rows in in_cache(len(x), x[:1].numel(), x.device):
+        wide, r = x[rows].to(rstd.dtype), rstd[rows]
+        gradient = dy[rows].to(rstd.dtype) * wide_weight
+        projection = torch.linalg.vecdot(gradient, wide)[..., None].mul_(r * r / -x.shape[-1])
+        dx[rows] = gradient.addcmul_(wide, projection).mul_(r)
+    return dx
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -10,7 +10,7 @@ EPS = 1e-5
 
 
 def _truth(x, weight, dy, dtype):
-    x = x.to(dtype).requires_grad_()
+    x = x.to(dtype, copy=True).requires_grad_()
     y = rms_norm.reference(x, weight.to(dtype), EPS)
     (dx,) = torch.autograd.grad(y, x, dy.to(dtype))
     return y.detach(), dx
