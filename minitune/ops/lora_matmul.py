@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from minitune.ops import few_rows
+from minitune.ops.nf4_linear import FusedNF4, dense, nf4_linear
 
 
 class LoraWeights(NamedTuple):
-    """A fused projection in the compute dtype: weight [N, K], bias [N] or None, and its adapters side by side.
+    """A fused projection in the compute dtype: weight [N, K], perhaps in NF4, bias [N] or None, and its adapters side
+    by side.
 
     a [R, K] holds the A of every adapted part below each other; b [N, R] holds s·B of each part in its own rows and
     columns and zeros elsewhere, so that one product serves them all. Both are None without an adapter. ``packed`` is
     the weight once more for generation on a CPU (`few_rows`).
     """
 
-    weight: Tensor
+    weight: Tensor | FusedNF4
     bias: Tensor | None
     a: Tensor | None
     b: Tensor | None
@@ -27,13 +29,17 @@ class LoraWeights(NamedTuple):
 
 def reference(x: Tensor, w: LoraWeights) -> Tensor:
     """x [T, K] -> y [T, N]: what it means, differentiable by autograd."""
-    y = torch.nn.functional.linear(x, w.weight, w.bias)
+    if isinstance(w.weight, FusedNF4):
+        y = nf4_linear(x, w.weight, w.bias)
+    else:
+        y = torch.nn.functional.linear(x, w.weight, w.bias)
     return y if w.a is None or w.b is None else y + x @ w.a.mT @ w.b.mT
 
 
 def forward(x: Tensor, w: LoraWeights) -> tuple[Tensor, Tensor | None]:
     """x [T, K] -> (y [T, N], S = x·Aᵀ [T, R], which the backward wants; None without an adapter)."""
-    y = few_rows.product(x, w.weight, w.bias, w.packed)
+    weight = dense(w.weight) if w.packed is None else None
+    y = few_rows.product(x, weight, w.bias, w.packed)
     if w.a is None or w.b is None:
         return y, None
     s = x @ w.a.mT
@@ -47,7 +53,7 @@ def backward_s(dy: Tensor, w: LoraWeights) -> Tensor | None:
 
 def backward_input(dy: Tensor, ds: Tensor | None, w: LoraWeights) -> Tensor:
     """dy [T, N] and dS [T, R] -> dx = dy·W + dS·A [T, K]."""
-    dx = dy @ w.weight
+    dx = dy @ dense(w.weight)
     return dx if ds is None or w.a is None else dx.addmm_(ds, w.a)
 
 

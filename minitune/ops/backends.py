@@ -1,0 +1,111 @@
+"""backends: which implementation an op takes on a device: native (C++/CUDA), triton or reference; what is missing, why.
+
+MINITUNE_BACKEND=reference (or native, triton), or `with backends.use("reference")`, overrides the choice; asking for
+one that is not available is an error, not a silent change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+
+from minitune.errors import InputError
+
+NAMES = ("native", "triton", "reference")
+_forced: ContextVar[str | None] = ContextVar("minitune_backend", default=None)
+
+
+def backends(device: str | torch.device | None = None) -> dict[str, str]:
+    """For each backend "available", or why it is not, on `device` (default: CUDA where there is one, else the CPU)."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return {name: missing(name, place) or "available" for name in NAMES}
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Within it every op that has this backend takes it. InputError for an unknown name."""
+    token = _forced.set(_known(name, "backends.use"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(op: str, device: torch.device) -> str:
+    """The backend of `op` on `device`: the one asked for, else the first that is there; its absence is said once."""
+    asked = _forced.get() or _known(os.environ.get("MINITUNE_BACKEND") or None, "MINITUNE_BACKEND")
+    if asked is not None:
+        reason = missing(asked, device)
+        if reason:
+            raise InputError(f"the backend {asked!r} was asked for, but on {device.type}: {reason}")
+        return asked
+    reasons = {name: missing(name, device) for name in NAMES}
+    chosen = next(name for name in NAMES if not reasons[name])
+    if chosen == "reference" and device.type in ("cpu", "cuda"):
+        _announce(op, device.type, reasons["native"] or "")
+    return chosen
+
+
+def missing(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device, or None. InputError for an extension that is there but does not load."""
+    if name == "reference":
+        return None
+    if name == "native":
+        return _native(device.type)
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton kernels need a GPU"
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def kernel(name: str) -> ModuleType:
+    """kernels/<name>.py: Triton kernels and their launchers."""
+    return importlib.import_module(f"minitune.kernels.{name}")
+
+
+@functools.lru_cache(maxsize=4)
+def _native(device_type: str) -> str | None:
+    if device_type not in ("cpu", "cuda"):
+        return f"the extension has no {device_type} half"
+    reason = _extension("_C", "it was not built: no C++ compiler at installation, or MINITUNE_NATIVE=0")
+    if reason or device_type == "cpu":
+        return reason
+    if not torch.version.cuda:
+        return "this torch is built without CUDA"
+    return _extension("_C_cuda", "its CUDA half was not built: no nvcc at installation, or MINITUNE_NATIVE=0")
+
+
+def _extension(name: str, absent: str) -> str | None:
+    """Import a module of the extension, which registers its ops; why it is absent, or None."""
+    spec = importlib.util.find_spec(f"minitune.{name}")
+    if spec is None:
+        return absent
+    try:
+        importlib.import_module(f"minitune.{name}")
+    except ImportError as error:
+        raise InputError(f"{spec.origin}: does not load with torch {torch.__version__} ({error}); it was built for "
+                         "another torch or machine: install minitune again with --no-build-isolation, or set "
+                         "MINITUNE_BACKEND=reference to do without") from None
+    importlib.import_module("minitune.ops.nf4_native")
+    return None
+
+
+@functools.lru_cache(maxsize=16)
+def _announce(op: str, device_type: str, reason: str) -> None:
+    """Once for each op and device."""
+    warnings.warn(f"{op} on {device_type} runs as plain PyTorch, slower, since the extension is missing: {reason}",
+                  stacklevel=4)
+
+
+def _known(name: str | None, where: str) -> str | None:
+    if name is not None and name not in NAMES:
+        raise InputError(f"{where} is {name!r}; it must be one of {', '.join(NAMES)}")
+    return name

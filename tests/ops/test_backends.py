@@ -1,0 +1,76 @@
+"""backends: what is chosen, what can be asked for, and what is said of what is missing."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+import minitune as mt
+from minitune.ops import backends, nf4
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    """As after an installation without a compiler."""
+    monkeypatch.setattr(backends, "_native", lambda device_type: "it was not built: no C++ compiler at installation")
+    backends._announce.cache_clear()
+    yield
+    backends._announce.cache_clear()
+
+
+def test_every_backend_says_whether_it_is_there():
+    found = mt.backends("cpu")
+    assert list(found) == ["native", "triton", "reference"] and found["reference"] == "available"
+    assert all(reason for reason in found.values())
+
+
+def test_without_the_extension_the_reference_takes_over_and_says_why_once(no_extension, monkeypatch):
+    monkeypatch.delenv("MINITUNE_BACKEND", raising=False)
+    with pytest.warns(UserWarning, match=r"nf4 on cpu runs as plain PyTorch.*no C\+\+ compiler"):
+        weight = nf4.quantize(torch.randn(2, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weight.dequantize()
+
+
+def test_asking_for_what_is_missing_is_an_error(no_extension, monkeypatch):
+    with backends.use("native"), pytest.raises(mt.InputError, match="the backend 'native' was asked for"):
+        nf4.quantize(torch.randn(2, 64))
+    monkeypatch.setenv("MINITUNE_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(mt.InputError, match="Triton kernels need a GPU"):
+        nf4.quantize(torch.randn(2, 64))
+
+
+def test_an_unknown_name_is_an_error(monkeypatch):
+    with pytest.raises(mt.InputError, match="must be one of native, triton, reference"), backends.use("cuda"):
+        pass
+    monkeypatch.setenv("MINITUNE_BACKEND", "fast")
+    with pytest.raises(mt.InputError, match="MINITUNE_BACKEND is 'fast'"):
+        backends.choose("nf4", CPU)
+
+
+def test_an_extension_that_does_not_load_is_named(tmp_path, monkeypatch):
+    """As one that was built for another torch: it is there, but its symbols are not."""
+    import minitune
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_bytes(b"\x7fELF no library")
+    monkeypatch.setattr(minitune, "__path__", [str(tmp_path), *minitune.__path__])
+    monkeypatch.delitem(sys.modules, "minitune._C", raising=False)
+    monkeypatch.delattr(minitune, "_C", raising=False)
+    backends._native.cache_clear()
+    try:
+        with pytest.raises(mt.InputError, match=r"_C.abi3.so: does not load with torch .*--no-build-isolation"):
+            backends.missing("native", CPU)
+    finally:
+        backends._native.cache_clear()
+
+
+def test_use_ends_with_its_block():
+    before = backends.choose("nf4", CPU)
+    with backends.use("reference"):
+        assert backends.choose("nf4", CPU) == "reference"
+    assert backends.choose("nf4", CPU) == before

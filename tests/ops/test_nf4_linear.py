@@ -1,0 +1,66 @@
+"""nf4_linear: products on weights that are decoded into one buffer, against dense weights of their own."""
+
+import pytest
+import torch
+
+from minitune.ops import lora_matmul, nf4
+from minitune.ops.lora_matmul import LoraWeights
+from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4, nf4_linear, reference
+
+
+def _fused(buffer, rows=(5, 9, 3), columns=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    parts = [nf4.quantize(torch.randn(n, columns, generator=generator), double_quant=bool(i % 2))
+             for i, n in enumerate(rows)]
+    return FusedNF4(parts, buffer)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_two_products_share_the_buffer_and_keep_their_gradients(bias):
+    buffer = DecodeBuffer(torch.float32)
+    first, second = _fused(buffer), _fused(buffer, rows=(24,), columns=17, seed=1)
+    b = torch.randn(17) if bias else None
+    x = torch.randn(7, 24, requires_grad=True)
+    nf4_linear(nf4_linear(x, first, b), second).square().sum().backward()
+    gradient, x.grad = x.grad, None
+    reference(reference(x, first, b), second).square().sum().backward()
+    assert torch.equal(gradient, x.grad)
+
+
+def test_plain_autograd_over_the_buffer_would_be_wrong():
+    """Why nf4_linear exists: the second decode overwrites what the first product saved, and no version tells."""
+    buffer = DecodeBuffer(torch.float32)
+    first, second = _fused(buffer, rows=(24,)), _fused(buffer, rows=(24,), seed=1)
+    x = torch.randn(7, 24, requires_grad=True)
+    y = nf4_linear(nf4_linear(x, first), second)
+    (right,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(right, torch.ones(7, 24) @ second.parts[0].dequantize() @ first.parts[0].dequantize(),
+                          rtol=1e-4, atol=1e-4)
+
+
+def test_a_part_may_be_left_in_16_bits():
+    buffer = DecodeBuffer(torch.float32)
+    plain = torch.randn(4, 24)
+    fused = FusedNF4([_fused(buffer).parts[0], plain], buffer)
+    assert torch.equal(fused.decode()[5:], plain) and len(fused) == 9
+
+
+def test_lora_matmul_takes_it():
+    buffer = DecodeBuffer(torch.float32)
+    fused = _fused(buffer)
+    whole = fused.decode(torch.empty(17, 24))
+    a, b = torch.randn(4, 24), torch.randn(17, 4)
+    x, dy = torch.randn(6, 24), torch.randn(6, 17)
+    packed, plain = LoraWeights(fused, None, a, b), LoraWeights(whole, None, a, b)
+    (y, _), (expected, _) = lora_matmul.forward(x, packed), lora_matmul.forward(x, plain)
+    assert torch.equal(y, expected) and torch.equal(lora_matmul.reference(x, packed), lora_matmul.reference(x, plain))
+    ds = lora_matmul.backward_s(dy, packed)
+    assert torch.equal(lora_matmul.backward_input(dy, ds, packed), lora_matmul.backward_input(dy, ds, plain))
+
+
+def test_the_buffer_grows_and_is_one():
+    buffer = DecodeBuffer(torch.bfloat16)
+    small = buffer.take(2, 3, torch.device("cpu"))
+    large = buffer.take(5, 7, torch.device("cpu"))
+    assert large.shape == (5, 7) and large.dtype == torch.bfloat16
+    assert buffer.take(2, 3, torch.device("cpu")).data_ptr() == large.data_ptr() != small.data_ptr()
