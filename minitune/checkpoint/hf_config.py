@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitune.checkpoint.fields import flag, integer, number, only, refuse, same, text, texts, token_ids
+from minitune.checkpoint.fields import flag, integer, mapping, number, only, refuse, same, text, texts, token_ids
 from minitune.checkpoint.files import json_bytes, read_json_object, show, staged
 from minitune.checkpoint.hf_rope import read_rope, write_rope
 from minitune.config import ModelConfig
@@ -22,6 +22,7 @@ ARCHITECTURES = {
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_LAYERS = 10_000
 _REQUIRED = object()
+_UNKNOWN = "this field is unknown; if it changes nothing, delete it from the file"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ FIELDS: dict[str, Used | Harmless] = {
     "layer_types": Used(None),
     "torch_dtype": Used(None),
     "dtype": Used(None),
+    "quantization_config": Used(None),
     "bos_token_id": Used({"llama": 1, "mistral": 1, "qwen2": None, "qwen3": None}),
     "eos_token_id": Used({"llama": 2, "mistral": 2, "qwen2": None, "qwen3": None}),
     "partial_rotary_factor": Harmless("the whole head is rotated", (None, 1)),
@@ -98,7 +100,6 @@ FIELDS: dict[str, Used | Harmless] = {
     "chunk_size_feed_forward": Harmless("the same sums", (None, 0)),
     "auto_map": Harmless("code beside a checkpoint is never run", (None, {})),
     "per_layer_config": Harmless("all layers are alike", (None, {})),
-    "quantization_config": Harmless("4-bit checkpoints are not supported yet", (None,)),
     "initializer_range": Harmless("weights come from the file"),
     "use_cache": Harmless("a choice of the caller"),
     "pad_token_id": Harmless("nothing is padded"),
@@ -127,6 +128,24 @@ FIELDS: dict[str, Used | Harmless] = {
 """Every field of config.json that is known. Any other is refused by name, unless it is null."""
 
 
+QUANTIZATION: dict[str, Harmless] = {
+    "quant_method": Harmless("only bitsandbytes is read; take the unquantised checkpoint", ("bitsandbytes", None)),
+    "load_in_8bit": Harmless("8-bit weights are not read; take the unquantised checkpoint", (None, False)),
+    "_load_in_8bit": Harmless("8-bit weights are not read; take the unquantised checkpoint", (None, False)),
+    "load_in_4bit": Harmless("only 4-bit weights are read; take the unquantised checkpoint", (True,)),
+    "_load_in_4bit": Harmless("only 4-bit weights are read; take the unquantised checkpoint", (None, True)),
+    "bnb_4bit_quant_type": Harmless("only NF4 is read; take the unquantised checkpoint", ("nf4",)),
+    "bnb_4bit_quant_storage": Harmless("weights are read from uint8; save it again so", ("uint8", None)),
+    "bnb_4bit_use_double_quant": Harmless("the tensors of each weight say it"),
+    "bnb_4bit_compute_dtype": Harmless("a choice of the caller"),
+    "llm_int8_skip_modules": Harmless("the tensors say which linears are quantised"),
+    "llm_int8_threshold": Harmless("for 8 bits"),
+    "llm_int8_enable_fp32_cpu_offload": Harmless("for 8 bits"),
+    "llm_int8_has_fp16_weight": Harmless("for 8 bits"),
+}
+"""Every field of quantization_config that is known, in the order in which they are judged."""
+
+
 def read_config(folder: str | Path) -> ModelConfig:
     """The model that ``folder/config.json`` describes; ``generation_config.json`` may add end tokens.
 
@@ -153,6 +172,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 
     n_layers, d_model, n_heads = size("num_hidden_layers", MAX_LAYERS), size("hidden_size"), size("num_attention_heads")
     max_positions = size("max_position_embeddings")
+    _quantization(where, get("quantization_config"))
     if get("hidden_act") not in ("silu", "swish"):
         refuse(where, "hidden_act", get("hidden_act"), "supported: 'silu'")
     if get("head_dim") is None and (d_model % n_heads or family == "qwen3"):
@@ -188,6 +208,24 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise
 
 
+def is_prequantized(folder: str | Path) -> bool:
+    """Whether config.json says that linears are stored in bitsandbytes' NF4. InputError for any other quantisation."""
+    path = Path(folder) / "config.json"
+    return _quantization(str(path), read_json_object(path).get("quantization_config"))
+
+
+def _quantization(where: str, block: object) -> bool:
+    if block is None:
+        return False
+    fields = mapping(where, "quantization_config", block)
+    for name, entry in QUANTIZATION.items():
+        _check_harmless(where, f"quantization_config.{name}", fields.get(name), entry)
+    for name, value in fields.items():
+        if name not in QUANTIZATION and value is not None:
+            refuse(where, f"quantization_config.{show(name)}", value, _UNKNOWN)
+    return True
+
+
 def _family(where: str, raw: dict[str, Any]) -> Any:
     kind, named = raw.get("model_type"), raw.get("architectures")
     by_name = {name: family for family, name in ARCHITECTURES.items()}
@@ -209,11 +247,16 @@ def _check_known(where: str, raw: dict[str, Any], family: str) -> None:
     for name, value in raw.items():
         entry = FIELDS.get(name)
         if entry is None and value is not None:
-            refuse(where, show(name), value, "this field is unknown; if it changes nothing, delete it from the file")
+            refuse(where, show(name), value, _UNKNOWN)
         if isinstance(entry, Used) and family not in entry.families:
             only(where, f"{name} (which {family} does not have)", value, entry.unread)
-        if isinstance(entry, Harmless) and not any(same(value, each) for each in entry.only or (value,)):
-            refuse(where, name, value, f"{entry.why}; supported: {', '.join(map(repr, entry.only or ()))}")
+        if isinstance(entry, Harmless):
+            _check_harmless(where, name, value, entry)
+
+
+def _check_harmless(where: str, name: str, value: object, entry: Harmless) -> None:
+    if not any(same(value, each) for each in entry.only or (value,)):
+        refuse(where, name, value, f"{entry.why}; supported: {', '.join(map(repr, entry.only or ()))}")
 
 
 def _windows(where: str, family: str, n_layers: int, get: Any) -> tuple[int | None, ...]:

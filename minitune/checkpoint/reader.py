@@ -88,19 +88,26 @@ class Checkpoint:
                 f"{list(out.shape)} of {out.dtype}"
             )
         target = out.detach()  # shares memory and version counter, but is no leaf that autograd guards
-        straight = target.device.type == "cpu" and target.dtype == info.dtype and target.is_contiguous()
-        place = info.begin
         with torch.no_grad():
-            for piece in _pieces(target, CHUNK // info.dtype.itemsize):
-                n_bytes = piece.numel() * info.dtype.itemsize
-                source = piece if straight else self._buffer(n_bytes, piece).view(info.dtype).view(piece.shape)
-                self._fill(path, place, source, n_bytes)
-                if not straight:
-                    piece.copy_(source)
+            for piece, place in self._stream(name, target):
                 if not _finite(piece):
                     raise InputError(self._not_finite(name, place, target.dtype))
-                place += n_bytes
         torch.autograd.graph.increment_version(out)  # a write through a raw pointer does not
+
+    def read_bytes_into(self, name: str, out: Tensor) -> None:
+        """Fill ``out`` with a uint8 tensor of the file: same shape, any device. Raises InputError where it shrank."""
+        info, path = self.info(name), self._paths[name]
+        if info.dtype != torch.uint8:
+            raise InputError(f"{path}: tensor {show(name)} is {info.dtype}; it must be torch.uint8 here")
+        if tuple(out.shape) != info.shape or out.dtype != torch.uint8:
+            raise InputError(
+                f"{path}: tensor {show(name)} is uint8 {list(info.shape)}; it cannot be read into "
+                f"{list(out.shape)} of {out.dtype}"
+            )
+        with torch.no_grad():
+            for _ in self._stream(name, out.detach()):
+                pass
+        torch.autograd.graph.increment_version(out)
 
     def same_bytes(self, first: str, second: str) -> bool:
         """Whether two tensors agree in dtype, shape and every byte. Reads both, by halves of a chunk."""
@@ -134,6 +141,20 @@ class Checkpoint:
         if pinned not in self._staging:
             self._staging[pinned] = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=pinned)
         return self._staging[pinned][:n_bytes]
+
+    def _stream(self, name: str, target: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Fill ``target`` from the file piece by piece; gives each filled piece and the byte where it starts."""
+        info, path = self._infos[name], self._paths[name]
+        straight = target.device.type == "cpu" and target.dtype == info.dtype and target.is_contiguous()
+        place = info.begin
+        for piece in _pieces(target, CHUNK // info.dtype.itemsize):
+            n_bytes = piece.numel() * info.dtype.itemsize
+            source = piece if straight else self._buffer(n_bytes, piece).view(info.dtype).view(piece.shape)
+            self._fill(path, place, source, n_bytes)
+            if not straight:
+                piece.copy_(source)
+            yield piece, place
+            place += n_bytes
 
     def _fill(self, path: Path, place: int, out: Tensor, n_bytes: int) -> None:
         """Read ``n_bytes`` at byte ``place`` of the file into the contiguous host tensor ``out``."""

@@ -242,7 +242,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA_2_7B, {"pretraining_tp": True}, "pretraining_tp is True"),
     (LLAMA_2_7B, {"attention_dropout": 0.1}, "attention_dropout is 0.1"),
     (LLAMA_2_7B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-    (LLAMA_2_7B, {"quantization_config": {"load_in_4bit": True}}, "4-bit checkpoints are not supported yet"),
+    (LLAMA_2_7B, {"quantization_config": {"load_in_4bit": True}}, "quantization_config.bnb_4bit_quant_type is None"),
     (LLAMA_2_7B, {"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
     (LLAMA_2_7B, {"new_thing": 3}, "'new_thing' is 3; this field is unknown"),
     (LLAMA_2_7B, {"sliding_window": 4096}, "sliding_window .which llama does not have. is 4096"),

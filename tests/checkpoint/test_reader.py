@@ -57,6 +57,35 @@ def test_read_into_equals_torch(source: torch.dtype, target: torch.dtype, tmp_pa
     assert scalar == 2.5
 
 
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_read_bytes_into(device: str, tmp_path: Path) -> None:
+    values = torch.randint(0, 256, (301, 1), dtype=torch.uint8)
+    none = torch.zeros(0, dtype=torch.uint8)
+    checkpoint = single(tmp_path, q=values, none=none, w=torch.zeros(4), i=torch.zeros(4, dtype=torch.int8))
+    out = torch.zeros(301, 1, dtype=torch.uint8, device=device)
+    version = out._version
+    checkpoint.read_bytes_into("q", out)
+    assert torch.equal(out.cpu(), values) and out._version > version
+    pitched = torch.zeros(301, 3, dtype=torch.uint8, device=device)
+    checkpoint.read_bytes_into("q", pitched[:, 1:2])
+    assert torch.equal(pitched[:, 1:2].cpu(), values) and not pitched[:, ::2].any()
+    checkpoint.read_bytes_into("none", none.to(device))
+    for name in ("w", "i"):
+        with pytest.raises(InputError, match=rf"'{name}' is torch\.\w+; it must be torch\.uint8"):
+            checkpoint.read_bytes_into(name, torch.zeros(4, dtype=torch.uint8, device=device))
+    for wrong in (torch.zeros(301, dtype=torch.uint8), torch.zeros(301, 1), torch.zeros(301, 1, dtype=torch.int8)):
+        with pytest.raises(InputError, match=r"'q' is uint8 \[301, 1\]; it cannot be read into"):
+            checkpoint.read_bytes_into("q", wrong.to(device))
+
+
+def test_bytes_of_a_file_that_shrank(tmp_path: Path) -> None:
+    checkpoint = single(tmp_path, q=torch.zeros(100, dtype=torch.uint8))
+    (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:-40])
+    with pytest.raises(InputError, match="shorter"):
+        checkpoint.read_bytes_into("q", torch.zeros(100, dtype=torch.uint8))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("target", DTYPES)
