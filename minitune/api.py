@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from minitune.checkpoint.adapter import match_adapter, read_adapter, write_adapter
-from minitune.checkpoint.hf_config import read_config, write_config
+from minitune.checkpoint.hf_config import is_prequantized, read_config, write_config
+from minitune.checkpoint.merge import Onto, merged_tensors
 from minitune.checkpoint.reader import Checkpoint
-from minitune.checkpoint.weights import load_weights, save_weights
-from minitune.config import LoRA, MemoryPolicy, ModelConfig, Training
+from minitune.checkpoint.weights import Quantized, load_weights, save_weights
+from minitune.config import LoRA, MemoryPolicy, ModelConfig, Quant, Training
 from minitune.data.batch import IGNORED, Batch
+from minitune.data.ending import Ending
 from minitune.data.stream import Stream, stream
 from minitune.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from minitune.errors import InputError
@@ -33,21 +35,23 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-         quant: str | None = None, lora: LoRA | None = None, adapter: str | Path | None = None,
+         quant: Quant | None = None, lora: LoRA | None = None, adapter: str | Path | None = None,
          train: str | Sequence[str] | None = None, memory: MemoryPolicy = "auto", seed: int = 0) -> Model:
     """A model from a Hugging Face folder: config.json, safetensors, and its tokenizer if it has one.
 
     device: CUDA where there is one, else the CPU. dtype: the compute dtype, bfloat16 where the device is good at it,
-    else float32. lora: fresh adapters to train; adapter: a PEFT adapter folder to go on from or to use; train: base
-    weights to train ("full", "head", "norms", "embedding", "last:4", or name patterns). With none of the three all is
-    frozen. memory: what is kept for the backward ("keep", "pointwise", "full"; "auto" decides by free memory). seed:
-    for the adapters' start. On a CPU it also tells malloc to keep freed memory, which saves a step's page faults.
+    else float32. quant: "nf4" or "nf4-dq" (double quantisation) keeps the layers' linears in 4 bits, quantised one by
+    one as they are read; a checkpoint that bitsandbytes quantised to NF4 stays as it is. lora: fresh adapters to train;
+    adapter: a PEFT adapter folder to go on from or to use; train: base weights to train ("full", "head", "norms",
+    "embedding", "last:4", or name patterns). With none of the three all is frozen. memory: what is kept for the
+    backward ("keep", "pointwise", "full"; "auto" decides by free memory). seed: for the adapters' start. On a CPU it
+    also tells malloc to keep freed memory, which saves a step's page faults.
 
     Raises InputError for whatever is wrong with the folder or the arguments.
     """
     folder = Path(path)
-    if quant is not None:
-        raise InputError(f"load: quant is {quant!r}; 4-bit weights are not part of this version, leave quant=None")
+    if quant not in (None, *get_args(Quant)):
+        raise InputError(f"load: quant is {quant!r}; say {', '.join(get_args(Quant))}, or leave it out")
     if lora is not None and adapter is not None:
         raise InputError(f"load: both lora and adapter are given; the adapter in {adapter} brings its own rank and "
                          "targets, so leave lora=None")
@@ -67,12 +71,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
                          'version; say dtype="bfloat16" or "float32"')
     if place.type == "cpu":
         reuse_freed_memory()
-    config = read_config(folder)
-    checkpoint = Checkpoint.open(folder)
-    if _too_large(config, checkpoint):      # its missing tensors are named before memory is taken for them
-        load_weights(checkpoint, Llama(config, dtype=compute, device="meta").hf_weights(), config.tied_head)
-    network = Llama(config, dtype=compute, device=place, memory=memory)
-    load_weights(checkpoint, network.hf_weights(), config.tied_head)
+    network = _read_network(folder, compute, place, memory, quant)
+    config = network.config
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
     if tokenizer is not None:
         tokenizer.check_vocab(config.vocab_size)
@@ -87,6 +87,26 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     if train is not None:
         network.unfreeze(train if isinstance(train, str) else tuple(train))
     return model
+
+
+def _read_network(folder: Path, dtype: torch.dtype, device: torch.device, memory: MemoryPolicy,
+                  quant: str | None) -> Llama:
+    """The network of a checkpoint folder; in NF4 where `quant` says so or the checkpoint is."""
+    config, stored = read_config(folder), is_prequantized(folder)
+    checkpoint = Checkpoint.open(folder)
+    in_4bit = stored or quant is not None
+    if _too_large(config, checkpoint):      # its missing tensors are named before memory is taken for them
+        empty = Llama(config, dtype=dtype, device="meta", quantized=in_4bit)
+        _fill(checkpoint, empty, quant, stored)
+    network = Llama(config, dtype=dtype, device=device, memory=memory, quantized=in_4bit)
+    _fill(checkpoint, network, quant, stored)
+    return network
+
+
+def _fill(checkpoint: Checkpoint, network: Llama, quant: str | None, stored: bool) -> None:
+    shapes = network.nf4_shapes()
+    slots = Quantized(shapes, network.put_nf4, network.device, network.dtype, quant == "nf4-dq", stored)
+    load_weights(checkpoint, network.hf_weights(), network.config.tied_head, slots if shapes else None)
 
 
 def init(name: str, folder: str | Path, *, tokenizer: str | Path | None = None, seed: int = 0) -> None:
@@ -208,10 +228,31 @@ class Model(nn.Module):
         linears = [path for projection in self.network.projections() for path in projection.parts]
         write_adapter(Path(folder), self.network.adapters(), self.lora, base, linears)
 
+    def save_merged(self, folder: str | Path, onto: Onto = "loaded") -> None:
+        """The model with its adapter added into the weights, as a checkpoint folder that transformers and vLLM load.
+
+        onto: for a base in 4 bits, "loaded" merges into its decoded values, which the adapter was trained on, and
+        "original" into the 16-bit weights that were quantised. Tensors that nothing changed are the file's, bit for
+        bit. Written shard by shard; one tensor is in memory at a time.
+        """
+        source = None if self.path is None else Checkpoint.open(self.path)
+        tensors = merged_tensors(self.network, source, onto)
+        target = Path(folder)
+        if self.path is not None and target.resolve() == self.path.resolve():
+            raise InputError(f"save_merged: {target} is the folder of the base itself; name another one")
+        target.mkdir(parents=True, exist_ok=True)
+        save_weights(target, tensors)
+        write_config(target, self.config)
+        if self._tokenizer is not None and self.path is not None:
+            copy_tokenizer(self.path, target)
+
     def save(self, folder: str | Path) -> None:
         """The base weights as a checkpoint folder that transformers and minitune load, its tokenizer with it."""
         if self.network.adapters():
-            raise InputError("save: the model carries an adapter, which a checkpoint cannot hold; use save_adapter()")
+            raise InputError("save: the model carries an adapter, which a checkpoint cannot hold; use save_adapter(), "
+                             "or save_merged()")
+        if self.network.nf4_shapes():
+            raise InputError("save: the weights lie in 4 bits; save_merged() writes their decoded values")
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         dtype = DTYPES[self.config.dtype]
@@ -240,7 +281,7 @@ class Model(nn.Module):
         if type(max_new_tokens) is not int:
             raise InputError(f"generate: max_new_tokens is {max_new_tokens!r}; it must be a whole number")
         choose = sampler(temperature, top_k, top_p, seed, self.device)
-        ending = _Ending(self.eos_ids, self._tokenizer, (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        ending = Ending(self.eos_ids, self._tokenizer, (stop,) if isinstance(stop, str) else tuple(stop or ()))
         answers = [ending.trim(new) for new in generate(self.network, prompts, max_new_tokens, choose, ending.reached)]
         return answers[0] if single else answers
 
@@ -255,47 +296,10 @@ class Model(nn.Module):
     def complete(self, text: str, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
                  top_p: float | None = None, stop: str | Sequence[str] | None = None, seed: int | None = None) -> str:
         """What the model writes after `text`; control strings inside `text` stay text."""
-        ending = _Ending(self.eos_ids, self.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        ending = Ending(self.eos_ids, self.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop or ()))
         choose = sampler(temperature, top_k, top_p, seed, self.device)
         (new,) = generate(self.network, [self.tokenizer.encode(text)], max_new_tokens, choose, ending.reached)
         return ending.text(new)
-
-
-class _Ending:
-    """When an answer is done, and what of it is handed out."""
-
-    def __init__(self, eos_ids: frozenset[int], tokenizer: Tokenizer | None, stop: tuple[str, ...]):
-        if stop and tokenizer is None:
-            raise InputError("generate: stop texts need a tokenizer, and the checkpoint folder has none")
-        if any(not text for text in stop):
-            raise InputError("generate: a stop text is empty")
-        self.eos_ids, self.stop = eos_ids, stop
-        self.tokenizer = tokenizer
-
-    def decode(self, ids: list[int]) -> str:
-        return "" if self.tokenizer is None else self.tokenizer.decode(ids, continues=True)
-
-    def _cut(self, ids: list[int]) -> int | None:
-        """Where the first stop text begins in the decoded ids, in characters."""
-        text = self.decode(ids) if self.stop else ""
-        return min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=None)
-
-    def reached(self, row: int, ids: list[int]) -> bool:
-        return ids[-1] in self.eos_ids or self._cut(ids) is not None
-
-    def text(self, ids: list[int]) -> str:
-        """Up to the stop text, to the character: a token may reach into it."""
-        ids = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
-        return self.decode(ids)[: self._cut(ids)]
-
-    def trim(self, ids: list[int]) -> list[int]:
-        """Without EOS, and without any token that reaches into the stop text."""
-        if ids and ids[-1] in self.eos_ids:
-            ids = ids[:-1]
-        cut = self._cut(ids)
-        while cut is not None and len(self.decode(ids)) > cut:
-            ids = ids[:-1]
-        return ids
 
 
 def train(model: Model, data: str | Path | Iterable[Batch], *, training: Training | None = None,
@@ -338,7 +342,8 @@ def _too_large(config: ModelConfig, checkpoint: Checkpoint) -> bool:
     if config.n_layers > len(names):
         raise InputError(f"{checkpoint.path(names[0]).parent if names else 'the checkpoint'}: config.json says "
                          f"{config.n_layers} layers, and the checkpoint holds {len(names)} tensors in all")
-    held = sum(math.prod(checkpoint.info(name).shape) for name in names)
+    infos = [checkpoint.info(name) for name in names]
+    held = sum(math.prod(info.shape) * (2 if info.dtype == torch.uint8 else 1) for info in infos)   # two to a byte
     return config.n_layers * config.d_model * config.d_ff * 3 + config.vocab_size * config.d_model > held
 
 

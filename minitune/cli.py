@@ -1,4 +1,4 @@
-"""The command line: minitune train | complete | init | demo, its flags made from the dataclasses below."""
+"""The command line: minitune train | complete | merge | init | demo, its flags made from the dataclasses below."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
 
 from minitune.api import Model, init, load, train
-from minitune.config import LoRA, MemoryPolicy, Training
+from minitune.checkpoint.hf_config import is_prequantized
+from minitune.checkpoint.merge import Onto
+from minitune.config import LoRA, MemoryPolicy, Quant, Training
 from minitune.data.formats import prompts_of
 from minitune.data.stream import stream
 from minitune.errors import InputError
+from minitune.objectives.sft import mean_loss
 from minitune.report.metrics import MetricsFile
 from minitune.report.plot import LossPlot
 from minitune.report.progress import progress
@@ -44,6 +47,8 @@ class Train:
     """cuda or cpu; by default the GPU if there is one."""
     dtype: str | None = None
     """bfloat16 or float32; by default the one that the device is good at."""
+    quant: Quant | None = None
+    """nf4 or nf4-dq (double quantisation): the base's linears in 4 bits."""
     memory: MemoryPolicy = "auto"
     """What is kept for the backward: keep (fastest), pointwise, full (least memory); auto takes the first that fits."""
     lora: LoRA = field(default_factory=LoRA)
@@ -54,8 +59,8 @@ class Train:
         if self.adapter is not None and self.lora != LoRA():
             raise InputError("train: --adapter brings its own rank, alpha and targets; leave out the flags of LoRA")
         lora = self.lora if self.adapter is None else None
-        model = load(self.base, device=self.device, dtype=self.dtype, memory=self.memory, seed=self.training.seed,
-                     lora=lora, adapter=self.adapter)
+        model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, memory=self.memory,
+                     seed=self.training.seed, lora=lora, adapter=self.adapter)
         data = stream(self.data, model.tokenizer, tokens=self.training.tokens, epochs=self.training.epochs,
                       seed=self.training.seed)
         print(data, file=sys.stderr)
@@ -101,11 +106,58 @@ class Complete:
     """cuda or cpu; by default the GPU if there is one."""
     dtype: str | None = None
     """bfloat16 or float32; by default the one that the device is good at."""
+    quant: Quant | None = None
+    """nf4 or nf4-dq (double quantisation): the base's linears in 4 bits."""
 
     def run(self) -> None:
-        model = load(self.base, device=self.device, dtype=self.dtype, adapter=self.adapter)
+        model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
         print(model.complete(self.text, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.stop,
                              self.seed))
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Add an adapter into its base: a checkpoint folder for transformers, vLLM or further training."""
+
+    base: Positional[Path]
+    """Hugging Face folder that the adapter was trained on."""
+    adapter: Positional[Path]
+    """PEFT adapter folder."""
+    out: Positional[Path]
+    """Folder to write; it must not exist yet, or be empty."""
+    quant: Quant | None = None
+    """nf4 or nf4-dq, if the adapter was trained on the base in 4 bits."""
+    onto: Onto = "loaded"
+    """In 4 bits: loaded merges into the decoded weights, which the adapter was trained on, original into the 16-bit
+    weights of the folder."""
+    data: Path | None = None
+    """JSONL of held-out text: prints the loss of the adapter on either base and of what was written."""
+    tokens: int = 2048
+    """T of the batches of --data."""
+    device: str | None = None
+    """cuda or cpu; by default the GPU if there is one."""
+    dtype: str | None = None
+    """bfloat16 or float32; by default the one that the device is good at."""
+
+    def run(self) -> None:
+        _check_out(self.out)
+        model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
+        if self.data is not None:
+            self._say("the adapter on the base as it was loaded", model)
+        model.save_merged(self.out, self.onto)
+        in_4bit = bool(model.network.nf4_shapes())
+        del model
+        print(f"merged model in {self.out}")
+        if self.data is None:
+            return
+        if in_4bit and not is_prequantized(self.base):
+            self._say("the adapter on the 16-bit base",
+                      load(self.base, device=self.device, dtype=self.dtype, adapter=self.adapter))
+        self._say("the merged model", load(self.out, device=self.device, dtype=self.dtype))
+
+    def _say(self, what: str, model: Model) -> None:
+        assert self.data is not None
+        print(f"loss {mean_loss(model, stream(self.data, model.tokenizer, tokens=self.tokens)):.4f}: {what}")
 
 
 @dataclass(frozen=True)
@@ -144,7 +196,8 @@ class Demo:
 
 
 Command = (Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Complete, tyro.conf.subcommand("complete")]
-           | Annotated[Init, tyro.conf.subcommand("init")] | Annotated[Demo, tyro.conf.subcommand("demo")])
+           | Annotated[Merge, tyro.conf.subcommand("merge")] | Annotated[Init, tyro.conf.subcommand("init")]
+           | Annotated[Demo, tyro.conf.subcommand("demo")])
 
 
 DESCRIPTION = "Fine-tune Llama-family models with LoRA on one NVIDIA GPU or a CPU."

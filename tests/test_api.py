@@ -64,7 +64,7 @@ def test_base_weights_train_as_transformers_trains_them(tmp_path, train):
 
 def _trained(model):
     """Hugging Face name -> Parameter, of what is trained."""
-    found = {name: getattr(owner, attribute) for name, owner, attribute in model.network._single_weights()}
+    found = {name: getattr(owner, attribute) for name, owner, attribute in model.network.single_weights()}
     for projection in model.network.projections():
         found |= {key.replace("/", "."): p for key, p in projection.trained.items()}
     return {name: p for name, p in found.items() if p.requires_grad}
@@ -180,7 +180,7 @@ def test_named_shapes_have_their_published_sizes(shape):
 
 MISUSE = {
     "no folder": (lambda f: mt.load("nowhere"), "nowhere"),
-    "quant": (lambda f: mt.load(f, quant="nf4"), "quant"),
+    "quant": (lambda f: mt.load(f, quant="fp4"), "quant is 'fp4'"),
     "device": (lambda f: mt.load(f, device="gpu"), "device"),
     "dtype": (lambda f: mt.load(f, dtype="int8"), "dtype"),
     "target": (lambda f: mt.load(f, lora=mt.LoRA(targets=("qproj",))), "qproj"),

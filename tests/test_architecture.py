@@ -9,13 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minitune"
-LEVELS = [{"errors"}, {"config"}, {"ops"}, {"model"}, {"checkpoint", "data"}, {"training", "objectives"}, {"report"},
-          {"api"}, {"demo"}, {"cli"}]
+LEVELS = [{"errors"}, {"config"}, {"kernels"}, {"ops"}, {"model"}, {"checkpoint", "data"}, {"training", "objectives"},
+          {"report"}, {"api"}, {"demo"}, {"cli"}]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ONLY_IN = {"rich": {"report", "cli"}, "tyro": {"cli"}, "matplotlib": {"report"}, "sentencepiece": {"data"},
-           "tokenizers": {"data"}}
+           "tokenizers": {"data"}, "triton": {"kernels"}, "minitune.kernels": {"ops", "kernels"}}
 FORBIDDEN = {"transformers", "peft", "bitsandbytes", "accelerate", "lightning"}
-FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if "examples" not in path.parts]
+FILES = [path for path in sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})     # kernels: a link
+         if "examples" not in path.parts]
 
 
 def _imports(path):
@@ -45,7 +46,8 @@ def test_imports_go_downward(path):
             other = rest[0]
             assert other == home or LEVEL[other] < LEVEL[home], f"{home} imports {name}, which is not below it"
         assert top not in FORBIDDEN, f"{path}: {top} is an oracle for tests, not a part of minitune"
-        assert home in ONLY_IN.get(top, {home}), f"{path}: only {ONLY_IN[top]} may import {top}"
+        for part in (top, ".".join([top, *rest[:1]])):
+            assert home in ONLY_IN.get(part, {home}), f"{path}: only {ONLY_IN[part]} may import {part}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -79,7 +81,8 @@ import minitune
 seconds = time.process_time() - start
 assert state == (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.nn.Linear.forward,
                  torch.optim.AdamW.step, torch.Tensor.backward), "import minitune changes torch"
-heavy = {"transformers", "peft", "tyro", "rich", "matplotlib", "sentencepiece", "tokenizers"} & set(sys.modules)
+heavy = set(sys.modules) & {"transformers", "peft", "tyro", "rich", "matplotlib", "triton", "sentencepiece",
+                            "tokenizers"}
 assert not heavy, f"import minitune loads {heavy}"
 print(seconds)
 """

@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minitune.checkpoint import prequantized
 from minitune.checkpoint.files import json_bytes, listing, show, staged
 from minitune.checkpoint.reader import FLOATS, INDEX, SINGLE, Checkpoint
-from minitune.checkpoint.writer import write_safetensors
+from minitune.checkpoint.writer import LazyTensor, write_safetensors
 from minitune.errors import InputError
+from minitune.ops import nf4
+from minitune.ops.nf4 import NF4Weight
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def load_weights(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: bool) -> list[str]:
+class Quantized(NamedTuple):
+    """The weights that shall lie in NF4: Hugging Face name -> [rows, columns], whom each is given to, and how it is
+    quantised where the checkpoint has it in 16 or 32 bits."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    put: Callable[[str, NF4Weight | Tensor], None]
+    device: torch.device
+    dtype: torch.dtype
+    double_quant: bool
+    keep: bool
+    """Leave in 16 bits what the checkpoint has so: it says itself what is quantised."""
+
+
+def load_weights(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: bool,
+                 quantized: Quantized | None = None) -> list[str]:
     """Fill every tensor of ``destination`` (Hugging Face name -> view) and return the extras that were tolerated.
 
     Tolerated: ``*.rotary_emb.inv_freq``, which config.json already says, and with ``tied_head`` an ``lm_head.weight``
     that equals the embedding byte by byte. Every missing, extra, misshapen or wrongly typed tensor comes in ONE
-    InputError, before anything is read.
+    InputError, before anything is read. Weights that are quantised pass one by one through one buffer on their device.
     """
     try:
-        return _load(checkpoint, destination, tied_head)
+        return _load(checkpoint, destination, tied_head, quantized)
     finally:
         checkpoint.close()  # it opens again if it is asked again
 
 
-def _load(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: bool) -> list[str]:
-    found = dict.fromkeys(checkpoint.names())
+def _load(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: bool,
+          quantized: Quantized | None) -> list[str]:
+    stored = prequantized.find(checkpoint) if quantized and quantized.keep else {}
+    if quantized and quantized.keep and not stored:
+        raise InputError(f"{_where(checkpoint)}: config.json has a quantization_config, but no tensor is quantised; "
+                         "delete that field")
+    companions = {name for names in stored.values() for name in names}
+    found = dict.fromkeys(name for name in checkpoint.names() if name not in companions)
+    slots = quantized.shapes if quantized else {}
+    destination = {**destination, **{name: torch.empty(shape, device="meta") for name, shape in slots.items()}}
     extra = [name for name in found if name not in destination]
     if any(f"model.{name}" in destination for name in extra):
         raise InputError(
@@ -49,18 +76,43 @@ def _load(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: 
     refused = [name for name in extra if name not in settled]
     faults += _missing(checkpoint, destination) + [f"{show(name)} is not part of this model" for name in refused]
     for name in destination:
-        if name in found:
+        if name in found and not (name in stored and name in slots):     # those are checked as they are read
             faults += _misfit(checkpoint, name, destination[name])
     if faults:
         hint = ""
         if any(".weight." in name for name in refused):
-            hint = "\nIt looks quantised; quantised checkpoints are not supported yet."
+            hint = "\nIt looks quantised, but config.json has no quantization_config that says how."
         raise InputError(f"{_where(checkpoint)}: {len(faults)} tensors do not fit:{listing(faults)}{hint}")
+    if any(view.device.type == "meta" for name, view in destination.items() if name not in slots):
+        return tolerated      # only the names and shapes were asked about
     # In the order of the files, so that disks and caches see one stream.
+    scratch: dict[torch.dtype, Tensor] = {}
     for name in found:
-        if name in destination:
+        if quantized and name in slots:
+            if name in stored:
+                quantized.put(name, prequantized.read(checkpoint, name, slots[name], quantized.device))
+            else:
+                quantized.put(name, _read_quantized(checkpoint, name, quantized, scratch))
+        elif name in destination:
             checkpoint.read_into(name, destination[name])
     return tolerated
+
+
+def _read_quantized(checkpoint: Checkpoint, name: str, quantized: Quantized,
+                    scratch: dict[torch.dtype, Tensor]) -> NF4Weight | Tensor:
+    """A weight in the file's own dtype, read into scratch memory on the device and quantised there."""
+    shape, dtype = quantized.shapes[name], checkpoint.info(name).dtype
+    if quantized.keep:
+        whole = torch.empty(shape, dtype=quantized.dtype, device=quantized.device)
+        checkpoint.read_into(name, whole)
+        return whole
+    count = math.prod(shape)
+    if dtype not in scratch or scratch[dtype].numel() < count:
+        scratch.clear()      # first give back, then take: one buffer is there at a time
+        scratch[dtype] = torch.empty(count, dtype=dtype, device=quantized.device)
+    values = scratch[dtype][:count].view(shape)
+    checkpoint.read_into(name, values)
+    return nf4.quantize(values, quantized.double_quant)
 
 
 def _where(checkpoint: Checkpoint) -> str:
@@ -83,14 +135,14 @@ def _misfit(checkpoint: Checkpoint, name: str, out: Tensor) -> list[str]:
     return []
 
 
-def save_weights(folder: str | Path, tensors: Mapping[str, Tensor], shard_bytes: float = 5e9) -> None:
+def save_weights(folder: str | Path, tensors: Mapping[str, Tensor | LazyTensor], shard_bytes: float = 5e9) -> None:
     """Write ``model.safetensors``, or shards of at most ``shard_bytes`` with an index where one file is too small.
 
     Files are written one after another under temporary names, synced and then renamed; a failure leaves what was
     there. An older model in the folder is replaced. Raises InputError where the disk refuses.
     """
     folder = Path(folder)
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[dict[str, Tensor | LazyTensor]] = [{}]
     filled = total = 0
     for name, tensor in tensors.items():
         n_bytes = tensor.numel() * tensor.element_size()

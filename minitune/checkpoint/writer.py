@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Mapping
-from typing import BinaryIO
+import math
+from collections.abc import Callable, Mapping
+from typing import BinaryIO, NamedTuple
 
+import torch
 from torch import Tensor
 
 from minitune.checkpoint.reader import CHUNK
@@ -18,8 +20,28 @@ METADATA = {"format": "pt"}
 """What transformers and peft expect in a file of PyTorch tensors."""
 
 
-def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
-    """Write ``tensors`` with the metadata {"format": "pt"}; takes at most 16 MiB beside them.
+class LazyTensor(NamedTuple):
+    """A tensor that is made when its turn to be written comes, so that no two need be in memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def detach(self) -> Tensor:
+        """The tensor itself."""
+        made = self.make()
+        assert tuple(made.shape) == self.shape and made.dtype == self.dtype
+        return made.detach()
+
+
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor | LazyTensor]) -> None:
+    """Write ``tensors`` with the metadata {"format": "pt"}; takes at most 16 MiB beside them (and a lazy one).
 
     Wide dtypes come first, so that every tensor is aligned to its element. Raises InputError for a dtype that the
     format does not have; an OSError of the file goes through.

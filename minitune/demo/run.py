@@ -12,6 +12,7 @@ from minitune.config import LoRA, Training
 from minitune.data.stream import stream
 from minitune.demo.questions import QUESTIONS
 from minitune.errors import InputError
+from minitune.objectives.sft import mean_loss
 from minitune.report.metrics import MetricsFile
 from minitune.report.plot import LossPlot
 from minitune.report.progress import progress
@@ -77,8 +78,7 @@ def examine(model: Model) -> State:
     """The greedy answers to all questions, and the mean loss over the tokens of heldout.jsonl."""
     model.eval()
     batches = stream(EXAMPLES / "heldout.jsonl", model.tokenizer, tokens=TRAINING.tokens, shuffle=False)
-    sums = [model.loss_sum(batch) for batch in batches]
-    held_out = sum(float(total) for total, _ in sums) / sum(n for _, n in sums)
+    held_out = mean_loss(model, batches)
     answers = tuple(model.complete(question.prompt, MAX_NEW_TOKENS).strip() for question in QUESTIONS)
     return State(answers, held_out)
 

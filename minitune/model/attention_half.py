@@ -10,6 +10,7 @@ from minitune.model.half import Context, Kept
 from minitune.model.lora import Projection, frozen
 from minitune.ops import attention, lora_matmul, rms_norm, rope
 from minitune.ops.lora_matmul import LoraWeights
+from minitune.ops.nf4_linear import DecodeBuffer
 
 
 class AttentionHalf(nn.Module):
@@ -18,15 +19,16 @@ class AttentionHalf(nn.Module):
     q_norm: nn.Parameter | None
     k_norm: nn.Parameter | None
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device,
+                 buffer: DecodeBuffer | None = None):
         super().__init__()
         self.config, self.window = config, config.windows[layer]
         prefix = f"model.layers.{layer}.self_attn"
         q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.norm = frozen(torch.empty(config.d_model, dtype=dtype, device=device))
         self.qkv = Projection({f"{prefix}.q_proj": q_rows, f"{prefix}.k_proj": kv_rows, f"{prefix}.v_proj": kv_rows},
-                              config.d_model, config.qkv_bias, dtype, device)
-        self.o = Projection({f"{prefix}.o_proj": config.d_model}, q_rows, config.o_bias, dtype, device)
+                              config.d_model, config.qkv_bias, dtype, device, buffer)
+        self.o = Projection({f"{prefix}.o_proj": config.d_model}, q_rows, config.o_bias, dtype, device, buffer)
         for name in ("q_norm", "k_norm"):
             weight = frozen(torch.empty(config.head_dim, dtype=dtype, device=device)) if config.qk_norm else None
             self.register_parameter(name, weight)

@@ -18,8 +18,8 @@ from minitune.model.memory import free_bytes
 from minitune.ops import attention, lora_matmul, rms_norm, rope
 from minitune.ops.documents import Documents
 
-WORTH_PACKING = 16
-"""From so many new tokens on, packing the weights for several sequences on a CPU costs less than it saves."""
+WORTH_PREPARING = 16
+"""From so many new tokens on, laying the weights out for decoding on a CPU costs less than it saves."""
 
 Choose = Callable[[Tensor], Tensor]
 """Logits fp32 [n, vocab_size] -> the next token of each row, int64 [n]."""
@@ -60,10 +60,10 @@ def generate(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: i
     cache = Cache(network, len(prompts), max(map(len, prompts)) + max_new_tokens)
     network.check_length(max(map(len, prompts)) + max_new_tokens)
     hidden = prefill(network, prompts, cache)
-    size = sum(weight.numel() * weight.element_size() for weight in network.hf_weights().values())
-    pack = (len(prompts) > 1 and max_new_tokens >= WORTH_PACKING and network.device.type == "cpu"
-            and 2 * size < free_bytes(network.device))
-    with network.packed_weights() if pack else contextlib.nullcontext():
+    size = sum(math.prod(shape) for _, shape, _ in network.dense_weights()) * network.dtype.itemsize
+    prepare = (max_new_tokens >= WORTH_PREPARING and network.device.type == "cpu"
+               and 2 * size < free_bytes(network.device))
+    with network.weights_at_hand(len(prompts)) if prepare else contextlib.nullcontext():
         _grow(network, hidden, cache, new, max_new_tokens, choose, finished)
     return new
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +22,19 @@ from minitune.model.mlp_half import MlpHalf
 from minitune.ops import few_rows, rope
 from minitune.ops.documents import Documents
 from minitune.ops.linear_cross_entropy import linear_cross_entropy
+from minitune.ops.nf4 import NF4Weight
+from minitune.ops.nf4_linear import DecodeBuffer, dense
 from minitune.ops.rms_norm import rms_norm
 
 
 class Layer(nn.Module):
     """One transformer layer: x -> x + attention(norm(x)), then x -> x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device,
+                 buffer: DecodeBuffer | None = None):
         super().__init__()
-        self.attention = AttentionHalf(config, index, dtype, device)
-        self.mlp = MlpHalf(config, index, dtype, device)
+        self.attention = AttentionHalf(config, index, dtype, device, buffer)
+        self.mlp = MlpHalf(config, index, dtype, device, buffer)
 
     def forward(self, x: Tensor, context: half.Context) -> Tensor:
         """x [T, d_model] -> [T, d_model]."""
@@ -41,18 +45,20 @@ class Llama(nn.Module):
     """Embedding, layers, final norm and head. All weights frozen until `add_adapters` or `unfreeze`.
 
     `dtype` is the compute dtype: frozen weights and activations. What is trained lies in fp32 and is cast for use.
-    The storage is uninitialised: a checkpoint or `init_weights` fills it through `hf_weights`.
+    The storage is uninitialised: a checkpoint or `init_weights` fills it through `hf_weights`. With ``quantized`` the
+    linears of the layers have none: they are given to `put_nf4`, and decoded into one buffer for each product.
     """
 
     head: nn.Parameter | None
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu",
-                 memory: MemoryPolicy = "auto"):
+                 memory: MemoryPolicy = "auto", quantized: bool = False):
         super().__init__()
         device = torch.device(device)
+        buffer = DecodeBuffer(dtype) if quantized else None
         self.config, self.memory = config, memory
         self.embedding = frozen(torch.empty(config.vocab_size, config.d_model, dtype=dtype, device=device))
-        self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.n_layers))
+        self.layers = nn.ModuleList(Layer(config, i, dtype, device, buffer) for i in range(config.n_layers))
         self.norm = frozen(torch.empty(config.d_model, dtype=dtype, device=device))
         head = None if config.tied_head else frozen(torch.empty_like(self.embedding))
         self.register_parameter("head", head)
@@ -87,20 +93,25 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, d_model] -> fp32 [n, vocab_size]."""
-        return few_rows.product(hidden, self.head_weight.to(hidden.dtype), packed=self.packed_head).float()
+        return few_rows.product(hidden, self.head_weight.to(hidden.dtype), None, self.packed_head).float()
 
     @contextlib.contextmanager
-    def packed_weights(self) -> Iterator[None]:
-        """Within it the weights lie packed beside themselves, for products with a few rows on a CPU."""
+    def weights_at_hand(self, rows: int) -> Iterator[None]:
+        """Within it a CPU finds the weights as products with `rows` rows like them, beside where they lie: packed for
+        a few rows; for one row as they are, where they lie in NF4 decoded once."""
         projections = self.projections()
         try:
             for projection in projections:
-                projection.packed = few_rows.pack(projection.operands().weight)
-            self.packed_head = few_rows.pack(self.head_weight.to(self.dtype))
+                if rows > 1:
+                    projection.packed = few_rows.pack(dense(projection.operands().weight))
+                elif projection.fused is not None:
+                    projection.decoded = projection.fused.decode(torch.empty(
+                        projection.fused.shape, dtype=self.dtype, device=self.device))
+            self.packed_head = few_rows.pack(self.head_weight.to(self.dtype)) if rows > 1 else None
             yield
         finally:
             for projection in projections:
-                projection.packed = None
+                projection.packed = projection.decoded = None
             self.packed_head = None
 
     def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -125,13 +136,32 @@ class Llama(nn.Module):
         return [m for m in self.modules() if isinstance(m, Projection)]
 
     def hf_weights(self) -> dict[str, Tensor]:
-        """Every tensor of the checkpoint by its Hugging Face name, as a view of where it lies here."""
-        found = {name: getattr(owner, attribute).data for name, owner, attribute in self._single_weights()}
+        """Every tensor of the checkpoint by its Hugging Face name, as a view of where it lies here; those in NF4 are
+        left out."""
+        found = {name: getattr(owner, attribute).data for name, owner, attribute in self.single_weights()}
         for projection in self.projections():
             found |= projection.hf_weights()
         return found
 
-    def _single_weights(self) -> list[tuple[str, nn.Module, str]]:
+    def nf4_shapes(self) -> dict[str, tuple[int, int]]:
+        """Hugging Face name -> [rows, K] of every weight that lies in NF4."""
+        return {name: shape for projection in self.projections() for name, shape in projection.nf4_shapes().items()}
+
+    def put_nf4(self, name: str, weight: NF4Weight | Tensor) -> None:
+        """Give the weight of this Hugging Face name its values."""
+        path = name.removesuffix(".weight")
+        next(p for p in self.projections() if path in p.parts).put_nf4(path, weight)
+
+    def dense_weights(self) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
+        """(Hugging Face name, shape, what gives its values) of every tensor of the checkpoint; those in NF4 decode
+        when they are asked for, one by one."""
+        for name, value in self.hf_weights().items():
+            yield name, tuple(value.shape), functools.partial(Tensor.detach, value)
+        for projection in self.projections():
+            for name, shape in projection.nf4_shapes().items():
+                yield name, shape, functools.partial(projection.dense_part, name.removesuffix(".weight"))
+
+    def single_weights(self) -> list[tuple[str, nn.Module, str]]:
         """(Hugging Face name, module, attribute) of each weight outside the projections."""
         found: list[tuple[str, nn.Module, str]] = [
             ("model.embed_tokens.weight", self, "embedding"), ("model.norm.weight", self, "norm"),
@@ -182,6 +212,10 @@ class Llama(nn.Module):
         InputError if that names nothing. Gradients of a tied head are those of the embedding.
         """
         patterns = self._train_patterns(train)
+        for name in self.nf4_shapes():
+            if any(matches(pattern, name) for pattern in patterns):
+                raise InputError(f"train: {train!r} names {name}, which lies in 4 bits and cannot be trained; load "
+                                 'without quant, or name other weights ("norms", "head", "embedding")')
         names = self.hf_weights()
         for pattern in patterns:
             if not any(matches(pattern, name) for name in names):
@@ -189,7 +223,7 @@ class Llama(nn.Module):
                                  '"model.layers.0.self_attn.q_proj.weight"')
         for projection in self.projections():
             projection.unfreeze(patterns)
-        for name, owner, attribute in self._single_weights():
+        for name, owner, attribute in self.single_weights():
             if any(matches(pattern, name) for pattern in patterns):
                 setattr(owner, attribute, nn.Parameter(getattr(owner, attribute).detach().float().clone()))
 

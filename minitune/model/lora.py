@@ -6,7 +6,7 @@ import fnmatch
 import math
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from minitune.config import LINEAR_NAMES, LoRA
 from minitune.errors import InputError
 from minitune.ops import lora_matmul
 from minitune.ops.lora_matmul import LoraWeights
+from minitune.ops.nf4 import NF4Weight
+from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4, nf4_linear
 
 T = TypeVar("T")
 
@@ -61,16 +63,20 @@ def matches(pattern: str, path: str) -> bool:
 class Projection(nn.Module):
     """Several linears that share their input, as one product: weight [N, K], the rows of each part below each other.
 
-    ``parts`` maps a Hugging Face module path to its number of rows. A frozen weight lies in the compute dtype; one that
-    is trained is split into a fp32 Parameter for each part (`unfreeze`), and the composed path joins them.
+    ``parts`` maps a Hugging Face module path to its number of rows. A frozen weight lies in the compute dtype, or, with
+    a ``buffer`` to decode into, in NF4 (`put_nf4`); one that is trained is split into a fp32 Parameter for each part
+    (`unfreeze`), and the composed path joins them.
     """
 
     def __init__(self, parts: Mapping[str, int], in_features: int, bias: bool, dtype: torch.dtype,
-                 device: torch.device):
+                 device: torch.device, buffer: DecodeBuffer | None = None):
         super().__init__()
         self.parts = dict(parts)
         self.n_rows, self.n_columns = sum(parts.values()), in_features
-        self.weight = frozen(torch.empty(self.n_rows, in_features, dtype=dtype, device=device))
+        self.buffer, self.nf4 = buffer, None if buffer is None else dict[str, NF4Weight | Tensor]()
+        self.fused: FusedNF4 | None = None
+        rows = self.n_rows if buffer is None else 0
+        self.weight = frozen(torch.empty(rows, in_features, dtype=dtype, device=device))
         self.bias = frozen(torch.empty(self.n_rows, dtype=dtype, device=device)) if bias else None
         self.adapters = nn.ModuleDict()
         self.trained = nn.ParameterDict()
@@ -78,6 +84,7 @@ class Projection(nn.Module):
         self.images: tuple[Tensor, Tensor] | None = None
         self.cast: tuple[Tensor, Tensor | None] | None = None
         self.packed: Tensor | None = None
+        self.decoded: Tensor | None = None
 
     def rows(self) -> Iterator[tuple[str, slice]]:
         """Each part's path and its rows of the fused weight."""
@@ -87,15 +94,45 @@ class Projection(nn.Module):
             start += count
 
     def hf_weights(self) -> dict[str, Tensor]:
-        """Hugging Face tensor name -> that part's rows (or its own trained Parameter)."""
+        """Hugging Face tensor name -> that part's rows (or its own trained Parameter). Weights in NF4 are left out:
+        see `nf4_shapes`."""
         found = {}
         for path, rows in self.rows():
-            for kind, fused in (("weight", self.weight), ("bias", self.bias)):
+            for kind, fused in (("weight", self.weight if self.buffer is None else None), ("bias", self.bias)):
                 if fused is not None:
                     name = f"{path}.{kind}"
                     key = _key(name)
                     found[name] = self.trained[key].data if key in self.trained else fused[rows]
         return found
+
+    # -- weights in 4 bits -----------------------------------------------------------------------------------------
+
+    def nf4_shapes(self) -> dict[str, tuple[int, int]]:
+        """Hugging Face tensor name -> [rows, K] of each weight that lies in NF4."""
+        return {} if self.buffer is None else {f"{path}.weight": (n, self.n_columns) for path, n in self.parts.items()}
+
+    def put_nf4(self, path: str, weight: NF4Weight | Tensor) -> None:
+        """Give a part its weight; in 16 bits where its checkpoint left it so. With the last one all is ready."""
+        assert self.buffer is not None and self.nf4 is not None and tuple(weight.shape) == (self.parts[path],
+                                                                                           self.n_columns)
+        self.nf4[path] = weight
+        if len(self.nf4) == len(self.parts):
+            self.fused = FusedNF4([self.nf4[path] for path in self.parts], self.buffer)
+            self.nf4 = {}
+
+    def dense_part(self, path: str) -> Tensor:
+        """[rows, K] of one part in the compute dtype: a view, or where it lies in NF4 a decoded copy."""
+        if self.fused is None:
+            return self.hf_weights()[f"{path}.weight"]
+        part = self.fused.parts[list(self.parts).index(path)]
+        return part.dequantize(self.fused.buffer.dtype) if isinstance(part, NF4Weight) else part
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Projection:
+        """`to(device)` takes the weights in NF4 along; their dtypes stay."""
+        super()._apply(fn, recurse)
+        if self.fused is not None and self.fused.device != self.weight.device:
+            self.fused = self.fused.to(self.weight.device)
+        return self
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
@@ -139,8 +176,10 @@ class Projection(nn.Module):
     def operands(self) -> LoraWeights:
         """What the product reads; without a and b where there is no adapter or it is switched off."""
         a, b = self.images if self.images is not None and self.enabled else (None, None)
-        weight, bias = self.cast or (self.weight, self.bias)
-        return LoraWeights(weight, bias, a, b, self.packed)
+        if self.cast is not None:
+            return LoraWeights(*self.cast, a, b, self.packed)
+        weight = self.weight if self.fused is None else self.fused if self.decoded is None else self.decoded
+        return LoraWeights(weight, self.bias, a, b, self.packed)
 
     def adapter_parameters(self) -> list[Tensor]:
         """A and B of each adapter, in the order of `adapter_gradients`; none while they are switched off."""
@@ -196,7 +235,7 @@ class Projection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N] by plain autograd: the specification, and the path of the rare variants."""
         weight, bias = self.joined(x.dtype) if self.trained else (self.weight, self.bias)
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias) if self.fused is None else nf4_linear(x, self.fused, bias)
         if not self.enabled:
             return y
         adapters = self.own_adapters()

@@ -10,19 +10,22 @@ from minitune.model.half import Context, Kept
 from minitune.model.lora import Projection, frozen
 from minitune.ops import lora_matmul, rms_norm, swiglu
 from minitune.ops.lora_matmul import LoraWeights
+from minitune.ops.nf4_linear import DecodeBuffer
 
 
 class MlpHalf(nn.Module):
     """x + down(swiglu(gate_up(norm(x)))). Weight names follow the checkpoint: mlp.{gate,up,down}_proj."""
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device,
+                 buffer: DecodeBuffer | None = None):
         super().__init__()
         self.eps = config.norm_eps
         prefix = f"model.layers.{layer}.mlp"
         self.norm = frozen(torch.empty(config.d_model, dtype=dtype, device=device))
         self.gate_up = Projection({f"{prefix}.gate_proj": config.d_ff, f"{prefix}.up_proj": config.d_ff},
-                                  config.d_model, config.mlp_bias, dtype, device)
-        self.down = Projection({f"{prefix}.down_proj": config.d_model}, config.d_ff, config.mlp_bias, dtype, device)
+                                  config.d_model, config.mlp_bias, dtype, device, buffer)
+        self.down = Projection({f"{prefix}.down_proj": config.d_model}, config.d_ff, config.mlp_bias, dtype, device,
+                               buffer)
 
     @property
     def needs_composed(self) -> bool:

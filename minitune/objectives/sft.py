@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from minitune.data.batch import Batch
+from minitune.errors import InputError
 
 
 class LanguageModel(Protocol):
     """What this objective asks of a model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches have to lie."""
 
     def hidden(self, batch: Batch) -> Tensor:
         """[T, d_model], after the final norm."""
@@ -35,3 +41,13 @@ def sft(model: LanguageModel, batch: Batch) -> tuple[Tensor, int]:
     if batch.weights is not None:
         losses = losses * batch.weights[batch.trained]
     return torch.sum(losses), batch.n_trained
+
+
+@torch.no_grad()
+def mean_loss(model: LanguageModel, batches: Iterable[Batch]) -> float:
+    """The mean of weight · loss over all trained tokens of the batches, without gradients. InputError if there is none.
+    """
+    sums = [sft(model, batch.to(model.device)) for batch in batches]
+    if not sum(n for _, n in sums):
+        raise InputError("the data trains no token, so its mean loss is not defined")
+    return sum(float(total) for total, _ in sums) / sum(n for _, n in sums)
