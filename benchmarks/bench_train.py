@@ -167,8 +167,9 @@ def compare_losses(sides: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- from process start ---------------------------------------------------------------------------------------------
-def starts(folder: Path, size: str, told: argparse.Namespace) -> dict[str, Any]:
-    """Fresh processes by turns: seconds from process start to the first logits of a prompt, then greedy tokens/s."""
+def starts(folder: Path, size: str, told: argparse.Namespace, profiles: dict[str, str]) -> dict[str, Any]:
+    """Fresh processes by turns: seconds from process start to the first logits of a prompt, then greedy tokens/s; into
+    `profiles`, where they were asked for, the operators of a last answer."""
     names = {"ours": "ours-start", "peers": "peers-start"} if told.ours else {"peers": "peers-start"}
     found: dict[str, Any] = {name: {"runs": []} for name in names}
     for turn in range(told.starts + 1):  # the first turn warms the page cache for both and is dropped
@@ -177,6 +178,8 @@ def starts(folder: Path, size: str, told: argparse.Namespace) -> dict[str, Any]:
                 with Worker(SIDES, *arguments(side, folder, size, "1x32")) as worker:
                     first = worker.ask("first_logits")
                     written = ask_quietly(worker, "generate", told.attempts, told.void_share, n=2) if turn else []
+                    if told.profile and turn:
+                        profiles[f"{name}-generate"] = worker.ask("profile").value["text"]
                     run = {"seconds": first.value["at"] - worker.started, "other_share": first.other_share,
                            "void": first.void(told.void_share), "memory": first.value["memory"],
                            "argmax": first.value["argmax"], "mean_square": first.value["mean_square"],
@@ -218,7 +221,7 @@ def bench(size: str, told: argparse.Namespace) -> Path:
             profiles |= {f"{name}-{shape}": text for name, text in texts.items()}
             raw["layouts"][shape] = {"n_tokens": sum(layout(shape)), "rivals": rivals, "tried": tried, "sides": sides,
                                      "losses": compare_losses(sides)}
-        raw["start"] = starts(folder, size, told)
+        raw["start"] = starts(folder, size, told, profiles)
     path = save(f"train-{size}", raw, told.out)
     for name, text in profiles.items():
         save(f"train-{size}-{name}", {"text": text}, told.out, suffix=".profile.txt")

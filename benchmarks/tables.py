@@ -1,6 +1,7 @@
 """Every table of figures, made from the raw files: benchmarks/RESULTS.md, and README.md's between its marker comments.
 
-``python -m benchmarks.tables`` rewrites both. For each name the newest raw file counts.
+``python -m benchmarks.tables`` rewrites both. For each name the newest raw file counts, in RESULTS.md on each kind of
+machine.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT
+from benchmarks.tables_nf4 import nf4_kernels_table, nf4_table
+from benchmarks.tables_text import markdown, ratio, spread, verdict, where
 
 Raw = dict[str, Any]
 TARGETS = {"12x768": {"eager": 1.6, "compiled": 1.2}, "16x2048": {"eager": 1.35, "products": 0.60}}
@@ -30,13 +33,14 @@ def read(path: Path) -> Raw:
     return raw
 
 
-def newest(folder: Path) -> dict[str, Raw]:
-    """name -> the newest raw file of that name."""
+def newest(folder: Path, each_machine: bool = False) -> dict[str, Raw]:
+    """name -> the newest raw file of that name, or with `each_machine` of that name on each kind of machine."""
     found: dict[str, Raw] = {}
     for path in sorted(folder.glob("*.json")):
         raw = read(path)
-        if raw["name"] not in found or raw["when"] >= found[raw["name"]]["when"]:
-            found[raw["name"]] = raw
+        name = f"{raw['name']} on {raw['machine']['cpu']}" if each_machine else raw["name"]
+        if name not in found or raw["when"] >= found[name]["when"]:
+            found[name] = raw
     return found
 
 
@@ -45,48 +49,9 @@ def trial(raw: Raw) -> bool:
     return raw.get("size") == "2x64" or raw.get("device") == "cpu"
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A markdown table with its columns padded, so that it reads well unrendered too."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-
-    return [line(head), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
-
-
-def spread(found: Raw, digits: int = 0) -> str:
-    """"median (p20 to p80)" of a summary, or "void"."""
-    if not found.get("n"):
-        return "void"
-    return f"{found['median']:,.{digits}f} ({found['p20']:,.{digits}f} to {found['p80']:,.{digits}f})"
-
-
-def where(raw: Raw) -> str:
-    """The machine and the versions in one line."""
-    machine = raw["machine"]
-    flags = [flag for flag in machine["flags"] if flag in ("avx512_bf16", "amx_bf16")]
-    cpu = f"{machine['cores']} cores of {machine['cpu']} ({', '.join(flags) or 'no bf16'})"
-    device = "; ".join(machine["gpus"]) or cpu
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "triton", "transformers", "peft")
-                         if machine["versions"].get(name))
-    commit = (machine["commit"] or "unknown")[:10] + (" + changes" if machine["dirty"] else "")
-    return f"{raw['when'][:10]}, {device}, {versions}, commit {commit}."
-
-
 # ---- training -------------------------------------------------------------------------------------------------------
-def _ratio(ours: Raw | None, theirs: Raw | None) -> float | None:
-    if not ours or not theirs or not ours.get("n") or not theirs.get("n"):
-        return None
-    return float(ours["median"] / theirs["median"])
-
-
 def _row(what: str, value: float | None, target: float, at_least: bool) -> tuple[str, str, str, str]:
-    wanted = f"{'≥' if at_least else '≤'} {target:g}"
-    if value is None:
-        return what, "void", wanted, "not measured"
-    met = value >= target if at_least else value <= target
-    return what, f"{value:.2f}", wanted, "met" if met else "short"
+    return what, *verdict(value, target, at_least)
 
 
 def verdicts(raw: Raw) -> list[tuple[str, str, str, str]]:
@@ -96,7 +61,7 @@ def verdicts(raw: Raw) -> list[tuple[str, str, str, str]]:
         sides: dict[str, Raw] = {name: side for name, side in found["sides"].items() if not side["void"]}
         ours = sides.get("ours")
         for other, target in TARGETS.get(raw["size"], {}).items():
-            value = _ratio(ours and ours["tokens_per_s"], sides.get(other, {}).get("tokens_per_s"))
+            value = ratio(ours and ours["tokens_per_s"], sides.get(other, {}).get("tokens_per_s"))
             rows.append(_row(f"{shape}: tokens/s over {_NAMES[other]}", value, target, True))
         leanest = [sides[name]["memory"]["resident_peak"] for name in ("eager", "compiled") if name in sides]
         value = ours["memory"]["resident_peak"] / min(leanest) if ours and leanest else None
@@ -112,8 +77,8 @@ def verdicts(raw: Raw) -> list[tuple[str, str, str, str]]:
         rows.append(_row("first logits: share of positions with their best token",
                          sum(a == b for a, b in pairs) / len(pairs), SAME_BEST, True))
     rows.append(_row("process start to first logits, over theirs",
-                     _ratio(ours.get("first_logits_s"), peers.get("first_logits_s")), 1.0, False))
-    rows.append(_row("greedy generation over theirs", _ratio(
+                     ratio(ours.get("first_logits_s"), peers.get("first_logits_s")), 1.0, False))
+    rows.append(_row("greedy generation over theirs", ratio(
         ours.get("generation_tokens_per_s"), peers.get("generation_tokens_per_s")), GENERATION_TARGET, True))
     return rows
 
@@ -196,7 +161,8 @@ def gpu_tables(raw: Raw) -> list[str]:
 
 # ---- documents ------------------------------------------------------------------------------------------------------
 _KINDS: dict[str, tuple[str, Callable[[Raw], list[str]]]] = {
-    "train": ("Training and generation on the CPU", train_table), "gpu": ("On a GPU", gpu_tables)}
+    "train": ("Training and generation on the CPU", train_table), "nf4-kernels": ("4-bit kernels on the CPU",
+    nf4_kernels_table), "nf4": ("QLoRA on the CPU", nf4_table), "gpu": ("On a GPU", gpu_tables)}
 
 
 def results_page(raws: dict[str, Raw]) -> str:
@@ -242,9 +208,10 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "benchmarks" / "RESULTS.md")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     told = parser.parse_args()
+    everywhere = {name: raw for name, raw in newest(told.results, each_machine=True).items() if not trial(raw)}
     raws = {name: raw for name, raw in newest(told.results).items() if not trial(raw)}
-    told.page.write_text(results_page(raws))
-    print(f"wrote {told.page.name} from {len(raws)} raw files")
+    told.page.write_text(results_page(everywhere))
+    print(f"wrote {told.page.name} from {len(everywhere)} raw files")
     if told.readme.exists():
         before = told.readme.read_text()
         after = fill(before, "train", readme_train(raws))

@@ -18,6 +18,8 @@ from benchmarks.shapes import ALPHA, LR, NEW_TOKENS, PROMPT, RANK, SEED, SIZES, 
 if TYPE_CHECKING:
     import torch
 
+    from minitune.config import Quant
+
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -64,12 +66,12 @@ class Trainer:
 class Ours(Trainer):
     """minitune, as a user would call it."""
 
-    def __init__(self, folder: Path, ids: list[int], lengths: tuple[int, ...]) -> None:
+    def __init__(self, folder: Path, ids: list[int], lengths: tuple[int, ...], quant: Quant | None) -> None:
         import torch
 
         import minitune as mt
 
-        self.model = mt.load(folder, dtype=torch.bfloat16, lora=mt.LoRA(rank=RANK, alpha=ALPHA), seed=SEED)
+        self.model = mt.load(folder, dtype=torch.bfloat16, quant=quant, lora=mt.LoRA(rank=RANK, alpha=ALPHA), seed=SEED)
         self.model.train()
         bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
         tokens = torch.tensor(ids)
@@ -84,17 +86,18 @@ class Ours(Trainer):
 
 
 class Peers(Trainer):
-    """transformers + PEFT: `adapters` fp32 (as PEFT comes) or bf16, `attention` sdpa or eager, compiled or not."""
+    """transformers + PEFT: `adapters` fp32 (as PEFT comes) or bf16, `attention` sdpa or eager, compiled or not; with
+    `quant` over 4-bit weights of bitsandbytes."""
 
     def __init__(self, folder: Path, ids: list[int], lengths: tuple[int, ...], adapters: str, attention: str,
-                 compiled: bool) -> None:
+                 compiled: bool, quant: Quant | None) -> None:
         import peft
         import torch
         import transformers
 
         torch.manual_seed(SEED)
         base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16,
-                                                                 attn_implementation=attention)
+                                                                 attn_implementation=attention, **four_bits(quant))
         wanted = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS, lora_dropout=0.0,
                                  task_type="CAUSAL_LM")
         self.model: Any = peft.get_peft_model(base, wanted, autocast_adapter_dtype=adapters == "fp32")
@@ -110,6 +113,18 @@ class Peers(Trainer):
     def loss(self) -> torch.Tensor:
         loss: torch.Tensor = self.forward(input_ids=self.ids, labels=self.ids, use_cache=False).loss
         return loss
+
+
+def four_bits(quant: str | None) -> dict[str, Any]:
+    """What transformers is told for weights in NF4, double quantised for "nf4-dq", computing in bf16."""
+    if quant is None:
+        return {}
+    import torch
+    import transformers
+
+    return {"device_map": "cpu", "quantization_config": transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=quant == "nf4-dq")}
 
 
 class Products:
@@ -164,13 +179,13 @@ def fused_weights(folder: Path) -> list[torch.Tensor]:
 class OursStart:
     """minitune from process start: load, first logits, greedy answers."""
 
-    def __init__(self, folder: Path, prompt: list[int]) -> None:
+    def __init__(self, folder: Path, prompt: list[int], quant: Quant | None) -> None:
         import torch
 
         import minitune as mt
 
         self.prompt = prompt
-        self.model = mt.load(folder, dtype=torch.bfloat16)
+        self.model = mt.load(folder, dtype=torch.bfloat16, quant=quant)
         self.model.eval()
         with torch.no_grad():
             self.first = self.model.logits(torch.tensor(prompt))
@@ -182,11 +197,12 @@ class OursStart:
 class PeersStart:
     """The same by transformers (no adapter, so PEFT is not even imported)."""
 
-    def __init__(self, folder: Path, prompt: list[int]) -> None:
+    def __init__(self, folder: Path, prompt: list[int], quant: Quant | None) -> None:
         import torch
         import transformers
 
-        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16,
+                                                                            **four_bits(quant))
         self.model.eval()
         self.prompt = torch.tensor([prompt])
         with torch.no_grad():
@@ -201,9 +217,10 @@ class PeersStart:
         return [int(i) for i in out[0, self.prompt.shape[1]:]]
 
 
-def start(kind: type[OursStart] | type[PeersStart], folder: Path, ids: list[int]) -> dict[str, Any]:
+def start(kind: type[OursStart] | type[PeersStart], folder: Path, ids: list[int],
+          quant: Quant | None) -> dict[str, Any]:
     """Handlers of a starting side; the loading itself has happened when this returns."""
-    side = kind(folder, ids[:PROMPT])
+    side = kind(folder, ids[:PROMPT], quant)
     ready, used = time.monotonic(), memory()
     if not bool(side.first.isfinite().all()):
         raise RuntimeError("the first logits are not finite")
@@ -220,22 +237,29 @@ def start(kind: type[OursStart] | type[PeersStart], folder: Path, ids: list[int]
             seconds.append(time.perf_counter() - begun)
         return {"seconds": seconds, "new": new, "memory": memory()}
 
-    return {"first_logits": first_logits, "generate": generate}
+    def profile() -> dict[str, Any]:
+        import torch
+
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            side.generate()
+        return {"text": profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30)}
+
+    return {"first_logits": first_logits, "generate": generate, "profile": profile}
 
 
 def handlers(told: argparse.Namespace, size: Size, lengths: tuple[int, ...]) -> dict[str, Any]:
     """Build the side that was asked for and name the commands it answers."""
     ids = token_ids(size, max(sum(lengths), PROMPT))
     if told.side.endswith("-start"):
-        return start(OursStart if told.side == "ours-start" else PeersStart, told.folder, ids)
+        return start(OursStart if told.side == "ours-start" else PeersStart, told.folder, ids, told.quant)
     ids = ids[:sum(lengths)]
     if told.side == "products":
         return {"steps": Products(told.folder, sum(lengths)).steps}
     trainer: Trainer
     if told.side == "ours":
-        trainer = Ours(told.folder, ids, lengths)
+        trainer = Ours(told.folder, ids, lengths, told.quant)
     else:
-        trainer = Peers(told.folder, ids, lengths, told.adapters, told.attention, told.compiled)
+        trainer = Peers(told.folder, ids, lengths, told.adapters, told.attention, told.compiled, told.quant)
     return {"steps": trainer.steps, "profile": trainer.profile}
 
 
@@ -248,6 +272,7 @@ def main() -> None:
     parser.add_argument("--adapters", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--quant", choices=["nf4", "nf4-dq"])
     told = parser.parse_args()
     size, lengths = SIZES[told.size], layout(told.layout)
     if told.side == "write":
