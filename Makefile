@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 install: $(VENV)/.installed     ## the package and its dependencies, into .venv
 
 # torch comes first and pinned: without it another package would pull its newest build, with gigabytes beside it.
-$(VENV)/.installed: pyproject.toml .ci/constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*) .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minitune needs Python 3.11 or newer; say make PYTHON=python3.x")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
@@ -43,10 +43,11 @@ gpu:                            ## on a GPU machine, with the python and torch t
 
 bench: $(VENV)/.test            ## minitune beside transformers + PEFT on this CPU; an hour, on a quiet machine
 	$(BIN)/python -m benchmarks.bench_train
+	$(BIN)/python -m benchmarks.bench_nf4
 	$(BIN)/python -m benchmarks.tables
 
 base: $(VENV)/.installed        ## rebuild the small base model and tokenizer of the demo
 	$(BIN)/python examples/build_base.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info minitune/*.so

@@ -27,7 +27,8 @@ def timed(call: Callable[[], Any], n: int) -> list[float]:
 
 
 def ours(shape: str, double_quant: bool, n: int) -> dict[str, Any]:
-    """Seconds of quantise, of dequantise into a reused buffer and into fresh memory, bf16."""
+    """Seconds of quantise, of dequantise into a reused buffer and into fresh memory, bf16; and of copying the 16-bit
+    weight into that buffer, which is about what the machine's memory allows."""
     import torch
 
     from minitune.ops import backends, nf4
@@ -37,7 +38,8 @@ def ours(shape: str, double_quant: bool, n: int) -> dict[str, Any]:
     packed, buffer = nf4.quantize(weight, double_quant), torch.empty_like(weight)
     return {"backend": backends.choose("nf4", weight.device), "quantize": timed(
         lambda: nf4.quantize(weight, double_quant), n), "dequantize": timed(
-        lambda: packed.dequantize(out=buffer), n), "dequantize_fresh": timed(lambda: packed.dequantize(), n)}
+        lambda: packed.dequantize(out=buffer), n), "dequantize_fresh": timed(lambda: packed.dequantize(), n),
+        "copy": timed(lambda: buffer.copy_(weight), n)}
 
 
 def theirs(shape: str, double_quant: bool, n: int) -> dict[str, Any]:

@@ -21,6 +21,9 @@ def nf4_kernels_table(raw: Raw) -> list[str]:
     """Milliseconds of each side at each shape, bf16, and their time over ours."""
     rows = []
     for shape, sides in raw["shapes"].items():
+        copy = sides["ours"].get("copy", {})
+        rows.append((shape, "copy of the 16-bit weight", f"{1e3 * copy['median']:.2f}" if copy.get("n") else "void", "",
+                     "", "", ""))
         for what, target in KERNELS.items():
             ours, theirs = sides["ours"].get(what), sides["theirs"].get(what.removesuffix("_fresh"))
             value = ratio(theirs, ours)

@@ -1,0 +1,124 @@
+"""setup.py: an install without compiler or torch succeeds and says what is missing; wheel and sdist have it all."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+NVCC = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for a .so")
+compiler = pytest.mark.skipif(not (shutil.which("g++") and shutil.which("gcc")), reason="needs a C++ compiler")
+CPU_TORCH = pytest.mark.skipif(bool(torch.version.cuda), reason="beside a torch with CUDA that half is built as well")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """What the build reads of the project, without what an earlier build left."""
+    copy = tmp_path / "tree"
+    shutil.copytree(ROOT / "csrc", copy / "csrc")
+    (copy / "minitune").mkdir()
+    for name in ("__init__.py", "errors.py", "py.typed"):
+        shutil.copy(ROOT / "minitune" / name, copy / "minitune")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def _setup(tree, *arguments, ok=True, **variables):
+    """Output of setup.py, with environment variables; None takes one away."""
+    clear = dict.fromkeys(("MINITUNE_NATIVE", "MINITUNE_CUDA", "MINITUNE_SANITIZE", "CC", "CXX"))
+    settings = clear | {"TORCH_CUDA_ARCH_LIST": "9.0"} | variables
+    environment = {name: value for name, value in {**os.environ, **settings}.items() if value is not None}
+    run = subprocess.run([sys.executable, "setup.py", *arguments], cwd=tree, env=environment, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert (run.returncode == 0) == ok, run.stdout
+    return run.stdout
+
+
+def _libraries(folder):
+    return sorted(path.name.split(".")[0] for path in folder.rglob("*.so"))
+
+
+def _said(output, name):
+    """The one line on an extension that is left out."""
+    lines = [line for line in output.splitlines() if line.startswith(f"minitune: minitune.{name} is not built: ")]
+    assert len(lines) == 1, output
+    return lines[0]
+
+
+@linux
+def test_left_out_on_request_and_what_an_older_build_left_goes(tree):
+    old = tree / "minitune" / "_C.abi3.so"
+    old.write_bytes(b"old")
+    output = _setup(tree, "build_ext", "--inplace", MINITUNE_NATIVE="0")
+    assert _said(output, "_C").endswith("MINITUNE_NATIVE=0") and _said(output, "_C_cuda").endswith("MINITUNE_NATIVE=0")
+    assert _libraries(tree) == []
+
+
+@linux
+def test_no_compiler(tree):
+    false = shutil.which("false")
+    output = _setup(tree, "build_ext", "--build-lib", "lib", MINITUNE_CUDA="0", CC=false, CXX=false)
+    assert "the build failed" in _said(output, "_C") and _said(output, "_C_cuda").endswith("MINITUNE_CUDA=0")
+    assert _libraries(tree) == []
+
+
+@linux
+@compiler
+def test_a_compile_error_is_shown(tree):
+    source = tree / "csrc" / "bindings.cpp"
+    source.write_text(source.read_text() + "\nthis is no C++;\n")
+    output = _setup(tree, "build_ext", "--build-lib", "lib", MINITUNE_CUDA="0")
+    assert _said(output, "_C") and "this is no C++" in output
+    assert _libraries(tree) == []
+
+
+def test_no_torch(tree):
+    (tree / "torch.py").write_text("raise ImportError('no torch here')\n")      # found before the real one
+    output = _setup(tree, "build_ext", "--build-lib", "lib", PYTHONPATH=str(tree))
+    assert "no torch here" in _said(output, "_C") and "--no-build-isolation" in _said(output, "_C")
+
+
+def test_wrong_settings(tree):
+    assert "must be 0, 1 or auto" in _setup(tree, "build_ext", "--build-lib", "lib", ok=False, MINITUNE_CUDA="yes",
+                                            CC="false", CXX="false")
+
+
+@linux
+@compiler
+@pytest.mark.skipif(not NVCC, reason="needs nvcc")
+def test_the_cuda_half_is_built_on_request(tree):
+    output = _setup(tree, "build_ext", "--build-lib", "lib", MINITUNE_CUDA="1")
+    assert _libraries(tree / "lib") == ["_C", "_C_cuda"] and "arch=compute_90,code=sm_90" in output
+    kernels = tree / "csrc" / "nf4_cuda.cu"
+    kernels.write_text(kernels.read_text() + "\nthis is no CUDA;\n")
+    output = _setup(tree, "build_ext", "--build-lib", "lib", ok=False, MINITUNE_CUDA="1")
+    assert "MINITUNE_CUDA=1, but minitune._C_cuda cannot be built" in output
+    assert "must be" not in output and "'sm_90'; write it like" in _setup(
+        tree, "build_ext", "--build-lib", "lib", ok=False, MINITUNE_CUDA="1", TORCH_CUDA_ARCH_LIST="sm_90")
+
+
+@linux
+@compiler
+@CPU_TORCH
+def test_sdist_and_wheel(tree):
+    _setup(tree, "-q", "sdist")
+    archive = next((tree / "dist").glob("*.tar.gz"))
+    with tarfile.open(archive) as files:
+        names = {name.split("/", 1)[1] for name in files.getnames() if "/" in name}
+        files.extractall(tree / "unpacked", filter="data")
+    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
+    assert {"setup.py", "MANIFEST.in", "minitune/py.typed"} <= names
+    unpacked = next((tree / "unpacked").iterdir())
+    assert _said(_setup(unpacked, "bdist_wheel"), "_C_cuda").endswith("is built without CUDA")
+    wheel = next((unpacked / "dist").glob("*.whl"))
+    assert "-cp311-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as files:
+        assert "minitune/_C.abi3.so" in files.namelist() and not any("csrc" in name for name in files.namelist())
