@@ -205,7 +205,7 @@ DESCRIPTION = "Fine-tune Llama-family models with LoRA on one NVIDIA GPU or a CP
 
 def _check_out(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already; name another folder with --out, or remove it")
+        raise InputError(f"{out} exists already; name another folder, or remove it")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -53,6 +53,25 @@ def test_training_goes_on_from_an_adapter(folder, data, tmp_path):
     assert json.loads((tmp_path / "b/adapter/adapter_config.json").read_text())["r"] == 3
 
 
+def test_training_in_4_bits_and_merging(folder, data, tmp_path, capsys):
+    flags = ["--device", "cpu", "--quant", "nf4-dq"]
+    main(["train", str(folder), str(data), "--out", str(tmp_path / "run"), "--tokens", "64", "--max-steps", "4",
+          "--lr", "1e-2", "--max-new-tokens", "1", *flags])
+    adapter = str(tmp_path / "run" / "adapter")
+    capsys.readouterr()
+    for onto in ("loaded", "original"):
+        main(["merge", str(folder), adapter, str(tmp_path / onto), "--onto", onto, "--data", str(data), "--tokens",
+              "64", *flags])
+        losses = [float(line.split()[1].rstrip(":")) for line in capsys.readouterr().out.splitlines()
+                  if line.startswith("loss")]
+        on_loaded, on_original, merged = losses
+        assert abs(merged - (on_loaded if onto == "loaded" else on_original)) < 0.01
+        assert mt.load(tmp_path / onto, device="cpu").tokenizer.encode("a")
+    with pytest.raises(SystemExit) as ended:
+        main(["merge", str(folder), adapter, str(tmp_path / "loaded")])
+    assert ended.value.code == 2 and "exists already" in capsys.readouterr().err
+
+
 def _bad_line(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
