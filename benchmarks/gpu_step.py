@@ -91,14 +91,21 @@ def seconds_a_step(step: Any, steps: int, device: str) -> list[float]:
 
 
 def measure(folder: Path, size: Size, lengths: tuple[int, ...], memory: Any, device: str, steps: int) -> dict[str, Any]:
-    """Load, warm up, time; the loss of the one repeated batch must fall and gradients must not be zero."""
+    """Load, warm up, time."""
     import minitune as mt
 
     begun = time.perf_counter()
-    model: Any = mt.load(folder, device=device, dtype=torch.bfloat16, lora=mt.LoRA(rank=RANK, alpha=ALPHA),
-                         memory=memory, seed=SEED)
-    model.train()
+    model = mt.load(folder, device=device, dtype=torch.bfloat16, lora=mt.LoRA(rank=RANK, alpha=ALPHA), memory=memory,
+                    seed=SEED)
     loaded = time.perf_counter() - begun
+    return {**train(model, size, lengths, device, 3, steps), "load_s": loaded}
+
+
+def train(model: Any, size: Size, lengths: tuple[int, ...], device: str, warmup: int, steps: int) -> dict[str, Any]:
+    """Warm up, time; the loss of the one repeated batch must fall and gradients must not be zero."""
+    import minitune as mt
+
+    model.train()
     bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
     tokens = torch.tensor(token_ids(size, sum(lengths)))
     labels = tokens.roll(-1)
@@ -115,7 +122,7 @@ def measure(folder: Path, size: Size, lengths: tuple[int, ...], memory: Any, dev
         optimizer.step()
         losses.append(loss.detach())
 
-    for _ in range(3):
+    for _ in range(warmup):
         step()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -126,8 +133,7 @@ def measure(folder: Path, size: Size, lengths: tuple[int, ...], memory: Any, dev
     model.loss(batch).backward()
     norm = float(torch.stack([p.grad.float().norm() for p in parameters if p.grad is not None]).norm())
     found: dict[str, Any] = {"tokens_per_s": summary([sum(lengths) / s for s in seconds]), "seconds": seconds,
-                             "losses": curve, "grad_norm": norm, "right": curve[-1] < curve[0] and norm > 0,
-                             "load_s": loaded}
+                             "losses": curve, "grad_norm": norm, "right": curve[-1] < curve[0] and norm > 0}
     if device == "cuda":
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
         found["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()

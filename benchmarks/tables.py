@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT
-from benchmarks.tables_nf4 import nf4_kernels_table, nf4_table
+from benchmarks.tables_nf4 import gpu_nf4_tables, nf4_kernels_table, nf4_table, readme_nf4
 from benchmarks.tables_text import markdown, ratio, spread, verdict, where
 
 Raw = dict[str, Any]
@@ -150,6 +150,8 @@ def gpu_tables(raw: Raw) -> list[str]:
                       _word(row.get("repeats"))) for row in _attention_rows(rows)]
             lines += [*markdown(("case", "backend", "pass", "ms", "TFLOP/s", "of the rate", "right", "bitwise repeat"),
                                 shown), ""]
+        elif name == "nf4":
+            lines += gpu_nf4_tables(rows)
         else:
             steps = [(row["case"], spread(row["tokens_per_s"]) if "tokens_per_s" in row else row.get("error", "")[:90],
                       f"{row['peak_bytes'] / 1e9:.2f}" if row.get("peak_bytes") else "",
@@ -214,7 +216,7 @@ def main() -> None:
     print(f"wrote {told.page.name} from {len(everywhere)} raw files")
     if told.readme.exists():
         before = told.readme.read_text()
-        after = fill(before, "train", readme_train(raws))
+        after = fill(fill(before, "train", readme_train(raws)), "nf4", readme_nf4(raws))
         told.readme.write_text(after)
         print(f"{told.readme.name}: {'updated' if after != before else 'unchanged, or without markers'}")
 

@@ -1,4 +1,4 @@
-"""The tables of bench_nf4: kernels, loading and QLoRA steps beside bitsandbytes, with what was promised."""
+"""The tables of bench_nf4 and of gpu_nf4: kernels, loading and QLoRA steps beside bitsandbytes, what was promised."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ TRAINING = {"12x768": 1.5, "16x2048": 1.3}
 LOADING = 3.0
 OF_OUR_LORA = 0.9
 MEMORY = {"16x2048": 0.5}
+GPU_STEP_GB = 6.5
+"""What a QLoRA step of Llama-2-7B may take on a GPU with memory "full", at the most."""
 _WHAT = {"dequantize": "dequantise into a reused buffer", "dequantize_fresh": "dequantise into fresh memory",
          "quantize": "quantise"}
 
@@ -59,3 +61,74 @@ def nf4_table(raw: Raw) -> list[str]:
             *markdown(("layout", "side", "tokens/s", "peak GB"), rows), "",
             *markdown(("side", "start to first logits, quantising, s"), loads), "",
             *markdown(("what", "ratio", "target", "verdict"), promises)]
+
+
+# ---- GPU ------------------------------------------------------------------------------------------------------------
+def gpu_nf4_tables(rows: list[Raw]) -> list[str]:
+    """What the nf4 part of `make gpu` found: kernels beside a copy, then loading and QLoRA steps."""
+    kernels = [row for row in rows if row.get("what") in ("dequantise", "quantise")]
+    found = {row["backend"] for row in kernels if "unavailable" not in row}
+    absent = {row["backend"]: row["unavailable"] for row in kernels if row["backend"] not in found}
+    shown = [(row["what"], row["weight"], row["kind"], row["backend"], *_kernel_cells(row)) for row in kernels
+             if row["backend"] in found]
+    copied = next((row["gb_per_s"] for row in rows if row.get("what") == "copy rate"), 0.0)
+    lines = [f"Copy rate: {copied:,.0f} GB/s, bytes read and written.", "", *markdown(
+        ("what", "weight", "kind", "by", "ms", "GB/s", "of the copy rate", "bits of the CPU"), shown), ""]
+    lines += [f"Not measured: {name}: {why}" for name, why in absent.items()] + [""] * bool(absent)
+    loads = [(f"{row['layers']} layers, {row.get('backend', '')}", _failed(row) or spread(row["load_s"], 2),
+              f"{row['gb_per_s']:.2f}" if "gb_per_s" in row else "", *_gb(row, "peak_bytes", "result_bytes",
+                                                                          "largest_bytes"), _yes(row.get("right")))
+             for row in rows if row.get("what") == "load"]
+    lines += [*markdown(("load to nf4-dq, page cache warm", "s", "GB/s of the file", "peak GB", "result GB",
+                         "largest tensor GB", "right"), loads), ""]
+    steps = []
+    for row in rows:
+        if row.get("what") == "step":
+            peak = row["peak_bytes"] / 1e9 if row.get("peak_bytes") else None
+            promise = verdict(peak, GPU_STEP_GB, False)[1:] if row["memory"] == "full" else ("", "")
+            steps.append((f"{row['case']}, {row['layers']} layers", _failed(row) or spread(row["tokens_per_s"]),
+                          f"{row['share_of_rate']:.1%}" if "share_of_rate" in row else "", *_gb(row, "peak_bytes"),
+                          *promise, _yes(row.get("right"))))
+    return [*lines, *markdown(("step", "tokens/s", "of the matrix rate", "peak GB", "target", "verdict", "loss falls"),
+                              steps), ""]
+
+
+def _kernel_cells(row: Raw) -> tuple[str, str, str, str]:
+    bits = _yes(row.get("right"))
+    if "same_bits" in row:      # a rival's, which may be others
+        bits = "yes" if row["same_bits"] else "others"
+    if "ms" not in row:
+        return _failed(row) or str(row.get("unavailable", ""))[:60], "", "", bits
+    return f"{row['ms']['median']:.3f}", f"{row['gb_per_s']:,.0f}", f"{row['share_of_copy']:.0%}", bits
+
+
+def _failed(row: Raw) -> str:
+    return str(row.get("error", ""))[:90]
+
+
+def _gb(row: Raw, *names: str) -> list[str]:
+    return [f"{row[name] / 1e9:.2f}" if row.get(name) else "" for name in names]
+
+
+def _yes(right: bool | None) -> str:
+    return "" if right is None else "yes" if right else "NO"
+
+
+def readme_nf4(raws: dict[str, Raw]) -> str:
+    """README's short table of QLoRA: a row a side, two columns a size and layout."""
+    found = [raw for _, raw in sorted(raws.items()) if raw["kind"] == "nf4"]
+    if not found:
+        return "not measured yet"
+    columns = [(raw["size"], shape, sides["sides"]) for raw in found for shape, sides in raw["layouts"].items()]
+    head = ["QLoRA, NF4 double quantised", *(f"{size}, {shape}: {what}" for size, shape, _ in columns
+                                             for what in ("tokens/s", "peak GB"))]
+    rows = []
+    for name, label in (("theirs", "transformers + PEFT + bitsandbytes"), ("ours", "**minitune**"),
+                        ("ours_16bit", "minitune, 16-bit LoRA")):
+        cells = []
+        for _, _, sides in columns:
+            rate = {} if sides[name]["void"] else sides[name]["tokens_per_s"]
+            cells += [f"{rate['median']:,.0f}" if rate.get("n") else "-",
+                      f"{sides[name]['memory']['resident_peak'] / 1e9:.2f}"]
+        rows.append([label, *cells])
+    return "\n".join([*markdown(head, rows), "", *sorted({where(raw) for raw in found})])
