@@ -116,19 +116,42 @@ def backward(dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
 def _backward_group(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, length: int,
                     window: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one group, q already scaled. The probabilities are formed again; dS = P·(dP - Σ P·dP) is one op."""
-    wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty_like(q)
-    dk, dv = (torch.zeros_like(x[:, 0], dtype=wide) for x in (k, v))     # summed over blocks of queries
-    for begin, end, first in _blocks(length, window, q.shape[1]):
-        keys, seen = slice(first, end), _keys(k, first, end)
+    dk, dv = (_Sum(x[:, 0]) for x in (k, v))
+    for begin, end, first in reversed(list(_blocks(length, window, q.shape[1]))):   # the widest range of keys first
+        seen = _keys(k, first, end)
         p = _probabilities(q, seen, begin, first, window)
         upstream = dout[:, :, begin:end].flatten(1, 2)
         dp = torch.bmm(upstream, _keys(v, first, end).mT)
         ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-        dv[:, keys] += torch.bmm(p.mT, upstream)
-        dk[:, keys] += torch.bmm(ds.mT, q[:, :, begin:end].flatten(1, 2))
+        dv.add(first, end, torch.bmm(p.mT, upstream))
+        dk.add(first, end, torch.bmm(ds.mT, q[:, :, begin:end].flatten(1, 2)))
         dq[:, :, begin:end] = _split_group(torch.bmm(ds, seen), q)
-    return _scaled(dq), dk.to(q.dtype)[:, None], dv.to(q.dtype)[:, None]
+    return _scaled(dq), dk.total()[:, None], dv.total()[:, None]
+
+
+class _Sum:
+    """A sum over blocks of queries, [batch, length, d] like `like`, in fp32; where there is one block alone, it is
+    that block's result as it came."""
+
+    def __init__(self, like: Tensor):
+        self.like = like
+        self.wide = torch.promote_types(like.dtype, torch.float32)
+        self.value: Tensor | None = None
+
+    def add(self, first: int, end: int, part: Tensor) -> None:
+        """Add `part` to the positions first … end-1."""
+        if self.value is None and part.shape == self.like.shape:
+            self.value = part
+            return
+        if self.value is None:
+            self.value = torch.zeros(self.like.shape, dtype=self.wide, device=part.device)
+        self.value = self.value.to(self.wide)
+        self.value[:, first:end] += part
+
+    def total(self) -> Tensor:
+        assert self.value is not None
+        return self.value.to(self.like.dtype)
 
 
 def _keys(k: Tensor, first: int, end: int) -> Tensor:

@@ -13,7 +13,6 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -21,7 +20,8 @@ import torch
 from minitune.errors import InputError
 
 NAMES = ("native", "triton", "reference")
-_forced: ContextVar[str | None] = ContextVar("minitune_backend", default=None)
+_forced: list[str] = []
+"""What `use` asks for, innermost last; for the whole process, since autograd runs a GPU's backward in other threads."""
 
 
 def backends(device: str | torch.device | None = None) -> dict[str, str]:
@@ -32,18 +32,20 @@ def backends(device: str | torch.device | None = None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Within it every op that has this backend takes it. InputError for an unknown name."""
-    token = _forced.set(_known(name, "backends.use"))
+    """Within it every op, in every thread, takes this backend. InputError for an unknown name."""
+    _check_name(name, "backends.use")
+    _forced.append(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.pop()
 
 
 def choose(op: str, device: torch.device) -> str:
     """The backend of `op` on `device`: the one asked for, else the first that is there; its absence is said once."""
-    asked = _forced.get() or _known(os.environ.get("MINITUNE_BACKEND") or None, "MINITUNE_BACKEND")
-    if asked is not None:
+    asked = _forced[-1] if _forced else os.environ.get("MINITUNE_BACKEND")
+    if asked:
+        _check_name(asked, "MINITUNE_BACKEND")
         reason = missing(asked, device)
         if reason:
             raise InputError(f"the backend {asked!r} was asked for, but on {device.type}: {reason}")
@@ -105,7 +107,6 @@ def _announce(op: str, device_type: str, reason: str) -> None:
                   stacklevel=4)
 
 
-def _known(name: str | None, where: str) -> str | None:
-    if name is not None and name not in NAMES:
+def _check_name(name: str, where: str) -> None:
+    if name not in NAMES:
         raise InputError(f"{where} is {name!r}; it must be one of {', '.join(NAMES)}")
-    return name
