@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -83,7 +84,7 @@ def _prepare(extension):
         raise NotBuilt("MINITUNE_NATIVE=0")
     try:
         import torch
-    except (ImportError, OSError) as error:      # OSError: one of its libraries does not load
+    except Exception as error:      # a half-installed torch fails in many ways, and the install has to go on
         raise NotBuilt(f"torch cannot be imported ({error}); install it first, then minitune with "
                        "--no-build-isolation") from None
     home = Path(torch.__file__).parent
@@ -124,7 +125,9 @@ def _architectures():
     names = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
     if names == [""] and torch.cuda.is_available():
         devices = range(torch.cuda.device_count())
-        names = sorted({"{}.{}".format(*torch.cuda.get_device_capability(device)) for device in devices})
+        found = sorted({torch.cuda.get_device_capability(device) for device in devices})
+        names = ["{}.{}".format(*capability) for capability in found]
+        names[-1] += "+PTX"      # for a later GPU than those at hand
     flags = []
     for name in names if names != [""] else ["8.0", "8.9", "9.0+PTX"]:
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
@@ -136,5 +139,6 @@ def _architectures():
     return flags
 
 
-setup(ext_modules=[CPU, CUDA], cmdclass={"build_ext": BuildNative},
-      options={"bdist_wheel": {"py_limited_api": "cp311"}})
+# A free-threaded Python has no limited API.
+LIMITED = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp311"}}
+setup(ext_modules=[CPU, CUDA], cmdclass={"build_ext": BuildNative}, options=LIMITED)

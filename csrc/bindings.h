@@ -140,10 +140,11 @@ void nf4_dequantize_out(const Tensor& packed, const Tensor& absmax, const Option
   if (n == 0) return;
   const int64_t pitch = rows > 1 ? out.stride(0) : columns;
   int64_t extent = 0;
-  if ((columns > 1 && out.stride(1) != 1) || pitch < columns || __builtin_mul_overflow(rows - 1, pitch, &extent))
+  if ((columns > 1 && out.stride(1) != 1) || pitch < columns || __builtin_mul_overflow(rows - 1, pitch, &extent) ||
+      __builtin_add_overflow(extent, columns, &extent))
     fail(op, ": out has strides ", out.stride(0), " and ", out.stride(1), " for ", rows, " rows of ", columns,
          "; its rows must be contiguous and must not overlap");
-  address(op, "out", out, extent + columns);
+  address(op, "out", out, extent);
   decode(work, out, rows, columns, pitch, packed);
 }
 

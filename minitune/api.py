@@ -41,7 +41,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
 
     device: CUDA where there is one, else the CPU. dtype: the compute dtype, bfloat16 where the device is good at it,
     else float32. quant: "nf4" or "nf4-dq" (double quantisation) keeps the layers' linears in 4 bits, quantised one by
-    one as they are read; a checkpoint that bitsandbytes quantised to NF4 stays as it is. lora: fresh adapters to train;
+    one as they are read (they are no part of state_dict()); a checkpoint that bitsandbytes quantised to NF4 stays as it
+    is, without `quant`. lora: fresh adapters to train;
     adapter: a PEFT adapter folder to go on from or to use; train: base weights to train ("full", "head", "norms",
     "embedding", "last:4", or name patterns). With none of the three all is frozen. memory: what is kept for the
     backward ("keep", "pointwise", "full"; "auto" decides by free memory). seed: for the adapters' start. On a CPU it
@@ -93,6 +94,9 @@ def _read_network(folder: Path, dtype: torch.dtype, device: torch.device, memory
                   quant: str | None) -> Llama:
     """The network of a checkpoint folder; in NF4 where `quant` says so or the checkpoint is."""
     config, stored = read_config(folder), is_prequantized(folder)
+    if stored and quant is not None:
+        raise InputError(f"load: quant is {quant!r}, but {folder} is quantised already, as its config.json says; leave "
+                         "quant out")
     checkpoint = Checkpoint.open(folder)
     in_4bit = stored or quant is not None
     if _too_large(config, checkpoint):      # its missing tensors are named before memory is taken for them
@@ -233,15 +237,18 @@ class Model(nn.Module):
 
         onto: for a base in 4 bits, "loaded" merges into its decoded values, which the adapter was trained on, and
         "original" into the 16-bit weights that were quantised. Tensors that nothing changed are the file's, bit for
-        bit. Written shard by shard; one tensor is in memory at a time.
+        bit. Written tensor by tensor: beside the model there is one of them in memory, in fp32.
         """
-        source = None if self.path is None else Checkpoint.open(self.path)
-        tensors = merged_tensors(self.network, source, onto)
         target = Path(folder)
-        if self.path is not None and target.resolve() == self.path.resolve():
+        if target.exists() and not target.is_dir():
+            raise InputError(f"save_merged: {target} is a file; name a folder")
+        if self.path is not None and target.exists() and target.samefile(self.path):
             raise InputError(f"save_merged: {target} is the folder of the base itself; name another one")
-        target.mkdir(parents=True, exist_ok=True)
-        save_weights(target, tensors)
+        if self.path is None:
+            save_weights(target, merged_tensors(self.network, None, onto))
+        else:
+            with Checkpoint.open(self.path) as source:
+                save_weights(target, merged_tensors(self.network, source, onto))
         write_config(target, self.config)
         if self._tokenizer is not None and self.path is not None:
             copy_tokenizer(self.path, target)

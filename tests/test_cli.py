@@ -56,16 +56,17 @@ def test_training_goes_on_from_an_adapter(folder, data, tmp_path):
 def test_training_in_4_bits_and_merging(folder, data, tmp_path, capsys):
     flags = ["--device", "cpu", "--quant", "nf4-dq"]
     main(["train", str(folder), str(data), "--out", str(tmp_path / "run"), "--tokens", "64", "--max-steps", "4",
-          "--lr", "1e-2", "--max-new-tokens", "1", *flags])
+          "--lr", "1e-2", "--max-new-tokens", "1", "--dtype", "float32", *flags])
     adapter = str(tmp_path / "run" / "adapter")
     capsys.readouterr()
     for onto in ("loaded", "original"):
         main(["merge", str(folder), adapter, str(tmp_path / onto), "--onto", onto, "--data", str(data), "--tokens",
-              "64", *flags])
+              "64", "--dtype", "float32", *flags])
         losses = [float(line.split()[1].rstrip(":")) for line in capsys.readouterr().out.splitlines()
                   if line.startswith("loss")]
         on_loaded, on_original, merged = losses
-        assert abs(merged - (on_loaded if onto == "loaded" else on_original)) < 0.01
+        own, other = (on_loaded, on_original) if onto == "loaded" else (on_original, on_loaded)
+        assert abs(merged - own) < 0.2 * abs(own - other) + 1e-4
         assert mt.load(tmp_path / onto, device="cpu").tokenizer.encode("a")
     with pytest.raises(SystemExit) as ended:
         main(["merge", str(folder), adapter, str(tmp_path / "loaded")])

@@ -1,6 +1,8 @@
 """Weights in 4 bits, end to end: losses and gradients of dense weights with the decoded values, little memory."""
 
+import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 import minitune as mt
 from minitune.model.llama import Llama, init_weights
-from minitune.ops import nf4
+from minitune.ops import backends, nf4
 from tests.oracles import make
 from tests.tolerance import relative
 
@@ -72,11 +74,12 @@ def test_what_is_quantised_and_what_is_not(tmp_path):
     assert not set(names) & set(model.network.hf_weights())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7], [9, 8]]], ids=["one", "several"])
-def test_generation_is_that_of_the_decoded_weights(tmp_path, prompts):
-    make("llama-2-gqa", tmp_path / "base")
+def test_generation_is_that_of_the_decoded_weights(tmp_path, prompts, dtype):
+    make("llama-2-gqa", tmp_path / "base", torch.bfloat16)
     dense = _decoded(tmp_path / "base", tmp_path / "dense", True)
-    answers = [mt.load(folder, quant=quant, device="cpu", dtype="float32").generate(prompts, 20)
+    answers = [mt.load(folder, quant=quant, device="cpu", dtype=dtype).generate(prompts, 20)
                for folder, quant in ((tmp_path / "base", "nf4-dq"), (dense, None))]
     assert answers[0] == answers[1]
 
@@ -91,10 +94,10 @@ def test_training_lowers_the_loss_and_the_adapter_goes_on(tmp_path):
     assert torch.equal(again.loss(_batch()), model.loss(_batch()))
 
 
-@pytest.mark.parametrize("train", ["full", "last:1", ["*.q_proj.weight"]], ids=str)
+@pytest.mark.parametrize("train", ["full", "last:1", ["*.q_proj.weight"], ["*.bias"]], ids=str)
 def test_weights_in_4_bits_cannot_be_trained(tmp_path, train):
-    make("llama-2-gqa", tmp_path)
-    with pytest.raises(mt.InputError, match=r"lies in 4 bits and cannot be trained"):
+    make("qwen2", tmp_path)
+    with pytest.raises(mt.InputError, match=r"linears in 4 bits cannot be trained"):
         mt.load(tmp_path, quant="nf4", train=train, device="cpu")
 
 
@@ -151,6 +154,46 @@ def test_a_checkpoint_quantised_by_bitsandbytes_loads_as_it_is(tmp_path, double_
     assert all(p.grad is not None for p in ours.trainable_parameters())
 
 
+def _quantised(folder, source, skip=None, dtype=torch.bfloat16):
+    """A checkpoint as bitsandbytes' users publish it."""
+    config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(source)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
+                                      bnb_4bit_use_double_quant=True, llm_int8_skip_modules=skip)
+    AutoModelForCausalLM.from_pretrained(source, quantization_config=quantization, dtype=dtype,
+                                         device_map="cpu").save_pretrained(folder)
+
+
+def test_linears_that_a_checkpoint_left_in_16_bits_stay_so(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    _quantised(tmp_path / "4bit", tmp_path / "base", skip=["q_proj", "o_proj", "lm_head"])
+    model = mt.load(tmp_path / "4bit", device="cpu", dtype="float32", lora=mt.LoRA(rank=2))
+    layer = model.network.blocks()[0]
+    assert [isinstance(part, torch.Tensor) for part in layer.attention.qkv.fused.parts] == [True, False, False]
+    assert layer.attention.o.fused is None and layer.attention.o.buffer is None
+    names = model.network.nf4_shapes()
+    assert not any("q_proj" in name or "o_proj" in name for name in names) and len(names) == 2 * 5
+    model.loss(_batch()).backward()
+    original = load_file(tmp_path / "base" / "model.safetensors")
+    model.save_merged(tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(value.dtype == torch.bfloat16 for value in merged.values()) and merged.keys() == original.keys()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(merged[name], original[name])      # B is zero: what was merged into is the file's
+
+
+def test_a_prequantised_base_has_no_original_to_merge_into(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    _quantised(tmp_path / "4bit", tmp_path / "base")
+    model = mt.load(tmp_path / "4bit", device="cpu", dtype="float32", lora=mt.LoRA(rank=2))
+    with pytest.raises(mt.InputError, match="has no 16-bit original"):
+        model.save_merged(tmp_path / "merged", "original")
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(mt.InputError, match="is quantised already"):
+        mt.load(tmp_path / "4bit", quant="nf4", device="cpu")
+
+
 def test_a_config_that_says_quantised_over_plain_weights_is_refused(tmp_path):
     make("llama-2-gqa", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -180,7 +223,8 @@ print(max(peak, anonymous()) - before, result)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_host_memory_of_a_load(tmp_path):
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_host_memory_of_a_load(tmp_path, backend):
     """At most the result, the largest tensor and 64 MiB: the 16-bit model is never there as a whole."""
     config = mt.ModelConfig(vocab_size=1000, d_model=1024, n_layers=4, n_heads=8, n_kv_heads=8, head_dim=128,
                             d_ff=12288)
@@ -188,12 +232,22 @@ def test_host_memory_of_a_load(tmp_path):
     init_weights(network, 0)
     mt.Model(network, None).save(tmp_path)
     del network
+    if backends.missing(backend, torch.device("cpu")):
+        pytest.skip("the extension is not built")
     told = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], check=True, capture_output=True, text=True,
-                          cwd=ROOT)
+                          cwd=ROOT, env={**os.environ, "MINITUNE_BACKEND": backend})
     peak, result = map(int, told.stdout.split())
     largest, whole = 1024 * 12288 * 2, 4 * (3 * 1024 * 12288 + 4 * 1024 * 1024) * 2
     assert result < 0.35 * whole
     assert peak <= result + largest + (64 << 20), f"{peak >> 20} MiB for a result of {result >> 20} MiB"
+
+
+def test_a_copy_of_a_model_trains_alone(tmp_path):
+    make("llama-2-gqa", tmp_path)
+    model = mt.load(tmp_path, quant="nf4", lora=mt.LoRA(rank=2), device="cpu", dtype="float32")
+    other = copy.deepcopy(model)
+    assert torch.equal(other.loss(_batch()), model.loss(_batch()))
+    assert other.network.blocks()[0].mlp.down.fused.buffer is not model.network.blocks()[0].mlp.down.fused.buffer
 
 
 def test_to_moves_the_quantised_weights(tmp_path):

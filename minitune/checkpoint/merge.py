@@ -24,37 +24,27 @@ trained), or the 16-bit weights of the checkpoint that were quantised."""
 def merged_tensors(network: Llama, checkpoint: Checkpoint | None, onto: Onto) -> dict[str, LazyTensor]:
     """Hugging Face name -> what makes that tensor of the merged model: W + s·B·A, summed in fp32 and rounded once.
 
-    What was neither trained nor adapted nor quantised comes from the file, bit for bit and in its dtype. InputError
-    where there is no 16-bit weight to merge into.
+    What was neither trained nor adapted nor quantised comes from the file, bit for bit and in its dtype; what the file
+    has in 4 bits gets the dtype it was quantised from. InputError where there is no 16-bit weight to merge into.
     """
     if onto not in get_args(Onto):
         raise InputError(f"merge: onto is {onto!r}; say {' or '.join(get_args(Onto))}")
-    adapters, in_4bit = network.adapters(), network.nf4_shapes()
-    stored = find(checkpoint) if checkpoint is not None else {}
-    trained = {f"{path}.{kind}" for projection in network.projections() if projection.trained
-               for path in projection.parts for kind in ("weight", "bias")}
+    adapters, in_4bit, trained = network.adapters(), network.nf4_shapes(), network.trained_names()
+    stored = {} if checkpoint is None else find(checkpoint)
+    on_disk = {} if checkpoint is None else {name: checkpoint.info(name).dtype for name in checkpoint.names()
+                                             if name not in stored}
     found = {}
-    for name, shape, make in network.dense_weights():
-        from_file = checkpoint is not None and name in checkpoint.names() and name not in stored
-        if name in in_4bit and onto == "original" and not from_file:
+    for name, shape, dtype, make in network.dense_weights():
+        if name in in_4bit and onto == "original" and name not in on_disk:
             raise InputError(f"merge: {name} has no 16-bit original in the folder of the base; merge onto the loaded "
                              "base (--onto loaded)")
-        fresh = from_file and name not in trained and (name not in in_4bit or onto == "original")
-        values, dtype = make, network.dtype
-        if checkpoint is not None and fresh and not _trained(network, name):
-            dtype = checkpoint.info(name).dtype
+        dtype, values = on_disk.get(name, dtype), make
+        if checkpoint is not None and name in on_disk and name not in trained and (
+                name not in in_4bit or onto == "original"):
             values = functools.partial(_read, checkpoint, name, shape, dtype)
-        elif checkpoint is not None and from_file:
-            dtype = checkpoint.info(name).dtype
         adapter = adapters.get(name.removesuffix(".weight"))
-        found[name] = LazyTensor(shape, dtype, functools.partial(_merge, values, adapter, dtype))
+        found[name] = LazyTensor(shape, dtype, functools.partial(_merge, name, values, adapter, dtype))
     return found
-
-
-def _trained(network: Llama, name: str) -> bool:
-    """Whether this weight outside the projections is a trained parameter."""
-    return any(name == single and getattr(owner, attribute).requires_grad
-               for single, owner, attribute in network.single_weights())
 
 
 def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -64,9 +54,12 @@ def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torc
 
 
 @torch.no_grad()
-def _merge(values: Callable[[], Tensor], adapter: Adapter | None, dtype: torch.dtype) -> Tensor:
+def _merge(name: str, values: Callable[[], Tensor], adapter: Adapter | None, dtype: torch.dtype) -> Tensor:
     base = values()
     if adapter is None:
         return base.to(dtype)
-    whole = base.to(adapter.A.device, torch.float32)
-    return whole.addmm(adapter.B, adapter.A, alpha=adapter.scale).to(dtype)
+    whole = base.to(adapter.A.device, torch.float32, copy=True)
+    merged = whole.addmm_(adapter.B, adapter.A, alpha=adapter.scale).to(dtype)
+    if not bool(merged.isfinite().all()):
+        raise InputError(f"merge: {name} with its adapter holds values that are not finite in {dtype}")
+    return merged

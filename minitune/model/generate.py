@@ -60,7 +60,7 @@ def generate(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: i
     cache = Cache(network, len(prompts), max(map(len, prompts)) + max_new_tokens)
     network.check_length(max(map(len, prompts)) + max_new_tokens)
     hidden = prefill(network, prompts, cache)
-    size = sum(math.prod(shape) for _, shape, _ in network.dense_weights()) * network.dtype.itemsize
+    size = sum(math.prod(shape) for _, shape, _, _ in network.dense_weights()) * network.dtype.itemsize
     prepare = (max_new_tokens >= WORTH_PREPARING and network.device.type == "cpu"
                and 2 * size < free_bytes(network.device))
     with network.weights_at_hand(len(prompts)) if prepare else contextlib.nullcontext():

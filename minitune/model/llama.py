@@ -23,7 +23,7 @@ from minitune.ops import few_rows, rope
 from minitune.ops.documents import Documents
 from minitune.ops.linear_cross_entropy import linear_cross_entropy
 from minitune.ops.nf4 import NF4Weight
-from minitune.ops.nf4_linear import DecodeBuffer, dense
+from minitune.ops.nf4_linear import DecodeBuffer
 from minitune.ops.rms_norm import rms_norm
 
 
@@ -102,11 +102,7 @@ class Llama(nn.Module):
         projections = self.projections()
         try:
             for projection in projections:
-                if rows > 1:
-                    projection.packed = few_rows.pack(dense(projection.operands().weight))
-                elif projection.fused is not None:
-                    projection.decoded = projection.fused.decode(torch.empty(
-                        projection.fused.shape, dtype=self.dtype, device=self.device))
+                projection.prepare(rows, self.dtype)
             self.packed_head = few_rows.pack(self.head_weight.to(self.dtype)) if rows > 1 else None
             yield
         finally:
@@ -152,14 +148,19 @@ class Llama(nn.Module):
         path = name.removesuffix(".weight")
         next(p for p in self.projections() if path in p.parts).put_nf4(path, weight)
 
-    def dense_weights(self) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
-        """(Hugging Face name, shape, what gives its values) of every tensor of the checkpoint; those in NF4 decode
-        when they are asked for, one by one."""
+    def dense_weights(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]]:
+        """(Hugging Face name, shape, dtype, what gives its values) of every tensor of the checkpoint. Those in NF4
+        decode when they are asked for, one by one; their dtype is the one that they were quantised from."""
         for name, value in self.hf_weights().items():
-            yield name, tuple(value.shape), functools.partial(Tensor.detach, value)
+            yield name, tuple(value.shape), value.dtype, functools.partial(Tensor.detach, value)
         for projection in self.projections():
-            for name, shape in projection.nf4_shapes().items():
-                yield name, shape, functools.partial(projection.dense_part, name.removesuffix(".weight"))
+            for path, part in projection.nf4_parts():
+                yield f"{path}.weight", part.shape, part.dtype, functools.partial(part.dequantize, self.dtype)
+
+    def trained_names(self) -> set[str]:
+        """Hugging Face names of the base weights that are trained."""
+        found = {name for name, owner, attribute in self.single_weights() if getattr(owner, attribute).requires_grad}
+        return found.union(*(projection.trained_names() for projection in self.projections()))
 
     def single_weights(self) -> list[tuple[str, nn.Module, str]]:
         """(Hugging Face name, module, attribute) of each weight outside the projections."""
@@ -212,10 +213,11 @@ class Llama(nn.Module):
         InputError if that names nothing. Gradients of a tied head are those of the embedding.
         """
         patterns = self._train_patterns(train)
-        for name in self.nf4_shapes():
-            if any(matches(pattern, name) for pattern in patterns):
-                raise InputError(f"train: {train!r} names {name}, which lies in 4 bits and cannot be trained; load "
-                                 'without quant, or name other weights ("norms", "head", "embedding")')
+        for path in (path for p in self.projections() if p.buffer is not None for path in p.parts):
+            for name in (f"{path}.weight", f"{path}.bias"):
+                if any(matches(pattern, name) for pattern in patterns):
+                    raise InputError(f"train: {train!r} names {name}; linears in 4 bits cannot be trained, nor their "
+                                     'biases: take a base in 16 bits, or name other weights ("norms", "head")')
         names = self.hf_weights()
         for pattern in patterns:
             if not any(matches(pattern, name) for name in names):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minitune.config import LINEAR_NAMES, LoRA
 from minitune.errors import InputError
-from minitune.ops import lora_matmul
+from minitune.ops import few_rows, lora_matmul
 from minitune.ops.lora_matmul import LoraWeights
 from minitune.ops.nf4 import NF4Weight
 from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4, nf4_linear
@@ -97,6 +97,9 @@ class Projection(nn.Module):
         """Hugging Face tensor name -> that part's rows (or its own trained Parameter). Weights in NF4 are left out:
         see `nf4_shapes`."""
         found = {}
+        if self.fused is not None:
+            found = {f"{path}.weight": part for path, part in zip(self.parts, self.fused.parts, strict=True)
+                     if isinstance(part, Tensor)}
         for path, rows in self.rows():
             for kind, fused in (("weight", self.weight if self.buffer is None else None), ("bias", self.bias)):
                 if fused is not None:
@@ -108,24 +111,44 @@ class Projection(nn.Module):
     # -- weights in 4 bits -----------------------------------------------------------------------------------------
 
     def nf4_shapes(self) -> dict[str, tuple[int, int]]:
-        """Hugging Face tensor name -> [rows, K] of each weight that lies in NF4."""
-        return {} if self.buffer is None else {f"{path}.weight": (n, self.n_columns) for path, n in self.parts.items()}
+        """Hugging Face tensor name -> [rows, K] of each weight that lies in NF4, or shall: see `put_nf4`."""
+        if self.buffer is None:
+            return {}
+        paths = self.parts if self.fused is None else dict(self.nf4_parts())
+        return {f"{path}.weight": (self.parts[path], self.n_columns) for path in paths}
 
     def put_nf4(self, path: str, weight: NF4Weight | Tensor) -> None:
         """Give a part its weight; in 16 bits where its checkpoint left it so. With the last one all is ready."""
         assert self.buffer is not None and self.nf4 is not None and tuple(weight.shape) == (self.parts[path],
                                                                                            self.n_columns)
         self.nf4[path] = weight
-        if len(self.nf4) == len(self.parts):
-            self.fused = FusedNF4([self.nf4[path] for path in self.parts], self.buffer)
-            self.nf4 = {}
+        if len(self.nf4) < len(self.parts):
+            return
+        parts = [self.nf4[path] for path in self.parts]
+        plain = [part for part in parts if isinstance(part, Tensor)]
+        if len(plain) == len(parts):        # none of them is quantised: a projection like any other
+            self.weight, self.buffer = frozen(torch.cat(plain)), None
+        else:
+            self.fused = FusedNF4(parts, self.buffer)
+        self.nf4 = {}
 
-    def dense_part(self, path: str) -> Tensor:
-        """[rows, K] of one part in the compute dtype: a view, or where it lies in NF4 a decoded copy."""
-        if self.fused is None:
-            return self.hf_weights()[f"{path}.weight"]
-        part = self.fused.parts[list(self.parts).index(path)]
-        return part.dequantize(self.fused.buffer.dtype) if isinstance(part, NF4Weight) else part
+    def nf4_parts(self) -> list[tuple[str, NF4Weight]]:
+        """(path, weight) of each part that lies in NF4."""
+        parts = [] if self.fused is None else zip(self.parts, self.fused.parts, strict=True)
+        return [(path, part) for path, part in parts if isinstance(part, NF4Weight)]
+
+    def trained_names(self) -> set[str]:
+        """Hugging Face names of its trained weights and biases."""
+        return {key.replace("/", ".") for key, value in self.trained.items() if value.requires_grad}
+
+    def prepare(self, rows: int, dtype: torch.dtype) -> None:
+        """Lay the weight out for many products with `rows` rows on a CPU: see `Llama.weights_at_hand`."""
+        dense = self.operands().weight
+        if not isinstance(dense, Tensor):
+            dense = dense.decode(torch.empty(dense.shape, dtype=dtype, device=dense.device))
+        self.packed = few_rows.pack(dense) if rows > 1 else None
+        if self.packed is None and self.fused is not None:
+            self.decoded = dense
 
     def _apply(self, fn: Any, recurse: bool = True) -> Projection:
         """`to(device)` takes the weights in NF4 along; their dtypes stay."""

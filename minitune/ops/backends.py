@@ -1,7 +1,8 @@
 """backends: which implementation an op takes on a device: native (C++/CUDA), triton or reference; what is missing, why.
 
 MINITUNE_BACKEND=reference (or native, triton), or `with backends.use("reference")`, overrides the choice; asking for
-one that is not available is an error, not a silent change.
+one that is not available is an error, not a silent change. MINITUNE_CPU_ISA=portable (or avx2, avx512) lowers the
+instruction set of the native backend on a CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ _forced: list[str] = []
 def backends(device: str | torch.device | None = None) -> dict[str, str]:
     """For each backend "available", or why it is not, on `device` (default: CUDA where there is one, else the CPU)."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return {name: missing(name, place) or "available" for name in NAMES}
+    found = {}
+    for name in NAMES:
+        try:
+            found[name] = missing(name, place) or "available"
+        except InputError as error:
+            found[name] = str(error)
+    return found
 
 
 @contextlib.contextmanager
@@ -50,11 +57,14 @@ def choose(op: str, device: torch.device) -> str:
         if reason:
             raise InputError(f"the backend {asked!r} was asked for, but on {device.type}: {reason}")
         return asked
-    reasons = {name: missing(name, device) for name in NAMES}
-    chosen = next(name for name in NAMES if not reasons[name])
-    if chosen == "reference" and device.type in ("cpu", "cuda"):
-        _announce(op, device.type, reasons["native"] or "")
-    return chosen
+    reason = missing("native", device)
+    if not reason:
+        return "native"
+    if device.type == "cuda" and not missing("triton", device):
+        return "triton"
+    if device.type in ("cpu", "cuda"):
+        _announce(op, device.type, reason)
+    return "reference"
 
 
 def missing(name: str, device: torch.device) -> str | None:
@@ -65,6 +75,11 @@ def missing(name: str, device: torch.device) -> str | None:
         return _native(device.type)
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton kernels need a GPU"
+    return _no_triton()
+
+
+@functools.lru_cache(maxsize=1)
+def _no_triton() -> str | None:
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
@@ -77,12 +92,13 @@ def kernel(name: str) -> ModuleType:
 def _native(device_type: str) -> str | None:
     if device_type not in ("cpu", "cuda"):
         return f"the extension has no {device_type} half"
-    reason = _extension("_C", "it was not built: no C++ compiler at installation, or MINITUNE_NATIVE=0")
+    reason = _extension("_C", "it was not built at installation: no C++ compiler, MINITUNE_NATIVE=0, or a build in "
+                              "isolation from torch (pip install -v --no-build-isolation says which)")
     if reason or device_type == "cpu":
         return reason
     if not torch.version.cuda:
         return "this torch is built without CUDA"
-    return _extension("_C_cuda", "its CUDA half was not built: no nvcc at installation, or MINITUNE_NATIVE=0")
+    return _extension("_C_cuda", "its CUDA half was not built at installation: no nvcc, or MINITUNE_CUDA=0")
 
 
 def _extension(name: str, absent: str) -> str | None:
@@ -91,12 +107,17 @@ def _extension(name: str, absent: str) -> str | None:
     if spec is None:
         return absent
     try:
-        importlib.import_module(f"minitune.{name}")
+        module = importlib.import_module(f"minitune.{name}")
     except ImportError as error:
         raise InputError(f"{spec.origin}: does not load with torch {torch.__version__} ({error}); it was built for "
                          "another torch or machine: install minitune again with --no-build-isolation, or set "
                          "MINITUNE_BACKEND=reference to do without") from None
     importlib.import_module("minitune.ops.nf4_native")
+    if name == "_C":
+        try:
+            module.cpu_isa()
+        except RuntimeError as error:       # a MINITUNE_CPU_ISA that this CPU does not have
+            raise InputError(str(error)) from None
     return None
 
 

@@ -24,9 +24,10 @@ def pack(weight: Tensor) -> Tensor | None:
 def product(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
     """x [n, K] and weight [N, K], or else its packed copy -> x·Wᵀ + bias [n, N]."""
     if packed is not None:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-        return y
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return result
     assert weight is not None
     if len(x) == 1 and x.device.type == "cpu":
-        return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
+        y = torch.mv(weight, x[0])[None]       # addmv with a bias would miss torch's fast path for bf16
+        return y if bias is None else y.add_(bias)
     return x @ weight.mT if bias is None else torch.addmm(bias, x, weight.mT)

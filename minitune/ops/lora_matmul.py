@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minitune.ops import few_rows
-from minitune.ops.nf4_linear import FusedNF4, dense, nf4_linear
+from minitune.ops.nf4_linear import FusedNF4, nf4_linear
 
 
 class LoraWeights(NamedTuple):
@@ -38,8 +38,11 @@ def reference(x: Tensor, w: LoraWeights) -> Tensor:
 
 def forward(x: Tensor, w: LoraWeights) -> tuple[Tensor, Tensor | None]:
     """x [T, K] -> (y [T, N], S = x·Aᵀ [T, R], which the backward wants; None without an adapter)."""
-    weight = dense(w.weight) if w.packed is None else None
-    y = few_rows.product(x, weight, w.bias, w.packed)
+    if isinstance(w.weight, Tensor) or w.packed is not None:
+        y = few_rows.product(x, w.weight if isinstance(w.weight, Tensor) else None, w.bias, w.packed)
+    else:
+        with w.weight.decoded() as weight:
+            y = few_rows.product(x, weight, w.bias)
     if w.a is None or w.b is None:
         return y, None
     s = x @ w.a.mT
@@ -53,7 +56,11 @@ def backward_s(dy: Tensor, w: LoraWeights) -> Tensor | None:
 
 def backward_input(dy: Tensor, ds: Tensor | None, w: LoraWeights) -> Tensor:
     """dy [T, N] and dS [T, R] -> dx = dy·W + dS·A [T, K]."""
-    dx = dy @ dense(w.weight)
+    if isinstance(w.weight, Tensor):
+        dx = dy @ w.weight
+    else:
+        with w.weight.decoded() as weight:
+            dx = dy @ weight
     return dx if ds is None or w.a is None else dx.addmm_(ds, w.a)
 
 

@@ -29,6 +29,8 @@ BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
 TINY = 1e-38
 """An absmax below this is taken for this where it divides."""
+STEP = 1 << 20
+"""Values that the reference works on at a time, a multiple of every block size."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -52,6 +54,7 @@ class NF4Weight:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
         check(self)
 
     @property
@@ -102,6 +105,8 @@ def check(weight: NF4Weight) -> None:
     """InputError unless dtypes, sizes and devices of a NF4Weight fit each other."""
     n, block = weight.numel, weight.blocksize
     check_blocksize(block)
+    if any(type(size) is not int or size < 1 for size in weight.shape):
+        raise InputError(f"nf4: shape is {list(weight.shape)}; its sizes must be whole numbers of at least 1")
     blocks = -(-n // block)
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "packed": (torch.uint8, (-(-n // 2),)),
@@ -141,9 +146,10 @@ def quantize(weight: Tensor, double_quant: bool = True, blocksize: int = BLOCKSI
     if weight.numel() == 0:
         raise InputError(f"nf4: a weight of shape {list(weight.shape)} holds no value")
     flat = weight.detach().contiguous().view(-1)
-    if backends.choose("nf4", flat.device) == "native":
+    backend = backends.choose("nf4", flat.device)
+    if backend == "native":
         packed, absmax = torch.ops.minitune.nf4_quantize(flat, table(flat.device), blocksize)
-    elif backends.choose("nf4", flat.device) == "triton":
+    elif backend == "triton":
         packed, absmax = backends.kernel("nf4").quantize(flat, table(flat.device), blocksize)
     else:
         packed, absmax = quantize_reference(flat, blocksize)
@@ -155,7 +161,7 @@ def quantize(weight: Tensor, double_quant: bool = True, blocksize: int = BLOCKSI
         return NF4Weight(packed, absmax, None, None, None, blocksize, shape, dtype)
     offset = absmax.double().mean().float()
     code = nested_code(flat.device)
-    if backends.choose("nf4", flat.device) == "native":
+    if backend == "native":
         codes, nested_absmax = torch.ops.minitune.nf4_quantize_absmax(absmax, offset, code)
     else:
         codes, nested_absmax = quantize_absmax_reference(absmax, offset, code)
@@ -172,17 +178,24 @@ def quantize_reference(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     midpoints = (levels[1:] + levels[:-1]) / 2
     n = flat.numel()
     full = n - n % blocksize
-    blocks = flat[:full].float().view(-1, blocksize)
-    absmax = blocks.abs().amax(1)
-    scaled = (blocks * (1 / absmax.clamp(min=TINY))[:, None]).view(-1)
+    packed, absmax = [], []
+    for first in range(0, full, STEP):
+        blocks = flat[first : min(first + STEP, full)].float().view(-1, blocksize)
+        absmax.append(blocks.abs().amax(1))
+        scaled = (blocks * (1 / absmax[-1].clamp(min=TINY))[:, None]).view(-1)
+        packed.append(_pack(torch.bucketize(scaled, midpoints, out_int32=True)))
     if full < n:
         last = flat[full:].float()
-        largest = last.abs().amax().clamp(min=TINY)
-        absmax, scaled = torch.cat((absmax, largest[None])), torch.cat((scaled, last / largest))
-    codes = torch.bucketize(scaled, midpoints).to(torch.uint8)
-    if n % 2:
+        absmax.append(last.abs().amax()[None].clamp(min=TINY))
+        packed.append(_pack(torch.bucketize(last / absmax[-1], midpoints, out_int32=True)))
+    return torch.cat(packed), torch.cat(absmax)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """int32 codes [n] -> uint8 [ceil(n / 2)], the first in the high half."""
+    if len(codes) % 2:
         codes = torch.cat((codes, codes.new_full((1,), TABLE.index(0.0))))
-    return codes[::2] << 4 | codes[1::2], absmax
+    return (codes[::2] << 4 | codes[1::2]).to(torch.uint8)
 
 
 def quantize_absmax_reference(absmax: Tensor, offset: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,8 +235,8 @@ def _into(weight: NF4Weight, dtype: torch.dtype | None, out: Tensor) -> Tensor:
         raise InputError("nf4: out requires a gradient; give a plain buffer")
     rows, columns = _rows_columns(weight.shape)
     target = out.detach().view(rows, columns) if out.is_contiguous() else out.detach()
-    if target.dim() != 2 or target.stride(1) not in (1, columns) or (columns > 1 and target.stride(1) != 1) \
-            or (rows > 1 and target.stride(0) < columns):
+    apart = target.dim() == 2 and rows > 1 and target.stride(0) < columns
+    if target.dim() != 2 or apart or (columns > 1 and target.stride(1) != 1):
         raise InputError(f"nf4: out has strides {out.stride()}; its rows must be contiguous and must not overlap")
     backend = backends.choose("nf4", weight.device)
     if backend == "native":
@@ -231,24 +244,47 @@ def _into(weight: NF4Weight, dtype: torch.dtype | None, out: Tensor) -> Tensor:
     elif backend == "triton":
         backends.kernel("nf4").dequantize(*_operands(weight), target)
     else:
-        target.copy_(dequantize_reference(weight).view(rows, columns))
+        _reference_into(weight, target)
     torch.autograd.graph.increment_version(out)      # a write through a raw pointer does not
     return out
 
 
 def dequantize_reference(weight: NF4Weight) -> Tensor:
     """fp32 [*shape]: code · absmax."""
-    codes = torch.stack((weight.packed >> 4, weight.packed & 15), dim=1).view(-1)[: weight.numel]
-    scales = absmax_of(weight).repeat_interleave(weight.blocksize)[: weight.numel]
-    return (table(weight.device)[codes.long()] * scales).view(weight.shape)
+    return _values(weight, 0, weight.numel).view(weight.shape)
 
 
-def absmax_of(weight: NF4Weight) -> Tensor:
-    """fp32 [blocks], decoded where it is quantised: a product, then a sum, each rounded."""
+def _reference_into(weight: NF4Weight, target: Tensor) -> None:
+    """The reference a piece at a time: its indices take several times the values' memory."""
+    rows, columns = target.shape
+    if target.is_contiguous():
+        rows, columns, target = 1, rows * columns, target.view(1, -1)
+    for row in range(rows):
+        for first in range(0, columns, STEP):
+            last = min(first + STEP, columns)
+            target[row, first:last] = _values(weight, row * columns + first, row * columns + last)
+
+
+def _values(weight: NF4Weight, first: int, last: int) -> Tensor:
+    """fp32 [last - first]: the values first … last - 1, counted in row-major order."""
+    packed = weight.packed[first // 2 : -(-last // 2)]
+    codes = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[first % 2 :][: last - first]
+    begin = first // weight.blocksize
+    scales = absmax_of(weight, begin, -(-last // weight.blocksize)).repeat_interleave(weight.blocksize)
+    scales = scales[first - begin * weight.blocksize :][: last - first]
+    return table(weight.device)[codes.int()] * scales
+
+
+def absmax_of(weight: NF4Weight, first: int = 0, last: int | None = None) -> Tensor:
+    """fp32: absmax of the blocks first … last - 1 (all of them), decoded where it is quantised: a product, then a sum,
+    each rounded."""
+    stored = weight.absmax[first:last]
     if weight.nested_absmax is None or weight.nested_code is None or weight.nested_offset is None:
-        return weight.absmax
-    scales = weight.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: len(weight.absmax)]
-    return weight.nested_code[weight.absmax.long()] * scales + weight.nested_offset
+        return stored
+    begin = first // NESTED_BLOCKSIZE
+    scales = weight.nested_absmax[begin : -(-(first + len(stored)) // NESTED_BLOCKSIZE)]
+    scales = scales.repeat_interleave(NESTED_BLOCKSIZE)[first - begin * NESTED_BLOCKSIZE :][: len(stored)]
+    return weight.nested_code[stored.int()] * scales + weight.nested_offset
 
 
 def _operands(weight: NF4Weight) -> tuple[Tensor | int | None, ...]:
@@ -265,7 +301,8 @@ def _rows_columns(shape: tuple[int, ...]) -> tuple[int, int]:
 @functools.lru_cache(maxsize=16)
 def table(device: torch.device) -> Tensor:
     """TABLE as fp32 [16] on `device`."""
-    return torch.tensor(TABLE, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor(TABLE, dtype=torch.float32, device=device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -280,4 +317,5 @@ def nested_code(device: torch.device) -> Tensor:
         bounds = torch.linspace(0.1, 1, 2**bits + 1, dtype=torch.float32)
         fractions = (10 ** (bits - 6)) * ((bounds[:-1] + bounds[1:]) / 2)
         levels += [*fractions.tolist(), *(-fractions).tolist()]
-    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor(sorted(levels), dtype=torch.float32, device=device)

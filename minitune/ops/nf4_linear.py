@@ -1,14 +1,16 @@
 """nf4_linear: x·Wᵀ + bias with W in NF4, decoded into one buffer that all weights share, in the forward and again in
 the backward.
 
-Autograd never sees the buffer. It would keep a reference, the next weight would be decoded over it, and the gradient
-would silently be that of another weight. So every product on a quantised weight is inside an autograd function that
-keeps the packed weight: this one, or a layer's half (`model/half.py`).
+Autograd must not save the buffer: the next weight is decoded over it (its version counter makes plain autograd stop
+there). So every product on a quantised weight is inside an autograd function that keeps the packed weight: this one, or
+a layer's half (`model/half.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,19 +21,28 @@ from minitune.ops.nf4 import NF4Weight
 
 
 class DecodeBuffer:
-    """Room for one decoded weight on each device, grown to the largest that was asked for. What `take` gave is
-    overwritten by the next one who takes it: use it up before."""
+    """Room for one decoded weight on each device and stream, grown to the largest that was asked for.
+
+    What `take` gave is overwritten by the next one who takes it. `lock` is held from there to the end of the product
+    (`FusedNF4.decoded`), so that threads which share a model take turns.
+    """
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
-        self._rooms: dict[torch.device, Tensor] = {}
+        self.lock = threading.RLock()
+        self._rooms: dict[tuple[torch.device, int], Tensor] = {}
 
     def take(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """[rows, columns], contiguous, with old content."""
-        if device not in self._rooms or self._rooms[device].numel() < rows * columns:
-            self._rooms.pop(device, None)      # first give back, then take: never two at once
-            self._rooms[device] = torch.empty(rows * columns, dtype=self.dtype, device=device)
-        return self._rooms[device][: rows * columns].view(rows, columns)
+        key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        if key not in self._rooms or self._rooms[key].numel() < rows * columns:
+            self._rooms.pop(key, None)      # first give back, then take: never two at once
+            with torch.inference_mode(False):       # else a buffer made there could not be written outside
+                self._rooms[key] = torch.empty(rows * columns, dtype=self.dtype, device=device)
+        return self._rooms[key][: rows * columns].view(rows, columns)
+
+    def __reduce__(self) -> tuple[type[DecodeBuffer], tuple[torch.dtype]]:
+        return DecodeBuffer, (self.dtype,)      # a copy of a model has a buffer and a lock of its own
 
 
 class FusedNF4:
@@ -42,9 +53,14 @@ class FusedNF4:
         self.parts, self.buffer = tuple(parts), buffer
         self.shape = (sum(part.shape[0] for part in self.parts), self.parts[0].shape[1])
 
-    def decode(self, out: Tensor | None = None) -> Tensor:
-        """[N, K] in `out`, or else in the buffer, valid until the buffer is taken again."""
-        out = self.buffer.take(*self.shape, self.device) if out is None else out
+    @contextlib.contextmanager
+    def decoded(self) -> Iterator[Tensor]:
+        """[N, K] in the buffer, for the product within the block."""
+        with self.buffer.lock:
+            yield self.decode(self.buffer.take(*self.shape, self.device))
+
+    def decode(self, out: Tensor) -> Tensor:
+        """Fill `out` [N, K] and return it."""
         start = 0
         for part in self.parts:
             rows = out[start : start + part.shape[0]]
@@ -67,11 +83,6 @@ class FusedNF4:
         return int(self.shape[0])
 
 
-def dense(weight: Tensor | FusedNF4) -> Tensor:
-    """The weight as a tensor [N, K] for one product; a quantised one is decoded for it."""
-    return weight.decode() if isinstance(weight, FusedNF4) else weight
-
-
 def reference(x: Tensor, weight: FusedNF4, bias: Tensor | None = None) -> Tensor:
     """x [T, K] -> [T, N]: what it means, differentiable by autograd, each weight in memory of its own."""
     whole = torch.cat([part.dequantize(x.dtype) if isinstance(part, NF4Weight) else part for part in weight.parts])
@@ -82,12 +93,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: FusedNF4, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return torch.nn.functional.linear(x, weight.decode(), bias)
+        with weight.decoded() as dense:
+            return torch.nn.functional.linear(x, dense, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
-        return (dy @ ctx.weight.decode() if ctx.needs_input_grad[0] else None), None, None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        with ctx.weight.decoded() as dense:
+            return dy @ dense, None, None
 
 
 def nf4_linear(x: Tensor, weight: FusedNF4, bias: Tensor | None = None) -> Tensor:

@@ -65,6 +65,19 @@ def test_an_extension_that_does_not_load_is_named(tmp_path, monkeypatch):
     try:
         with pytest.raises(mt.InputError, match=r"_C.abi3.so: does not load with torch .*--no-build-isolation"):
             backends.missing("native", CPU)
+        assert "does not load" in mt.backends("cpu")["native"]
+    finally:
+        backends._native.cache_clear()
+
+
+def test_an_instruction_set_that_is_not_there_is_named(monkeypatch):
+    if backends.missing("native", CPU):
+        pytest.skip("the extension is not built")
+    monkeypatch.setenv("MINITUNE_CPU_ISA", "sse9")
+    backends._native.cache_clear()
+    try:
+        with pytest.raises(mt.InputError, match="MINITUNE_CPU_ISA is 'sse9'"):
+            nf4.quantize(torch.randn(2, 64))
     finally:
         backends._native.cache_clear()
 

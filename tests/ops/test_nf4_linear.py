@@ -1,9 +1,12 @@
 """nf4_linear: products on weights that are decoded into one buffer, against dense weights of their own."""
 
+import copy
+import threading
+
 import pytest
 import torch
 
-from minitune.ops import lora_matmul, nf4
+from minitune.ops import backends, lora_matmul, nf4
 from minitune.ops.lora_matmul import LoraWeights
 from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4, nf4_linear, reference
 
@@ -27,22 +30,67 @@ def test_two_products_share_the_buffer_and_keep_their_gradients(bias):
     assert torch.equal(gradient, x.grad)
 
 
-def test_plain_autograd_over_the_buffer_would_be_wrong():
-    """Why nf4_linear exists: the second decode overwrites what the first product saved, and no version tells."""
+def test_plain_autograd_over_the_buffer_stops():
+    """Why nf4_linear exists: the second decode overwrites what the first product saved, and its version tells."""
     buffer = DecodeBuffer(torch.float32)
-    first, second = _fused(buffer, rows=(24,)), _fused(buffer, rows=(24,), seed=1)
     x = torch.randn(7, 24, requires_grad=True)
-    y = nf4_linear(nf4_linear(x, first), second)
-    (right,) = torch.autograd.grad(y.sum(), x)
-    assert torch.allclose(right, torch.ones(7, 24) @ second.parts[0].dequantize() @ first.parts[0].dequantize(),
-                          rtol=1e-4, atol=1e-4)
+    with _fused(buffer, rows=(24,)).decoded() as first:
+        y = torch.nn.functional.linear(x, first)
+    with _fused(buffer, rows=(24,), seed=1).decoded() as second:
+        y = torch.nn.functional.linear(y, second)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_threads_that_share_a_buffer_take_turns():
+    buffer = DecodeBuffer(torch.float32)
+    weights = [_fused(buffer, rows=(96,), columns=128, seed=seed) for seed in range(2)]
+    x = torch.randn(64, 128)
+    expected = [nf4_linear(x, weight) for weight in weights]
+    wrong = []
+
+    def work(i):
+        for _ in range(200):
+            if not torch.equal(nf4_linear(x, weights[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_first_use_in_inference_mode_does_no_harm(backend):
+    if backends.missing(backend, torch.device("cpu")):
+        pytest.skip("the extension is not built")
+    nf4.table.cache_clear()
+    nf4.nested_code.cache_clear()
+    with backends.use(backend):
+        buffer = DecodeBuffer(torch.float32)
+        with torch.inference_mode():
+            fused = FusedNF4([nf4.quantize(torch.randn(5, 24)), torch.randn(3, 24)], buffer)
+            nf4_linear(torch.randn(2, 24), fused)
+        parts = [nf4.quantize(torch.randn(5, 24)), torch.randn(3, 24)]
+        x = torch.randn(2, 24, requires_grad=True)
+        nf4_linear(x, FusedNF4(parts, buffer)).sum().backward()
+        assert x.grad is not None
+
+
+def test_a_copy_has_a_buffer_of_its_own():
+    fused = _fused(DecodeBuffer(torch.float32))
+    pair = copy.deepcopy([fused, fused])
+    assert pair[0].buffer is pair[1].buffer is not fused.buffer
 
 
 def test_a_part_may_be_left_in_16_bits():
     buffer = DecodeBuffer(torch.float32)
     plain = torch.randn(4, 24)
     fused = FusedNF4([_fused(buffer).parts[0], plain], buffer)
-    assert torch.equal(fused.decode()[5:], plain) and len(fused) == 9
+    with fused.decoded() as whole:
+        assert torch.equal(whole[5:], plain) and len(fused) == 9
 
 
 def test_lora_matmul_takes_it():
