@@ -143,6 +143,7 @@ def main() -> None:
     option("--attempts", type=int, default=4, help="how often a turn is tried until the machine is quiet")
     option("--void-share", type=float, default=VOID_SHARE, help="share of the CPU that others may take in a turn")
     option("--no-kernels", dest="kernels", action="store_false", help="loading and training only")
+    option("--no-training", dest="training", action="store_false", help="the kernels only")
     option("--out", type=Path, help="folder of the raw files, default benchmarks/results")
     told = parser.parse_args()
     told.layout = told.layout or ["4x256"]
@@ -151,7 +152,7 @@ def main() -> None:
         say("kernels")
         raw = {"kind": "nf4-kernels", "machine": machine(), "shapes": kernels(told)}
         written.append(save("nf4-kernels", raw, told.out))
-    written += [bench(size, told) for size in told.size or ["12x768", "16x2048"]]
+    written += [bench(size, told) for size in told.size or (["12x768", "16x2048"] if told.training else [])]
     for path in written:
         raw = tables.read(path)
         print("\n".join(tables_nf4.nf4_kernels_table(raw) if raw["kind"] == "nf4-kernels"

@@ -1,6 +1,6 @@
 // bindings.h: the four ops over torch's stable ABI (one build for torch >= 2.11), every argument checked before use.
 //
-// bindings.cpp (CPU) and bindings_cuda.cpp (CUDA) include it, and define `launch` for their device.
+// bindings.cpp (CPU) and bindings_cuda.cpp (CUDA) include it, and define `launch` and `expect_writes` for their device.
 #pragma once
 #include <Python.h>
 
@@ -26,6 +26,7 @@ using Optional = std::optional<Tensor>;
 void launch(const Nf4Dequantize& work, const Tensor& on);
 void launch(const Nf4Quantize& work, const Tensor& on);
 void launch(const Nf4QuantizeAbsmax& work, const Tensor& on);
+void expect_writes(void* data, int64_t bytes);
 
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -122,6 +123,7 @@ Tensor nf4_dequantize(const Tensor& packed, const Tensor& absmax, const Optional
       operands(op, packed, absmax, nested_absmax, nested_code, nested_offset, table, blocksize, n);
   work.dtype = dtype_of(op, "dtype", dtype);
   const Tensor out = torch::stable::new_empty(packed, {rows, columns}, dtype);
+  expect_writes(out.mutable_data_ptr(), n * (dtype == ScalarType::Float ? 4 : 2));
   decode(work, out, rows, columns, columns, packed);
   return out;
 }
