@@ -22,11 +22,13 @@ TINY_BITS = tl.constexpr(0x006CE3EE)      # the bits of 1e-38 in fp32, which Tri
 
 
 class Config(NamedTuple):
-    """`tile`: what one program works on; `registers`: what a thread may take (tests/kernels/test_aot.py holds it)."""
+    """`tile`: what one program works on; `registers` of a thread and bytes of `shared` memory: what it may take
+    (tests/kernels/test_aot.py holds both)."""
 
     tile: int
     num_warps: int
     registers: int
+    shared: int = 4096
 
     def options(self) -> dict[str, Any]:
         return {"num_warps": self.num_warps, "enable_fp_fusion": False}

@@ -20,15 +20,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHES = (80, 89, 90, 100)
 SPILLS = ("LDL", "STL")
 """Loads and stores of a thread's own memory, where registers go that find no room."""
+MATRIX = {80: ("HMMA",), 89: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
+"""The instruction that multiplies 16-bit matrices on each generation."""
 
 
 @dataclass(frozen=True)
 class Row:
     """signature: the run-time arguments, e.g. "*bf16:16" or "i32"; constants: all others; options: num_warps,
-    num_stages, … as at the launch; registers: what a thread may take; has, lacks: instructions that must and must not
-    be there; stores: the bits of each store to global memory, None = any.
+    num_stages, … as at the launch; registers: what a thread may take; shared: bytes that a program may take; arches:
+    the generations that are launched so; matrix: the products must run on the matrix unit; lacks: instructions that
+    must not be there; stores: the bits of each store to global memory, None = any; exact: nothing that could change a
+    bit, neither flushed small numbers nor an inexact division.
     """
 
     name: str
@@ -37,9 +42,12 @@ class Row:
     constants: dict[str, Any]
     options: dict[str, Any]
     registers: int
-    has: tuple[str, ...] = ()
+    shared: int = 0
+    arches: tuple[int, ...] = ARCHES
+    matrix: bool = False
     lacks: tuple[str, ...] = SPILLS
     stores: int | None = None
+    exact: bool = False
 
 
 @dataclass
@@ -73,17 +81,23 @@ def compile_for(row: Row, arch: int) -> Report:
         store_bits={_bits(code) for code in opcodes if code.startswith("STG")}, ptx=compiled.asm["ptx"])
 
 
-def faults(row: Row, report: Report) -> list[str]:
+def faults(row: Row, report: Report, arch: int) -> list[str]:
     """What a row promises and the machine code does not keep."""
     found = []
     if report.registers > row.registers:
         found.append(f"{report.registers} registers, the budget is {row.registers}")
     if report.stack:
         found.append(f"{report.stack} bytes of stack")
-    found += [f"no {name}" for name in row.has if not report.instructions[name]]
+    if report.shared > row.shared:
+        found.append(f"{report.shared} bytes of shared memory, the budget is {row.shared}")
+    found += [f"no {name}" for name in MATRIX[arch] if row.matrix and not report.instructions[name]]
     found += [f"{report.instructions[name]} {name}" for name in row.lacks if report.instructions[name]]
     if row.stores is not None and report.store_bits != {row.stores}:
         found.append(f"stores of {sorted(report.store_bits)} bits, not of {row.stores}")
+    if row.exact and ".ftz" in report.ptx:
+        found.append("flushes small numbers to zero")
+    if row.exact and ("div.full" in report.ptx or "div.approx" in report.ptx):
+        found.append("inexact division")
     return found
 
 

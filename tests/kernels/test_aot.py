@@ -1,68 +1,17 @@
 """Every kernel, as it is launched, compiles for every GPU that we know of and keeps its budget."""
 
-from typing import Any
-
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from minitune.kernels import nf4
-from tests.kernels.aot import SPILLS, Row, compile_for, faults
+from tests.kernels import rows_nf4
+from tests.kernels.aot import Row, compile_for, faults
 
-ARCHES = (80, 89, 90, 100)
-NF4 = {"packed": "*u8:16", "table": "*fp32:16"}
-PLAIN = {"absmax": "*fp32:16"}
-NESTED = {"absmax": "*u8:16", "nested_absmax": "*fp32:16", "nested_code": "*fp32:16", "nested_offset": "*fp32:16"}
-NO_NESTED = {"nested_absmax": None, "nested_code": None, "nested_offset": None}
-UNFUSED = (*SPILLS, "FFMA", "FFMA2")
-"""A fused multiply-add in the nested absmax would change the bits."""
+ROWS = [*rows_nf4.ROWS]
 
 
-def _nf4(key: str, name: str, signature: dict[str, str], constants: dict[str, Any], **checks: Any) -> Row:
-    config = nf4.CONFIGS[key]
-    return Row(f"nf4_{key} {name}", getattr(nf4, f"nf4_{key}"), NF4 | signature, {"TILE": config.tile, **constants},
-               config.options(), config.registers, **checks)
-
-
-def _dequantize(out: str, nested: bool, pitched: bool, values: int = 64) -> Row:
-    signature = (NESTED if nested else PLAIN) | {"out": f"*{out}:16", "segments": "i32", "row_segments": "i32",
-                                                 "pitch": "i32:16"}
-    constants = {"VALUES": values, "PER_BLOCK": 1, "PITCHED": pitched, **({} if nested else NO_NESTED)}
-    name = f"{out}{' nested' * nested}{' pitched' * pitched} {values}"
-    return _nf4("dequantize", name, signature, constants, lacks=UNFUSED, stores=128)
-
-
-def _dequantize_any(out: str) -> Row:
-    sizes = dict.fromkeys(("start", "columns", "row_tiles", "pitch"), "i32")
-    return _nf4("dequantize_any", f"{out} nested", NESTED | {"out": f"*{out}:16"} | sizes, {"BLOCKSIZE": 64},
-                lacks=UNFUSED)
-
-
-def _quantize(values: str, blocksize: int, last: bool) -> Row:
-    signature = PLAIN | {"values": f"*{values}:16", "block": "i32", "n": "i32"}
-    tile = 1 if last else max(1, nf4.CONFIGS["quantize"].tile // blocksize)
-    return _nf4("quantize", f"{values} {blocksize}{' last' * last}", signature,
-                {"BLOCKSIZE": blocksize, "LAST": last, "TILE": tile})
-
-
-ROWS = [
-    _dequantize("bf16", nested=True, pitched=False),
-    _dequantize("bf16", nested=True, pitched=True),
-    _dequantize("bf16", nested=False, pitched=False, values=32),
-    _dequantize("fp16", nested=False, pitched=True),
-    _dequantize("fp32", nested=True, pitched=False),
-    _dequantize_any("bf16"),
-    _quantize("bf16", 64, last=False),
-    _quantize("fp32", 4096, last=False),
-    _quantize("fp32", 64, last=True),
-]
-
-
-@pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize(("row", "arch"), [(row, arch) for row in ROWS for arch in row.arches],
+                         ids=lambda value: value.name if isinstance(value, Row) else f"sm_{value}")
 def test_a_kernel_keeps_its_budget(row: Row, arch: int) -> None:
-    report = compile_for(row, arch)
-    found = faults(row, report)
+    found = faults(row, compile_for(row, arch), arch)
     assert not found, f"{row.name} on sm_{arch}: {'; '.join(found)}"
-    assert ".ftz" not in report.ptx, f"{row.name} on sm_{arch}: flushes small numbers to zero"
-    assert "div.full" not in report.ptx and "div.approx" not in report.ptx, f"{row.name} on sm_{arch}: inexact division"
