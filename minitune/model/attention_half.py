@@ -1,4 +1,4 @@
-"""The attention half of a layer: norm -> q, k, v -> (their norms) -> rotation -> attention -> output -> residual."""
+"""The attention half of a layer: residual -> norm -> q, k, v -> (their norms) -> rotation -> attention -> output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minitune.config import ModelConfig
-from minitune.model.half import Context, Kept
+from minitune.model.half import Context, Kept, Need, Way
 from minitune.model.lora import Projection, frozen
 from minitune.ops import attention, lora_matmul, rms_norm, rope
 from minitune.ops.lora_matmul import LoraWeights
@@ -14,7 +14,7 @@ from minitune.ops.nf4_linear import DecodeBuffer
 
 
 class AttentionHalf(nn.Module):
-    """x + o(attention(rotate(qkv(norm(x))))). Weight names follow the checkpoint: self_attn.{q,k,v,o}_proj."""
+    """o(attention(rotate(qkv(norm(x))))). Weight names follow the checkpoint: self_attn.{q,k,v,o}_proj."""
 
     q_norm: nn.Parameter | None
     k_norm: nn.Parameter | None
@@ -57,58 +57,71 @@ class AttentionHalf(nn.Module):
             k = rms_norm.reference(k, self.k_norm, self.config.norm_eps)
         q, k = rope.reference(q, context.cos, context.sin), rope.reference(k, context.cos, context.sin)
         attended = attention.differentiable(q, k, v, context.documents, self.window)
-        return x + self.o(attended.flatten(1))
+        return self.o(attended.flatten(1))
 
-    def project(self, x: Tensor, weights: LoraWeights, context: Context) -> tuple[Tensor, Kept]:
-        """The way up to rotated q, k, v: (qkv [T, rows], what is kept of it). Generation starts here too."""
-        normed, rstd = rms_norm.forward(x, self.norm, self.config.norm_eps)
+    def project(self, x: Tensor, branch: Tensor | None, weights: LoraWeights, context: Context) -> Kept:
+        """The way up to the rotated "qk" [T, heads + kv_heads, head_dim] and "v"; all that is kept of it. Generation
+        starts here too."""
+        normed, rstd, x = rms_norm.forward(x, self.norm, self.config.norm_eps, branch)
         qkv, s = lora_matmul.forward(normed, weights)
-        kept: Kept = {"x": x, "rstd": rstd, "normed": normed, "s_qkv": s}
-        q, k, _ = self.split(qkv)
+        q, k, v = self.split(qkv)
+        kept: Kept = {"x": x, "rstd": rstd, "normed": normed, "s_qkv": s, "v": v}
+        qk = self.q_and_k(qkv)
         if self.q_norm is not None and self.k_norm is not None:
-            kept["raw_q"], kept["raw_k"] = q.clone(), k.clone()
-            for part, weight, name in ((q, self.q_norm, "q_rstd"), (k, self.k_norm, "k_rstd")):
-                y, kept[name] = rms_norm.forward(part, weight, self.config.norm_eps)
-                part.copy_(y)
-        rope.rotate_(self.rotated(qkv), context.cos, context.sin)
-        return qkv, kept
+            kept["raw_qk"], qk = qk, torch.empty_like(qk, memory_format=torch.contiguous_format)
+            for raw, weight, out, name in zip((q, k), (self.q_norm, self.k_norm), self.halves(qk),
+                                              ("q_rstd", "k_rstd"), strict=True):
+                kept[name] = rms_norm.forward(raw, weight, self.config.norm_eps, out=out)[1]
+        kept["qk"] = rope.rotate_(qk, context.cos, context.sin)
+        return kept
 
-    def rotated(self, qkv: Tensor) -> Tensor:
+    def q_and_k(self, qkv: Tensor) -> Tensor:
         """The heads of q and k together, which lie side by side: [T, heads + kv_heads, head_dim], a view."""
         heads = self.config.n_heads + self.config.n_kv_heads
         return qkv.unflatten(-1, (-1, self.config.head_dim))[:, :heads]
 
+    def halves(self, qk: Tensor) -> tuple[Tensor, Tensor]:
+        """Views q [T, heads, head_dim] and k [T, kv_heads, head_dim] of the two together."""
+        return qk[:, : self.config.n_heads], qk[:, self.config.n_heads :]
+
     def operands(self) -> tuple[LoraWeights, LoraWeights]:
         return self.qkv.operands(), self.o.operands()
 
-    def forward_keeping(self, x: Tensor, weights: tuple[LoraWeights, LoraWeights], context: Context,
-                        needs_backward: bool) -> tuple[Tensor, Kept]:
-        qkv, kept = self.project(x, weights[0], context)
-        out, saved = attention.forward(*self.split(qkv), context.documents, self.window, needs_backward)
-        attended = out.flatten(1)
-        y, s_o = lora_matmul.forward(attended, weights[1])
-        return y.add_(x), kept | {"qkv": qkv, "graph": saved.graph, "attended": attended, "s_o": s_o}
+    def forward_keeping(self, x: Tensor, branch: Tensor | None, weights: tuple[LoraWeights, LoraWeights],
+                        context: Context, need: Need = "both") -> tuple[Tensor | None, Kept]:
+        kept = self.project(x, branch, weights[0], context)
+        out, saved = attention.forward(*self.halves(kept["qk"]), kept["v"], context.documents, self.window,
+                                       need != "branch")
+        kept |= {"lse": saved.lse, "graph": saved.graph, "attended": out.flatten(1)}
+        if need == "kept":
+            return None, kept | {"s_o": lora_matmul.forward_s(kept["attended"], weights[1])}
+        y, kept["s_o"] = lora_matmul.forward(kept["attended"], weights[1])
+        return y, kept
 
-    def restore(self, kept: Kept) -> None:
-        kept["normed"] = rms_norm.apply(kept["x"], kept["rstd"], self.norm)
-
-    def backward_from(self, dy: Tensor, kept: Kept, weights: tuple[LoraWeights, LoraWeights], context: Context,
-                      need_dx: bool) -> tuple[Tensor | None, list[Tensor]]:
+    def backward_from(self, dy: Tensor, past: Tensor | None, kept: Kept, weights: tuple[LoraWeights, LoraWeights],
+                      context: Context, way: Way) -> tuple[Tensor | None, list[Tensor]]:
         w_qkv, w_o = weights
         ds_o = lora_matmul.backward_s(dy, w_o)
         gradients_o = self.o.adapter_gradients(dy, kept["attended"], kept["s_o"], ds_o)
-        saved = attention.Saved(*self.split(kept["qkv"]), context.documents, self.window, kept["graph"])
-        d_out = lora_matmul.backward_input(dy, ds_o, w_o).unflatten(-1, (-1, self.config.head_dim))
-        d_qkv = torch.cat(attention.backward(d_out, saved), dim=1)
-        rope.rotate_(d_qkv[:, : self.config.n_heads + self.config.n_kv_heads], context.cos, context.sin, back=True)
-        if self.q_norm is not None and self.k_norm is not None:
-            dq, dk, _ = d_qkv.split((self.config.n_heads, self.config.n_kv_heads, self.config.n_kv_heads), dim=1)
-            dq.copy_(rms_norm.backward(dq, kept["raw_q"], kept["q_rstd"], self.q_norm))
-            dk.copy_(rms_norm.backward(dk, kept["raw_k"], kept["k_rstd"], self.k_norm))
-        d_rows = d_qkv.flatten(1)
+        d_out = lora_matmul.backward_input(dy, ds_o, w_o)
+        d_rows = self.backward_through_attention(d_out, kept, context)
         ds = lora_matmul.backward_s(d_rows, w_qkv)
-        gradients = [*self.qkv.adapter_gradients(d_rows, kept["normed"], kept["s_qkv"], ds), *gradients_o]
-        if not need_dx:
+        normed = kept["normed"] if "normed" in kept else rms_norm.apply(kept["x"], kept["rstd"], self.norm)
+        gradients = [*self.qkv.adapter_gradients(d_rows, normed, kept["s_qkv"], ds), *gradients_o]
+        if not way.need_dx:
             return None, gradients
         d_normed = lora_matmul.backward_input(d_rows, ds, w_qkv)
-        return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm).add_(dy), gradients
+        return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm, past, out=d_normed), gradients
+
+    def backward_through_attention(self, d_out: Tensor, kept: Kept, context: Context) -> Tensor:
+        """d_out [T, heads·head_dim] -> the gradient of what the q, k, v product gave, [T, rows]."""
+        saved = attention.Saved(*self.halves(kept["qk"]), kept["v"], context.documents, self.window, kept["graph"],
+                                kept["attended"].view(len(d_out), -1, self.config.head_dim), kept["lse"])
+        d_qkv = attention.backward(d_out.unflatten(-1, (-1, self.config.head_dim)), saved)
+        d_qk = d_qkv[:, : self.config.n_heads + self.config.n_kv_heads]
+        rope.rotate_(d_qk, context.cos, context.sin, back=True)
+        if self.q_norm is not None and self.k_norm is not None:
+            for d, raw, weight, name in zip(self.halves(d_qk), self.halves(kept["raw_qk"]), (self.q_norm, self.k_norm),
+                                            ("q_rstd", "k_rstd"), strict=True):
+                rms_norm.backward(d, raw, kept[name], weight, out=d)
+        return d_qkv.flatten(1)

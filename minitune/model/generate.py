@@ -102,21 +102,21 @@ def prefill(network: Llama, prompts: Sequence[Sequence[int]], cache: Cache) -> T
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=network.device)
     cos, sin = rope.tables(network.config, documents.positions().to(network.device), documents)
     context = half.Context(cos, sin, documents)
-    x = F.embedding(tokens, network.embedding).to(network.dtype)
+    x, branch = F.embedding(tokens, network.embedding).to(network.dtype), None
     for index, layer in enumerate(network.blocks()):
         weights = layer.attention.operands()
-        qkv, _ = layer.attention.project(x, weights[0], context)
-        q, k, v = layer.attention.split(qkv)
+        kept = layer.attention.project(x, branch, weights[0], context)
+        (q, k), v = layer.attention.halves(kept["qk"]), kept["v"]
         start = 0
         for row, length in enumerate(documents.lengths):
             cache.keys[index][row, :, :length] = k[start : start + length].transpose(0, 1)
             cache.values[index][row, :, :length] = v[start : start + length].transpose(0, 1)
             start += length
         out, _ = attention.forward(q, k, v, documents, layer.attention.window, needs_backward=False)
-        x = lora_matmul.forward(out.flatten(1), weights[1])[0].add_(x)
-        x = half.run(layer.mlp, x, context)
+        x, branch = half.run(layer.mlp, kept["x"], lora_matmul.forward(out.flatten(1), weights[1])[0], context)
     cache.lengths = list(documents.lengths)
-    return _last(network, x[documents.cu_seqlens[1:].long() - 1])
+    ends = documents.cu_seqlens[1:].long() - 1
+    return _last(network, x[ends], branch[ends] if branch is not None else None)
 
 
 def decode(network: Llama, tokens: Sequence[int], cache: Cache) -> Tensor:
@@ -124,16 +124,16 @@ def decode(network: Llama, tokens: Sequence[int], cache: Cache) -> Tensor:
     device = network.device
     cos, sin = rope.step_tables(network.config, cache.lengths, device)
     context = half.Context(cos, sin, Documents.from_lengths((1,) * len(tokens)))
-    x = F.embedding(torch.tensor(tokens, device=device), network.embedding).to(network.dtype)
+    x, branch = F.embedding(torch.tensor(tokens, device=device), network.embedding).to(network.dtype), None
     for index, layer in enumerate(network.blocks()):
         weights = layer.attention.operands()
-        q, k, v = layer.attention.split(layer.attention.project(x, weights[0], context)[0])
-        cache.append(index, k, v)
+        kept = layer.attention.project(x, branch, weights[0], context)
+        q, k = layer.attention.halves(kept["qk"])
+        cache.append(index, k, kept["v"])
         out = _attend(layer.attention, q, cache.keys[index], cache.values[index], cache.lengths)
-        x = lora_matmul.forward(out, weights[1])[0].add_(x)
-        x = half.run(layer.mlp, x, context)
+        x, branch = half.run(layer.mlp, kept["x"], lora_matmul.forward(out, weights[1])[0], context)
     cache.lengths = [length + 1 for length in cache.lengths]
-    return _last(network, x)
+    return _last(network, x, branch)
 
 
 def _attend(layer: AttentionHalf, q: Tensor, keys: Tensor, values: Tensor, lengths: list[int]) -> Tensor:
@@ -151,8 +151,8 @@ def _attend(layer: AttentionHalf, q: Tensor, keys: Tensor, values: Tensor, lengt
     return out[:, :, 0].flatten(1)
 
 
-def _last(network: Llama, x: Tensor) -> Tensor:
-    return rms_norm.forward(x, network.norm, network.config.norm_eps)[0]
+def _last(network: Llama, x: Tensor, branch: Tensor | None) -> Tensor:
+    return rms_norm.forward(x, network.norm, network.config.norm_eps, branch)[0]
 
 
 def sampler(temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,

@@ -28,7 +28,8 @@ from minitune.ops.rms_norm import rms_norm
 
 
 class Layer(nn.Module):
-    """One transformer layer: x -> x + attention(norm(x)), then x -> x + mlp(norm(x))."""
+    """One transformer layer: x -> x + attention(norm(x)), then x -> x + mlp(norm(x)). The last sum is left to whoever
+    comes next, who takes it in one pass with the norm."""
 
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device,
                  buffer: DecodeBuffer | None = None):
@@ -36,9 +37,9 @@ class Layer(nn.Module):
         self.attention = AttentionHalf(config, index, dtype, device, buffer)
         self.mlp = MlpHalf(config, index, dtype, device, buffer)
 
-    def forward(self, x: Tensor, context: half.Context) -> Tensor:
-        """x [T, d_model] -> [T, d_model]."""
-        return half.run(self.mlp, half.run(self.attention, x, context), context)
+    def forward(self, x: Tensor, branch: Tensor | None, context: half.Context) -> tuple[Tensor, Tensor]:
+        """x and branch [T, d_model], whose sum is the layer's input -> the same of its output."""
+        return half.run(self.mlp, *half.run(self.attention, x, branch, context), context)
 
 
 class Llama(nn.Module):
@@ -73,10 +74,10 @@ class Llama(nn.Module):
         self.refresh_images()
         cos, sin = rope.tables(self.config, positions, documents)
         context = half.Context(cos, sin, documents, self._policy(len(tokens)))
-        x = F.embedding(tokens, self.embedding).to(self.dtype)
+        x, branch = F.embedding(tokens, self.embedding).to(self.dtype), None
         for layer in self.layers:
-            x = layer(x, context)
-        return rms_norm(x, self.norm, self.config.norm_eps)
+            x, branch = layer(x, branch, context)
+        return rms_norm(x, self.norm, self.config.norm_eps, branch)
 
     def check_length(self, length: int) -> None:
         """Warn, once for each place in the code, of documents longer than the model was made for."""

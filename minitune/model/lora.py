@@ -210,12 +210,12 @@ class Projection(nn.Module):
             return []
         return [p for adapter in self.own_adapters().values() for p in (adapter.A, adapter.B)]
 
-    def adapter_gradients(self, dy: Tensor, x: Tensor, s: Tensor | None, ds: Tensor | None) -> list[Tensor]:
+    def adapter_gradients(self, dy: Tensor, x: Tensor | None, s: Tensor | None, ds: Tensor | None) -> list[Tensor]:
         """Gradients of `adapter_parameters` from dy [T, N], x [T, K] and the S and dS of lora_matmul.
 
         The products serve all parts at once; each adapter takes its own rows and columns, B's with the scale.
         """
-        if s is None or ds is None:     # no adapter, or switched off
+        if x is None or s is None or ds is None:     # no adapter, or switched off
             return []
         da, db = lora_matmul.backward_adapters(dy, x, s, ds)
         gradients = []

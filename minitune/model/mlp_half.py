@@ -1,4 +1,4 @@
-"""The MLP half of a layer: norm -> gate and up -> SwiGLU -> down -> residual."""
+"""The MLP half of a layer: residual -> norm -> gate and up -> SwiGLU -> down."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minitune.config import ModelConfig
-from minitune.model.half import Context, Kept
+from minitune.model.half import Context, Kept, Need, Way
 from minitune.model.lora import Projection, frozen
 from minitune.ops import lora_matmul, rms_norm, swiglu
 from minitune.ops.lora_matmul import LoraWeights
@@ -14,7 +14,7 @@ from minitune.ops.nf4_linear import DecodeBuffer
 
 
 class MlpHalf(nn.Module):
-    """x + down(swiglu(gate_up(norm(x)))). Weight names follow the checkpoint: mlp.{gate,up,down}_proj."""
+    """down(swiglu(gate_up(norm(x)))). Weight names follow the checkpoint: mlp.{gate,up,down}_proj."""
 
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device,
                  buffer: DecodeBuffer | None = None):
@@ -38,33 +38,34 @@ class MlpHalf(nn.Module):
         return frozenset({"normed", "h"})
 
     def composed(self, x: Tensor, context: Context) -> Tensor:
-        return x + self.down(swiglu.reference(self.gate_up(rms_norm.reference(x, self.norm, self.eps))))
+        return self.down(swiglu.reference(self.gate_up(rms_norm.reference(x, self.norm, self.eps))))
 
     def operands(self) -> tuple[LoraWeights, LoraWeights]:
         return self.gate_up.operands(), self.down.operands()
 
-    def forward_keeping(self, x: Tensor, weights: tuple[LoraWeights, LoraWeights], context: Context,
-                        needs_backward: bool) -> tuple[Tensor, Kept]:
-        normed, rstd = rms_norm.forward(x, self.norm, self.eps)
+    def forward_keeping(self, x: Tensor, branch: Tensor | None, weights: tuple[LoraWeights, LoraWeights],
+                        context: Context, need: Need = "both") -> tuple[Tensor | None, Kept]:
+        normed, rstd, x = rms_norm.forward(x, self.norm, self.eps, branch)
         gate_up, s_gate_up = lora_matmul.forward(normed, weights[0])
         h = swiglu.forward(gate_up)
-        y, s_down = lora_matmul.forward(h, weights[1])
-        return y.add_(x), {"x": x, "rstd": rstd, "normed": normed, "s_gate_up": s_gate_up, "gate_up": gate_up, "h": h,
-                           "s_down": s_down}
+        kept: Kept = {"x": x, "rstd": rstd, "normed": normed, "s_gate_up": s_gate_up, "gate_up": gate_up, "h": h}
+        if need == "kept":
+            return None, kept | {"s_down": lora_matmul.forward_s(h, weights[1])}
+        y, kept["s_down"] = lora_matmul.forward(h, weights[1])
+        return y, kept
 
-    def restore(self, kept: Kept) -> None:
-        kept["normed"] = rms_norm.apply(kept["x"], kept["rstd"], self.norm)
-        kept["h"] = swiglu.forward(kept["gate_up"])
-
-    def backward_from(self, dy: Tensor, kept: Kept, weights: tuple[LoraWeights, LoraWeights], context: Context,
-                      need_dx: bool) -> tuple[Tensor | None, list[Tensor]]:
+    def backward_from(self, dy: Tensor, past: Tensor | None, kept: Kept, weights: tuple[LoraWeights, LoraWeights],
+                      context: Context, way: Way) -> tuple[Tensor | None, list[Tensor]]:
         w_gate_up, w_down = weights
         ds_down = lora_matmul.backward_s(dy, w_down)
-        gradients_down = self.down.adapter_gradients(dy, kept["h"], kept["s_down"], ds_down)
-        d_gate_up = swiglu.backward(lora_matmul.backward_input(dy, ds_down, w_down), kept["gate_up"])
+        dh = lora_matmul.backward_input(dy, ds_down, w_down)
+        d_gate_up, h = swiglu.backward(dh, kept["gate_up"], want_h="h" not in kept and kept["s_down"] is not None,
+                                       overwrite=way.overwrite)
+        gradients_down = self.down.adapter_gradients(dy, kept.get("h", h), kept["s_down"], ds_down)
         ds = lora_matmul.backward_s(d_gate_up, w_gate_up)
-        gradients = [*self.gate_up.adapter_gradients(d_gate_up, kept["normed"], kept["s_gate_up"], ds), *gradients_down]
-        if not need_dx:
+        normed = kept["normed"] if "normed" in kept else rms_norm.apply(kept["x"], kept["rstd"], self.norm)
+        gradients = [*self.gate_up.adapter_gradients(d_gate_up, normed, kept["s_gate_up"], ds), *gradients_down]
+        if not way.need_dx:
             return None, gradients
         d_normed = lora_matmul.backward_input(d_gate_up, ds, w_gate_up)
-        return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm).add_(dy), gradients
+        return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm, past, out=d_normed), gradients

@@ -1,8 +1,8 @@
 """attention: causal, grouped-query, within each document of a flat packed stream, optionally in a sliding window.
 
-Two ways stand behind `forward` and `backward`. On a CPU: matrix products over blocks of queries, one pass for each
+Three ways stand behind `forward` and `backward`. On a CPU: matrix products over blocks of queries, one pass for each
 group of documents of about one length. On a GPU: torch's own kernels (`attention_library`), whose piece of autograd
-graph is kept for the backward. `reference` is what both must equal.
+graph is kept for the backward, or our Triton kernel. `reference` is what all must equal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minitune.ops import attention_library
+from minitune.ops import attention_library, backends, tuned
 from minitune.ops.documents import Documents
 
 ROWS = 256
@@ -50,7 +50,8 @@ def _visible(begin: int, end: int, first_key: int, window: int | None, device: t
 
 
 class Saved(NamedTuple):
-    """What the backward wants: the operands, and on a GPU the library's own piece of graph."""
+    """What the backward wants: the operands, and the library's own piece of graph or our kernel's output and its
+    log-sum-exp fp32 [heads, T]."""
 
     q: Tensor
     k: Tensor
@@ -58,11 +59,16 @@ class Saved(NamedTuple):
     documents: Documents
     window: int | None
     graph: Any = None
+    out: Tensor | None = None
+    lse: Tensor | None = None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None = None,
             needs_backward: bool = True) -> tuple[Tensor, Saved]:
     """Shapes as in `reference` -> (out, what `backward` takes)."""
+    if backends.choose("attention", q.device, tuned.way("attention", _shape(q, k, documents))) == "triton":
+        out, lse = backends.kernel("attention").forward(q, k, v, documents.spans[0], window)
+        return out, Saved(q, k, v, documents, window, None, out, lse)
     if q.device.type != "cpu":
         out, graph = attention_library.forward(q, k, v, documents, window, needs_backward)
         return out, Saved(q, k, v, documents, window, graph)
@@ -78,18 +84,26 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
     return out, Saved(q, k, v, documents, window)
 
 
+def _shape(q: Tensor, k: Tensor, documents: Documents) -> tuple[int, ...]:
+    """What decides which way is the fastest: heads, kv_heads, head_dim, and the longest document."""
+    return q.shape[1], k.shape[1], q.shape[2], documents.max_seqlen
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
         out, saved = forward(q, k, v, documents, window)
-        ctx.save_for_backward(q, k, v)
-        ctx.rest = saved[3:]
+        ctx.save_for_backward(q, k, v, saved.out, saved.lse)
+        ctx.rest = documents, window, saved.graph
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(dout, Saved(*ctx.saved_tensors, *ctx.rest)), None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        documents, window, graph = ctx.rest
+        gradient = backward(dout, Saved(q, k, v, documents, window, graph, out, lse))
+        return *gradient.split((q.shape[1], k.shape[1], k.shape[1]), dim=1), None, None
 
 
 def differentiable(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None = None) -> Tensor:
@@ -98,19 +112,24 @@ def differentiable(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window
     return out
 
 
-def backward(dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """dout [T, heads, head_dim] -> (dq, dk, dv) with the shapes of q, k, v. Bitwise repeatable."""
-    q, k, v, documents, window, graph = saved
+def backward(dout: Tensor, saved: Saved) -> Tensor:
+    """dout [T, heads, head_dim] -> dq, dk, dv side by side [T, heads + 2·kv_heads, head_dim]. Bitwise repeatable."""
+    q, k, v, documents, window, graph, out, lse = saved
     if graph is not None:
-        return attention_library.backward(dout, graph)
-    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        return torch.cat(attention_library.backward(dout, graph), dim=1)
+    gradient = q.new_empty(len(q), q.shape[1] + 2 * k.shape[1], q.shape[2])
+    parts = gradient.split((q.shape[1], k.shape[1], k.shape[1]), dim=1)
+    if lse is not None:
+        backends.kernel("attention").backward(dout, q, k, v, out, lse, *documents.spans, window,
+                                              gradients=parts)
+        return gradient
     for group in _groups(documents):
         heads = k.shape[1]
         qs, ks, vs = _scaled(group.take(q, heads)), group.take(k, heads), group.take(v, heads)
         upstream = group.take(dout, heads, zero_padding=True)
-        for gradient, part in zip(gradients, _backward_group(upstream, qs, ks, vs, group.length, window), strict=True):
-            group.put(gradient, part)
-    return gradients[0], gradients[1], gradients[2]
+        for whole, part in zip(parts, _backward_group(upstream, qs, ks, vs, group.length, window), strict=True):
+            group.put(whole, part)
+    return gradient
 
 
 def _backward_group(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, length: int,

@@ -1,8 +1,8 @@
 """backends: which implementation an op takes on a device: native (C++/CUDA), triton or reference; what is missing, why.
 
-MINITUNE_BACKEND=reference (or native, triton), or `with backends.use("reference")`, overrides the choice; asking for
-one that is not available is an error, not a silent change. MINITUNE_CPU_ISA=portable (or avx2, avx512) lowers the
-instruction set of the native backend on a CPU.
+MINITUNE_BACKEND=reference (or native, triton), or `with backends.use("reference")`, overrides the choice for every op
+that has this backend; asking for one that is not available is an error, not a silent change. MINITUNE_CPU_ISA=portable
+(or avx2, avx512) lowers the instruction set of the native backend on a CPU.
 """
 
 from __future__ import annotations
@@ -21,12 +21,20 @@ import torch
 from minitune.errors import InputError
 
 NAMES = ("native", "triton", "reference")
+OPS: dict[str, tuple[str, ...]] = {
+    "nf4": ("native", "triton"), "rms_norm": ("triton",), "swiglu": ("triton",), "rope": ("triton",),
+    "linear_cross_entropy": ("triton",), "lora_images": ("triton",), "adamw": ("triton",), "sgd": ("triton",),
+    "attention": ("triton",), "lora_matmul": ("triton",)}
+"""What each op has beside its reference, the preferred one first."""
+MEASURED = ("attention", "lora_matmul")
+"""Where the library is strong: another way is taken only at shapes where it was measured to be faster (`ops/tuned`)."""
 _forced: list[str] = []
 """What `use` asks for, innermost last; for the whole process, since autograd runs a GPU's backward in other threads."""
 
 
 def backends(device: str | torch.device | None = None) -> dict[str, str]:
-    """For each backend "available", or why it is not, on `device` (default: CUDA where there is one, else the CPU)."""
+    """What there is on `device` (default: CUDA where there is one, else the CPU): for each backend "available", or why
+    it is not; for each op the backend that it takes."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found = {}
     for name in NAMES:
@@ -34,7 +42,19 @@ def backends(device: str | torch.device | None = None) -> dict[str, str]:
             found[name] = missing(name, place) or "available"
         except InputError as error:
             found[name] = str(error)
-    return found
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # what a warning would say stands in the answer
+        return found | {op: _choice(op, place) for op in OPS}
+
+
+def _choice(op: str, device: torch.device) -> str:
+    try:
+        taken = choose(op, device)
+    except InputError as error:
+        return str(error)
+    if op in MEASURED and not _asked() and not missing("triton", device):
+        return "the library; triton where `minitune tune` measured it to be faster"
+    return taken
 
 
 @contextlib.contextmanager
@@ -48,23 +68,35 @@ def use(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def choose(op: str, device: torch.device) -> str:
-    """The backend of `op` on `device`: the one asked for, else the first that is there; its absence is said once."""
-    asked = _forced[-1] if _forced else os.environ.get("MINITUNE_BACKEND")
-    if asked:
-        _check_name(asked, "MINITUNE_BACKEND")
+def choose(op: str, device: torch.device, measured: str | None = None) -> str:
+    """The backend of `op` on `device`: the one asked for if the op has it, else the first that is there; its absence is
+    said once. `measured`: what was the fastest for an op of MEASURED, None = nothing is known."""
+    asked = _asked()
+    if asked == "reference" or asked in OPS[op]:
         reason = missing(asked, device)
         if reason:
             raise InputError(f"the backend {asked!r} was asked for, but on {device.type}: {reason}")
         return asked
-    reason = missing("native", device)
-    if not reason:
-        return "native"
-    if device.type == "cuda" and not missing("triton", device):
-        return "triton"
-    if device.type in ("cpu", "cuda"):
-        _announce(op, device.type, reason)
+    if op in MEASURED:
+        return measured if measured and not missing(measured, device) else "reference"
+    reasons = []
+    for name in OPS[op]:
+        if name == "triton" and device.type != "cuda":      # the interpreter is there to be asked for
+            continue
+        reason = missing(name, device)
+        if not reason:
+            return name
+        reasons.append(f"{name}: {reason}")
+    if reasons and device.type in ("cpu", "cuda"):
+        _announce(op, device.type, "; ".join(reasons))
     return "reference"
+
+
+def _asked() -> str | None:
+    asked = _forced[-1] if _forced else os.environ.get("MINITUNE_BACKEND")
+    if asked:
+        _check_name(asked, "MINITUNE_BACKEND")
+    return asked or None
 
 
 def missing(name: str, device: torch.device) -> str | None:
@@ -124,7 +156,7 @@ def _extension(name: str, absent: str) -> str | None:
 @functools.lru_cache(maxsize=16)
 def _announce(op: str, device_type: str, reason: str) -> None:
     """Once for each op and device."""
-    warnings.warn(f"{op} on {device_type} runs as plain PyTorch, slower, since the extension is missing: {reason}",
+    warnings.warn(f"{op} on {device_type} runs as plain PyTorch, slower, since the faster ways are missing: {reason}",
                   stacklevel=4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,13 @@ class Documents:
     @property
     def max_seqlen(self) -> int:
         return max(self.lengths)
+
+    @functools.cached_property
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """(starts, ends), int32 [T] on the device: of each token its document's first token and its end."""
+        tokens = torch.arange(self.n_tokens, dtype=torch.int32, device=self.cu_seqlens.device)
+        following = torch.searchsorted(self.cu_seqlens, tokens, right=True)
+        return self.cu_seqlens[following - 1], self.cu_seqlens[following]
 
     def positions(self) -> Tensor:
         """int64 [T] on the host: each token's place within its own document, from 0."""

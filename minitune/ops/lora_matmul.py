@@ -37,16 +37,19 @@ def reference(x: Tensor, w: LoraWeights) -> Tensor:
 
 
 def forward(x: Tensor, w: LoraWeights) -> tuple[Tensor, Tensor | None]:
-    """x [T, K] -> (y [T, N], S = x·Aᵀ [T, R], which the backward wants; None without an adapter)."""
+    """x [T, K] -> (y [T, N], S as of `forward_s`)."""
     if isinstance(w.weight, Tensor) or w.packed is not None:
         y = few_rows.product(x, w.weight if isinstance(w.weight, Tensor) else None, w.bias, w.packed)
     else:
         with w.weight.decoded() as weight:
             y = few_rows.product(x, weight, w.bias)
-    if w.a is None or w.b is None:
-        return y, None
-    s = x @ w.a.mT
-    return y.addmm_(s, w.b.mT), s
+    s = forward_s(x, w)
+    return (y, None) if s is None or w.b is None else (y.addmm_(s, w.b.mT), s)
+
+
+def forward_s(x: Tensor, w: LoraWeights) -> Tensor | None:
+    """x [T, K] -> S = x·Aᵀ [T, R], which the backward wants; None without an adapter."""
+    return None if w.a is None else x @ w.a.mT
 
 
 def backward_s(dy: Tensor, w: LoraWeights) -> Tensor | None:

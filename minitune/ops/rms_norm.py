@@ -1,13 +1,15 @@
-"""rms_norm: y = x / rms(x) · weight over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+"""rms_norm: y = x / rms(x) · weight over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467), with the sum of
+residual stream and branch before it, and the stream's gradient after its backward."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minitune.ops import backends
 from minitune.ops.chunks import in_cache
 
 
@@ -18,57 +20,78 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normalised.to(x.dtype) * weight.to(x.dtype)
 
 
-def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [..., d] -> (y [..., d] in x's dtype, 1/rms [..., 1] fp32, which `backward` and `apply` want)."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+def forward(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None = None, *,
+            out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., d] (+ branch [..., d]) -> (y [..., d] in x's dtype, 1/rms [..., 1] fp32, the sum that was normalised).
+
+    1/rms is what `backward` and `apply` want. Without a branch the sum is x itself. y lies in `out` where that is
+    given, which may be x.
+    """
+    if backends.choose("rms_norm", x.device) == "triton":
+        y, rstd, total = backends.kernel("rms_norm").forward(x, weight, eps, branch, out=out)
+        return y, rstd, x if total is None else total
+    y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    total = x if branch is None else torch.empty_like(x)
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for rows in in_cache(len(x), x[:1].numel(), x.device):
-        wide = x[rows].to(rstd.dtype)      # once: an op of mixed dtypes would do it by itself
+        if branch is not None:
+            torch.add(x[rows], branch[rows], out=total[rows])
+        wide = total[rows].to(rstd.dtype)      # once: an op of mixed dtypes would do it by itself
         torch.linalg.vector_norm(wide, dim=-1, keepdim=True, out=rstd[rows])
         rstd[rows].square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         torch.mul((wide * rstd[rows]).to(x.dtype), weight, out=y[rows])
-    return y, rstd
+    return y, rstd, total
 
 
 def apply(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """y from x and its stored 1/rms: what recomputing costs."""
+    """y from x and its stored 1/rms, with the bits of `forward`: what recomputing costs."""
+    if backends.choose("rms_norm", x.device) == "triton":
+        return cast(Tensor, backends.kernel("rms_norm").apply(x, rstd, weight))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for rows in in_cache(len(x), x[:1].numel(), x.device):
         torch.mul((x[rows].to(rstd.dtype) * rstd[rows]).to(x.dtype), weight, out=y[rows])
     return y
 
 
-def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """dy [..., d] -> dx [..., d] in x's dtype; the weight is frozen here.
+def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, past: Tensor | None = None, *,
+             out: Tensor | None = None) -> Tensor:
+    """dy [..., d] -> dx [..., d] in x's dtype, with `past`, the gradient that flows past the norm, added.
 
-    With g = dy·weight: dx = rstd · (g - x · rstd² · mean(g·x)).
+    The weight is frozen here. With g = dy·weight: dx = rstd · (g - x · rstd² · mean(g·x)) + past. dx lies in `out`
+    where that is given, which may be dy.
     """
-    dx, wide_weight = torch.empty_like(x, memory_format=torch.contiguous_format), weight.to(rstd.dtype)
+    if backends.choose("rms_norm", x.device) == "triton":
+        return cast(Tensor, backends.kernel("rms_norm").backward(dy, x, rstd, weight, past, out=out))
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    wide_weight = weight.to(rstd.dtype)
     for rows in in_cache(len(x), x[:1].numel(), x.device):
         wide, r = x[rows].to(rstd.dtype), rstd[rows]
         gradient = dy[rows].to(rstd.dtype) * wide_weight
         projection = torch.linalg.vecdot(gradient, wide)[..., None].mul_(r * r / -x.shape[-1])
-        dx[rows] = gradient.addcmul_(wide, projection).mul_(r)
+        gradient = gradient.addcmul_(wide, projection).mul_(r)
+        dx[rows] = gradient if past is None else gradient.add_(past[rows])
     return dx
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd = forward(x, weight, eps)
-        ctx.save_for_backward(x, rstd, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, branch: Tensor | None) -> Tensor:
+        y, rstd, total = forward(x, weight, eps, branch)
+        ctx.save_for_backward(total, rstd, weight)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, weight = ctx.saved_tensors
-        return backward(dy, x, rstd, weight), None, None
+        dx = backward(dy, x, rstd, weight)
+        return dx, None, None, dx if ctx.needs_input_grad[3] else None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Differentiable in x by the hand-written backward; a weight that is trained takes the reference under autograd."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None = None) -> Tensor:
+    """The norm of x (+ branch), differentiable in both by the hand-written backward; a weight that is trained takes the
+    reference under autograd."""
     if weight.requires_grad and torch.is_grad_enabled():
-        return reference(x, weight, eps)
-    out: Tensor = _RmsNorm.apply(x, weight, eps)
+        return reference(x if branch is None else x + branch, weight, eps)
+    out: Tensor = _RmsNorm.apply(x, weight, eps, branch)
     return out

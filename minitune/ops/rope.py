@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from minitune.config import ModelConfig, Rope
+from minitune.ops import backends
 from minitune.ops.chunks import in_cache
 from minitune.ops.documents import Documents
 
@@ -100,6 +102,8 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     """In place; ``back=True`` turns the other way, which is the backward of the rotation."""
+    if backends.choose("rope", x.device) == "triton":
+        return cast(Tensor, backends.kernel("rope").rotate_(x, cos, sin, back=back))
     sign = -1.0 if back else 1.0
     for rows in in_cache(len(x), x[:1].numel(), x.device):
         wide = x[rows].to(cos.dtype)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from minitune.ops import backends
 
 
 def reference(gate_up: Tensor) -> Tensor:
@@ -15,18 +19,27 @@ def reference(gate_up: Tensor) -> Tensor:
 
 def forward(gate_up: Tensor) -> Tensor:
     """The same without autograd's book-keeping."""
+    if backends.choose("swiglu", gate_up.device) == "triton":
+        return cast(Tensor, backends.kernel("swiglu").forward(gate_up))
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
-def backward(dh: Tensor, gate_up: Tensor) -> Tensor:
-    """dh [T, f] -> d(gate_up) [T, 2·f].
+def backward(dh: Tensor, gate_up: Tensor, *, want_h: bool = False,
+             overwrite: bool = False) -> tuple[Tensor, Tensor | None]:
+    """dh [T, f] -> (d(gate_up) [T, 2·f], h [T, f] with `forward`'s bits where it is wanted).
 
-    d up = dh·silu(gate); d gate = dh·up·silu'(gate). `dh` serves as scratch: it must not be used afterwards.
+    d up = dh·silu(gate); d gate = dh·up·silu'(gate). `dh` serves as scratch: it must not be used afterwards. With
+    ``overwrite`` the gradient may take gate_up's place.
     """
+    if backends.choose("swiglu", dh.device) == "triton":
+        gradient = backends.kernel("swiglu").backward(dh, gate_up, gradient=gate_up if overwrite else None,
+                                                      h=dh if want_h else None)
+        return gradient, dh if want_h else None
     gate, up = gate_up.chunk(2, dim=-1)
     gradient = torch.empty_like(gate_up)
     d_gate, d_up = gradient.chunk(2, dim=-1)
-    torch.mul(F.silu(gate), dh, out=d_up)
+    silu = F.silu(gate)
+    torch.mul(silu, dh, out=d_up)
     torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=d_gate)
-    return gradient
+    return gradient, silu.mul_(up) if want_h else None

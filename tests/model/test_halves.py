@@ -61,9 +61,10 @@ def _gradients(network, forward, dtype):
 
 def _fast(network, policy):
     def forward(x):
+        branch = None
         for layer in network.blocks():
-            x = layer(x, _context(network, policy))
-        return x
+            x, branch = layer(x, branch, _context(network, policy))
+        return x + branch
     return forward
 
 
@@ -71,7 +72,8 @@ def _composed(network):
     def forward(x):
         for layer in network.blocks():
             context = _context(network)
-            x = layer.mlp.composed(layer.attention.composed(x, context), context)
+            for part in (layer.attention, layer.mlp):
+                x = x + part.composed(x, context)
         return x
     return forward
 

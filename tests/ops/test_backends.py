@@ -23,8 +23,8 @@ def no_extension(monkeypatch):
 
 def test_every_backend_says_whether_it_is_there():
     found = mt.backends("cpu")
-    assert list(found) == ["native", "triton", "reference"] and found["reference"] == "available"
-    assert all(reason for reason in found.values())
+    assert list(found) == [*backends.NAMES, *backends.OPS] and found["reference"] == "available"
+    assert all(reason for reason in found.values()) and found["rms_norm"] == "reference"
 
 
 def test_without_the_extension_the_reference_takes_over_and_says_why_once(no_extension, monkeypatch):
@@ -80,6 +80,20 @@ def test_an_instruction_set_that_is_not_there_is_named(monkeypatch):
             nf4.quantize(torch.randn(2, 64))
     finally:
         backends._native.cache_clear()
+
+
+def test_a_backend_is_asked_of_the_ops_that_have_it():
+    with backends.use("native"):
+        assert backends.choose("rms_norm", CPU) == "reference"
+
+
+def test_a_measured_op_takes_the_library_until_something_else_was_faster(monkeypatch):
+    monkeypatch.delenv("MINITUNE_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "missing", lambda name, device: None)
+    assert backends.choose("attention", CPU) == "reference"
+    assert backends.choose("attention", CPU, measured="triton") == "triton"
+    with backends.use("reference"):
+        assert backends.choose("attention", CPU, measured="triton") == "reference"
 
 
 def test_use_ends_with_its_block():

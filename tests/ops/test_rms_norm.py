@@ -20,11 +20,38 @@ def _truth(x, weight, dy, dtype):
 @pytest.mark.parametrize("shape", [(37, 123), (19, 5, 30)], ids=["rows", "heads"])
 def test_forward_and_backward(shape, dtype):
     x, dy, weight = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.rand(shape[-1]).to(dtype) + 0.5
-    y, rstd = rms_norm.forward(x, weight, EPS)
+    y, rstd, total = rms_norm.forward(x, weight, EPS)
+    assert total is x
     truth, plain = _truth(x, weight, dy, torch.float64), _truth(x, weight, dy, dtype)
     check("y", y, plain[0], truth[0])
     assert torch.equal(rms_norm.apply(x, rstd, weight), y)
     check("dx", rms_norm.backward(dy, x, rstd, weight), plain[1], truth[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_before_and_the_gradient_past_it(dtype):
+    x, branch, dy, past = (torch.randn(37, 123).to(dtype) for _ in range(4))
+    weight = torch.rand(123).to(dtype) + 0.5
+    y, rstd, total = rms_norm.forward(x, weight, EPS, branch)
+    assert torch.equal(total, x + branch) and torch.equal(y, rms_norm.forward(total, weight, EPS)[0])
+    truth, plain = _truth(total, weight, dy, torch.float64)[1], _truth(total, weight, dy, dtype)[1]
+    gradient = dy.clone()
+    assert rms_norm.backward(gradient, total, rstd, weight, past, out=gradient) is gradient
+    check("dx", gradient, plain + past, truth + past.double())
+
+
+def test_the_norm_may_take_the_place_of_its_input():
+    wide = torch.randn(11, 5, 12)
+    part, expected = wide[:, 1:4, 2:], wide.clone()
+    expected[:, 1:4, 2:] = rms_norm.forward(part.clone(), torch.ones(10), EPS)[0]
+    assert rms_norm.forward(part, torch.ones(10), EPS, out=part)[0] is part
+    assert torch.equal(wide, expected)
+
+
+def test_both_summands_get_the_gradient():
+    x, branch = (torch.randn(7, 12, requires_grad=True) for _ in range(2))
+    dx, d_branch = torch.autograd.grad(rms_norm.rms_norm(x, torch.rand(12), EPS, branch).square().sum(), (x, branch))
+    assert torch.equal(dx, d_branch) and dx.abs().min() > 0
 
 
 def test_differentiable_in_x_and_in_a_trained_weight():

@@ -17,4 +17,7 @@ def test_forward_and_backward(dtype):
         results.append((y.detach(), torch.autograd.grad(y, x, dh.to(wide))[0]))
     (truth, d_truth), (plain, d_plain) = results
     check("h", swiglu.forward(gate_up), plain, truth)
-    check("d gate_up", swiglu.backward(dh.clone(), gate_up), d_plain, d_truth)
+    gradient, nothing = swiglu.backward(dh.clone(), gate_up)
+    check("d gate_up", gradient, d_plain, d_truth)
+    again, h = swiglu.backward(dh.clone(), gate_up.clone(), want_h=True, overwrite=True)
+    assert nothing is None and torch.equal(again, gradient) and torch.equal(h, swiglu.forward(gate_up))
