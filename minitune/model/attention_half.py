@@ -62,7 +62,8 @@ class AttentionHalf(nn.Module):
     def project(self, x: Tensor, branch: Tensor | None, weights: LoraWeights, context: Context) -> Kept:
         """The way up to the rotated "qk" [T, heads + kv_heads, head_dim] and "v"; all that is kept of it. Generation
         starts here too."""
-        normed, rstd, x = rms_norm.forward(x, self.norm, self.config.norm_eps, branch)
+        rows = lora_matmul.input_rows(len(x), weights)
+        normed, rstd, x = rms_norm.forward(x, self.norm, self.config.norm_eps, branch, out=rows)
         qkv, s = lora_matmul.forward(normed, weights)
         q, k, v = self.split(qkv)
         kept: Kept = {"x": x, "rstd": rstd, "normed": normed, "s_qkv": s, "v": v}
@@ -90,9 +91,9 @@ class AttentionHalf(nn.Module):
     def forward_keeping(self, x: Tensor, branch: Tensor | None, weights: tuple[LoraWeights, LoraWeights],
                         context: Context, need: Need = "both") -> tuple[Tensor | None, Kept]:
         kept = self.project(x, branch, weights[0], context)
-        out, saved = attention.forward(*self.halves(kept["qk"]), kept["v"], context.documents, self.window,
-                                       need != "branch")
-        kept |= {"lse": saved.lse, "graph": saved.graph, "attended": out.flatten(1)}
+        attended, saved = attention.forward(*self.halves(kept["qk"]), kept["v"], context.documents, self.window,
+                                       need != "branch", lora_matmul.input_rows(len(x), weights[1]))
+        kept |= {"lse": saved.lse, "graph": saved.graph, "attended": attended.flatten(1)}
         if need == "kept":
             return None, kept | {"s_o": lora_matmul.forward_s(kept["attended"], weights[1])}
         y, kept["s_o"] = lora_matmul.forward(kept["attended"], weights[1])
@@ -102,26 +103,29 @@ class AttentionHalf(nn.Module):
                       context: Context, way: Way) -> tuple[Tensor | None, list[Tensor]]:
         w_qkv, w_o = weights
         ds_o = lora_matmul.backward_s(dy, w_o)
-        gradients_o = self.o.adapter_gradients(dy, kept["attended"], kept["s_o"], ds_o)
+        gradients_o = self.o.adapter_gradients(dy, kept["attended"], kept["s_o"], ds_o, w_o)
         d_out = lora_matmul.backward_input(dy, ds_o, w_o)
-        d_rows = self.backward_through_attention(d_out, kept, context)
+        d_rows = self.backward_through_attention(d_out, kept, context, lora_matmul.gradient_rows(len(dy), w_qkv))
         ds = lora_matmul.backward_s(d_rows, w_qkv)
         normed = kept["normed"] if "normed" in kept else rms_norm.apply(kept["x"], kept["rstd"], self.norm)
-        gradients = [*self.qkv.adapter_gradients(d_rows, normed, kept["s_qkv"], ds), *gradients_o]
+        gradients = [*self.qkv.adapter_gradients(d_rows, normed, kept["s_qkv"], ds, w_qkv), *gradients_o]
         if not way.need_dx:
             return None, gradients
         d_normed = lora_matmul.backward_input(d_rows, ds, w_qkv)
         return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm, past, out=d_normed), gradients
 
-    def backward_through_attention(self, d_out: Tensor, kept: Kept, context: Context) -> Tensor:
-        """d_out [T, heads·head_dim] -> the gradient of what the q, k, v product gave, [T, rows]."""
+    def backward_through_attention(self, d_out: Tensor, kept: Kept, context: Context, out: Tensor | None) -> Tensor:
+        """d_out [T, heads·head_dim] -> the gradient of what the q, k, v product gave, [T, rows], in `out` where that
+        is given."""
         saved = attention.Saved(*self.halves(kept["qk"]), kept["v"], context.documents, self.window, kept["graph"],
-                                kept["attended"].view(len(d_out), -1, self.config.head_dim), kept["lse"])
-        d_qkv = attention.backward(d_out.unflatten(-1, (-1, self.config.head_dim)), saved)
+                                kept["attended"].unflatten(-1, (-1, self.config.head_dim)), kept["lse"])
+        rows = out if out is not None else d_out.new_empty(len(d_out), self.qkv.n_rows)
+        d_qkv = rows.unflatten(-1, (-1, self.config.head_dim))
+        attention.backward(d_out.unflatten(-1, (-1, self.config.head_dim)), saved, d_qkv)
         d_qk = d_qkv[:, : self.config.n_heads + self.config.n_kv_heads]
         rope.rotate_(d_qk, context.cos, context.sin, back=True)
         if self.q_norm is not None and self.k_norm is not None:
             for d, raw, weight, name in zip(self.halves(d_qk), self.halves(kept["raw_qk"]), (self.q_norm, self.k_norm),
                                             ("q_rstd", "k_rstd"), strict=True):
                 rms_norm.backward(d, raw, kept[name], weight, out=d)
-        return d_qkv.flatten(1)
+        return rows

@@ -185,6 +185,7 @@ class Llama(nn.Module):
         check_targets(lora, [path for projection in self.projections() for path in projection.parts])
         for projection in self.projections():
             projection.add_adapters(lora, seed)
+            projection.lay_out()
 
     def refresh_images(self) -> None:
         """Copies of all adapters in the compute dtype, laid out for the products, made anew from the fp32 parameters.
@@ -205,6 +206,9 @@ class Llama(nn.Module):
             places, parameters, factors = zip(*copies, strict=True)
             scaled = torch._foreach_mul(list(parameters), list(factors))
             torch._foreach_copy_(list(places), scaled)
+        for projection in adapted:
+            if projection.around is not None and projection.images is not None:
+                projection.around.fill(*projection.images)
 
     # -- training base weights ----------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minitune.config import LINEAR_NAMES, LoRA
 from minitune.errors import InputError
 from minitune.ops import few_rows, lora_matmul
+from minitune.ops.augmented import Augmented
 from minitune.ops.lora_matmul import LoraWeights
 from minitune.ops.nf4 import NF4Weight
 from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4, nf4_linear
@@ -83,6 +84,7 @@ class Projection(nn.Module):
         self.enabled = True
         self.images: tuple[Tensor, Tensor] | None = None
         self.cast: tuple[Tensor, Tensor | None] | None = None
+        self.around: Augmented | None = None
         self.packed: Tensor | None = None
         self.decoded: Tensor | None = None
 
@@ -155,7 +157,19 @@ class Projection(nn.Module):
         super()._apply(fn, recurse)
         if self.fused is not None and self.fused.device != self.weight.device:
             self.fused = self.fused.to(self.weight.device)
+        if self.around is not None:
+            self.lay_out()      # what it lay in was left behind
         return self
+
+    def lay_out(self) -> None:
+        """Lay the frozen weight out for the augmented product, if that was measured to be the fastest here."""
+        self.around = None
+        rank = self.image_shapes()[0][0]
+        if not rank or self.trained or not lora_matmul.wants_margins(self.n_rows, self.n_columns, rank, self.weight):
+            return
+        self.around = Augmented(self.weight if self.fused is None else self.fused, rank, self.weight.dtype)
+        if self.fused is None:
+            self.weight.data = self.around.weight
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
@@ -202,7 +216,7 @@ class Projection(nn.Module):
         if self.cast is not None:
             return LoraWeights(*self.cast, a, b, self.packed)
         weight = self.weight if self.fused is None else self.fused if self.decoded is None else self.decoded
-        return LoraWeights(weight, self.bias, a, b, self.packed)
+        return LoraWeights(weight, self.bias, a, b, self.packed, self.around)
 
     def adapter_parameters(self) -> list[Tensor]:
         """A and B of each adapter, in the order of `adapter_gradients`; none while they are switched off."""
@@ -210,14 +224,15 @@ class Projection(nn.Module):
             return []
         return [p for adapter in self.own_adapters().values() for p in (adapter.A, adapter.B)]
 
-    def adapter_gradients(self, dy: Tensor, x: Tensor | None, s: Tensor | None, ds: Tensor | None) -> list[Tensor]:
+    def adapter_gradients(self, dy: Tensor, x: Tensor | None, s: Tensor | None, ds: Tensor | None,
+                          w: LoraWeights) -> list[Tensor]:
         """Gradients of `adapter_parameters` from dy [T, N], x [T, K] and the S and dS of lora_matmul.
 
         The products serve all parts at once; each adapter takes its own rows and columns, B's with the scale.
         """
         if x is None or s is None or ds is None:     # no adapter, or switched off
             return []
-        da, db = lora_matmul.backward_adapters(dy, x, s, ds)
+        da, db = lora_matmul.backward_adapters(dy, x, s, ds, w)
         gradients = []
         for adapter, rows, ranks in self.image_slices():
             gradients += [da[ranks].to(adapter.A.dtype), db[rows, ranks].to(adapter.B.dtype).mul_(adapter.scale)]

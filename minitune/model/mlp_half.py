@@ -45,13 +45,14 @@ class MlpHalf(nn.Module):
 
     def forward_keeping(self, x: Tensor, branch: Tensor | None, weights: tuple[LoraWeights, LoraWeights],
                         context: Context, need: Need = "both") -> tuple[Tensor | None, Kept]:
-        normed, rstd, x = rms_norm.forward(x, self.norm, self.eps, branch)
-        gate_up, s_gate_up = lora_matmul.forward(normed, weights[0])
-        h = swiglu.forward(gate_up)
+        rows, (w_gate_up, w_down) = len(x), weights
+        normed, rstd, x = rms_norm.forward(x, self.norm, self.eps, branch, out=lora_matmul.input_rows(rows, w_gate_up))
+        gate_up, s_gate_up = lora_matmul.forward(normed, w_gate_up, out=lora_matmul.gradient_rows(rows, w_gate_up))
+        h = swiglu.forward(gate_up, out=lora_matmul.input_rows(rows, w_down))
         kept: Kept = {"x": x, "rstd": rstd, "normed": normed, "s_gate_up": s_gate_up, "gate_up": gate_up, "h": h}
         if need == "kept":
-            return None, kept | {"s_down": lora_matmul.forward_s(h, weights[1])}
-        y, kept["s_down"] = lora_matmul.forward(h, weights[1])
+            return None, kept | {"s_down": lora_matmul.forward_s(h, w_down)}
+        y, kept["s_down"] = lora_matmul.forward(h, w_down)
         return y, kept
 
     def backward_from(self, dy: Tensor, past: Tensor | None, kept: Kept, weights: tuple[LoraWeights, LoraWeights],
@@ -59,12 +60,14 @@ class MlpHalf(nn.Module):
         w_gate_up, w_down = weights
         ds_down = lora_matmul.backward_s(dy, w_down)
         dh = lora_matmul.backward_input(dy, ds_down, w_down)
-        d_gate_up, h = swiglu.backward(dh, kept["gate_up"], want_h="h" not in kept and kept["s_down"] is not None,
-                                       overwrite=way.overwrite)
-        gradients_down = self.down.adapter_gradients(dy, kept.get("h", h), kept["s_down"], ds_down)
+        want_h = "h" not in kept and kept["s_down"] is not None
+        d_gate_up, h = swiglu.backward(dh, kept["gate_up"], want_h=want_h, overwrite=way.overwrite,
+                                       out=lora_matmul.gradient_rows(len(dy), w_gate_up))
+        gradients_down = self.down.adapter_gradients(dy, kept.get("h", h), kept["s_down"], ds_down, w_down)
         ds = lora_matmul.backward_s(d_gate_up, w_gate_up)
         normed = kept["normed"] if "normed" in kept else rms_norm.apply(kept["x"], kept["rstd"], self.norm)
-        gradients = [*self.gate_up.adapter_gradients(d_gate_up, normed, kept["s_gate_up"], ds), *gradients_down]
+        gradients = [*self.gate_up.adapter_gradients(d_gate_up, normed, kept["s_gate_up"], ds, w_gate_up),
+                     *gradients_down]
         if not way.need_dx:
             return None, gradients
         d_normed = lora_matmul.backward_input(d_gate_up, ds, w_gate_up)

@@ -64,10 +64,12 @@ class Saved(NamedTuple):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None = None,
-            needs_backward: bool = True) -> tuple[Tensor, Saved]:
-    """Shapes as in `reference` -> (out, what `backward` takes)."""
-    if backends.choose("attention", q.device, tuned.way("attention", _shape(q, k, documents))) == "triton":
-        out, lse = backends.kernel("attention").forward(q, k, v, documents.spans[0], window)
+            needs_backward: bool = True, rows: Tensor | None = None) -> tuple[Tensor, Saved]:
+    """Shapes as in `reference` -> (out, what `backward` takes). Our kernel writes into `rows` [T, heads·head_dim] where
+    they are given; the other ways have memory of their own."""
+    if backends.choose("attention", q.device, tuned.way("attention", _shape(q, k, documents), q.device)) == "triton":
+        place = None if rows is None else rows.unflatten(-1, (-1, q.shape[2]))
+        out, lse = backends.kernel("attention").forward(q, k, v, documents.spans[0], window, out=place)
         return out, Saved(q, k, v, documents, window, None, out, lse)
     if q.device.type != "cpu":
         out, graph = attention_library.forward(q, k, v, documents, window, needs_backward)
@@ -102,7 +104,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         documents, window, graph = ctx.rest
-        gradient = backward(dout, Saved(q, k, v, documents, window, graph, out, lse))
+        gradient = q.new_empty(len(q), q.shape[1] + 2 * k.shape[1], q.shape[2])
+        backward(dout, Saved(q, k, v, documents, window, graph, out, lse), gradient)
         return *gradient.split((q.shape[1], k.shape[1], k.shape[1]), dim=1), None, None
 
 
@@ -112,24 +115,25 @@ def differentiable(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window
     return out
 
 
-def backward(dout: Tensor, saved: Saved) -> Tensor:
-    """dout [T, heads, head_dim] -> dq, dk, dv side by side [T, heads + 2·kv_heads, head_dim]. Bitwise repeatable."""
+def backward(dout: Tensor, saved: Saved, gradient: Tensor) -> None:
+    """dout [T, heads, head_dim] -> dq, dk, dv side by side in `gradient` [T, heads + 2·kv_heads, head_dim], whose rows
+    may lie apart. Bitwise repeatable."""
     q, k, v, documents, window, graph, out, lse = saved
-    if graph is not None:
-        return torch.cat(attention_library.backward(dout, graph), dim=1)
-    gradient = q.new_empty(len(q), q.shape[1] + 2 * k.shape[1], q.shape[2])
     parts = gradient.split((q.shape[1], k.shape[1], k.shape[1]), dim=1)
+    if graph is not None:
+        for part, found in zip(parts, attention_library.backward(dout, graph), strict=True):
+            part.copy_(found)
+        return
     if lse is not None:
         backends.kernel("attention").backward(dout, q, k, v, out, lse, *documents.spans, window,
                                               gradients=parts)
-        return gradient
+        return
     for group in _groups(documents):
         heads = k.shape[1]
         qs, ks, vs = _scaled(group.take(q, heads)), group.take(k, heads), group.take(v, heads)
         upstream = group.take(dout, heads, zero_padding=True)
         for whole, part in zip(parts, _backward_group(upstream, qs, ks, vs, group.length, window), strict=True):
             group.put(whole, part)
-    return gradient
 
 
 def _backward_group(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, length: int,

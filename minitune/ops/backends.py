@@ -70,7 +70,7 @@ def use(name: str) -> Iterator[None]:
 
 def choose(op: str, device: torch.device, measured: str | None = None) -> str:
     """The backend of `op` on `device`: the one asked for if the op has it, else the first that is there; its absence is
-    said once. `measured`: what was the fastest for an op of MEASURED, None = nothing is known."""
+    said once. `measured`: the fastest for an op of MEASURED, which may be a way of its own; None: nothing is known."""
     asked = _asked()
     if asked == "reference" or asked in OPS[op]:
         reason = missing(asked, device)
@@ -78,7 +78,7 @@ def choose(op: str, device: torch.device, measured: str | None = None) -> str:
             raise InputError(f"the backend {asked!r} was asked for, but on {device.type}: {reason}")
         return asked
     if op in MEASURED:
-        return measured if measured and not missing(measured, device) else "reference"
+        return "reference" if measured is None or (measured in NAMES and missing(measured, device)) else measured
     reasons = []
     for name in OPS[op]:
         if name == "triton" and device.type != "cuda":      # the interpreter is there to be asked for

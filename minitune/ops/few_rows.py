@@ -21,12 +21,16 @@ def pack(weight: Tensor) -> Tensor | None:
     return packed
 
 
-def product(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
-    """x [n, K] and weight [N, K], or else its packed copy -> x·Wᵀ + bias [n, N]."""
+def product(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, packed: Tensor | None = None,
+            out: Tensor | None = None) -> Tensor:
+    """x [n, K] and weight [N, K], or else its packed copy -> x·Wᵀ + bias [n, N], in `out` where that is given (not
+    with a packed weight)."""
     if packed is not None:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         return result
     assert weight is not None
+    if out is not None:
+        return torch.mm(x, weight.mT, out=out) if bias is None else torch.addmm(bias, x, weight.mT, out=out)
     if len(x) == 1 and x.device.type == "cpu":
         y = torch.mv(weight, x[0])[None]       # addmv with a bias would miss torch's fast path for bf16
         return y if bias is None else y.add_(bias)

@@ -1,13 +1,21 @@
-"""lora_matmul: y = x·Wᵀ + bias + Σ s·(x·Aᵀ)·Bᵀ for a fused projection and the adapters of its parts."""
+"""lora_matmul: y = x·Wᵀ + bias + Σ s·(x·Aᵀ)·Bᵀ for a fused projection and the adapters of its parts.
+
+Three ways give the same: thin products beside the library's (addmm); the library's product over operands that hold the
+adapters in their margins (augmented, `ops/augmented.py`); our Triton kernel, whose loop runs over K and then over the
+rank. addmm is the default; `minitune tune` measures which is the fastest at a shape.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minitune.ops import few_rows
+from minitune.ops import augmented, backends, few_rows, tuned
+from minitune.ops.augmented import Augmented
 from minitune.ops.nf4_linear import FusedNF4, nf4_linear
 
 
@@ -17,7 +25,8 @@ class LoraWeights(NamedTuple):
 
     a [R, K] holds the A of every adapted part below each other; b [N, R] holds s·B of each part in its own rows and
     columns and zeros elsewhere, so that one product serves them all. Both are None without an adapter. ``packed`` is
-    the weight once more for generation on a CPU (`few_rows`).
+    the weight once more for generation on a CPU (`few_rows`); ``around`` is what the weight lies in where it was laid
+    out for the augmented product.
     """
 
     weight: Tensor | FusedNF4
@@ -25,6 +34,18 @@ class LoraWeights(NamedTuple):
     a: Tensor | None
     b: Tensor | None
     packed: Tensor | None = None
+    around: Augmented | None = None
+
+    def way(self, step: str, tokens: int) -> str:
+        """addmm, augmented or triton; `step` is "forward", "input" or "adapters" (of the backward)."""
+        assert self.a is not None
+        measured = tuned.way(f"lora_matmul {step}", (*self.weight.shape, len(self.a), tokens), self.a.device)
+        chosen = backends.choose("lora_matmul", self.a.device, measured)
+        return "addmm" if chosen == "reference" else chosen
+
+    def margins(self) -> Augmented | None:
+        """The operand of the augmented product, if it holds these adapters: that of an older pass does not any more."""
+        return self.around if self.around is not None and self.around.holds(self.a) else None
 
 
 def reference(x: Tensor, w: LoraWeights) -> Tensor:
@@ -36,15 +57,60 @@ def reference(x: Tensor, w: LoraWeights) -> Tensor:
     return y if w.a is None or w.b is None else y + x @ w.a.mT @ w.b.mT
 
 
-def forward(x: Tensor, w: LoraWeights) -> tuple[Tensor, Tensor | None]:
-    """x [T, K] -> (y [T, N], S as of `forward_s`)."""
-    if isinstance(w.weight, Tensor) or w.packed is not None:
-        y = few_rows.product(x, w.weight if isinstance(w.weight, Tensor) else None, w.bias, w.packed)
+def wants_margins(n_rows: int, columns: int, rank: int, like: Tensor) -> bool:
+    """Whether the augmented product was measured to be the fastest at this weight and rank, for any number of rows."""
+    return any("augmented" in tuned.ways(f"lora_matmul {step}", (n_rows, columns, rank), like.device)
+               for step in ("forward", "input"))
+
+
+def input_rows(tokens: int, w: LoraWeights) -> Tensor | None:
+    """Where the op before should write x [T, K]: rows with room for S behind them, or None for anywhere."""
+    around = w.margins()
+    if around is None or w.a is None or w.way("forward", tokens) != "augmented":
+        return None
+    return augmented.rows(tokens, around.columns, around.room, w.a)
+
+
+def gradient_rows(tokens: int, w: LoraWeights) -> Tensor | None:
+    """Where dy [T, N] should be written: rows with room for dS behind them, or None for anywhere."""
+    around = w.margins()
+    if around is None or w.a is None or w.way("input", tokens) != "augmented":
+        return None
+    return augmented.rows(tokens, around.n_rows, around.room, w.a)
+
+
+def forward(x: Tensor, w: LoraWeights, *, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """x [T, K] -> (y [T, N], S as of `forward_s`). y lies in `out` [T, N] where that is given."""
+    s = forward_s(x, w)
+    if s is None or w.a is None or w.b is None:
+        return _base(x, w, out), None
+    around = w.margins()
+    behind = None if around is None else augmented.tail(x, around.room)
+    if around is not None and behind is not None:
+        with around.holding(w.a, w.b) as whole:
+            return augmented.forward(augmented.joined(x, behind, s), whole, around.n_rows, w.bias, out), s
+    if w.packed is None and w.way("forward", len(x)) == "triton":
+        with _dense(w) as weight:
+            return backends.kernel("lora_matmul").forward(x, weight, s, w.b, w.bias, out=out), s
+    return _base(x, w, out).addmm_(s, w.b.mT), s
+
+
+@contextlib.contextmanager
+def _dense(w: LoraWeights) -> Iterator[Tensor]:
+    """The weight [N, K], decoded where it lies in NF4, for the product within the block."""
+    if isinstance(w.weight, Tensor):
+        yield w.weight
     else:
         with w.weight.decoded() as weight:
-            y = few_rows.product(x, weight, w.bias)
-    s = forward_s(x, w)
-    return (y, None) if s is None or w.b is None else (y.addmm_(s, w.b.mT), s)
+            yield weight
+
+
+def _base(x: Tensor, w: LoraWeights, out: Tensor | None) -> Tensor:
+    """x·Wᵀ + bias."""
+    if w.packed is not None:
+        return few_rows.product(x, None, w.bias, w.packed)
+    with _dense(w) as weight:
+        return few_rows.product(x, weight, w.bias, out=out)
 
 
 def forward_s(x: Tensor, w: LoraWeights) -> Tensor | None:
@@ -59,17 +125,28 @@ def backward_s(dy: Tensor, w: LoraWeights) -> Tensor | None:
 
 def backward_input(dy: Tensor, ds: Tensor | None, w: LoraWeights) -> Tensor:
     """dy [T, N] and dS [T, R] -> dx = dy·W + dS·A [T, K]."""
-    if isinstance(w.weight, Tensor):
-        dx = dy @ w.weight
-    else:
-        with w.weight.decoded() as weight:
-            dx = dy @ weight
-    return dx if ds is None or w.a is None else dx.addmm_(ds, w.a)
+    if ds is None or w.a is None or w.b is None:
+        with _dense(w) as weight:
+            return dy @ weight
+    around = w.margins()
+    behind = None if around is None else augmented.tail(dy, around.room)
+    if around is not None and behind is not None:
+        with around.holding(w.a, w.b) as whole:
+            return augmented.backward_input(augmented.joined(dy, behind, ds), whole, around.columns)
+    with _dense(w) as weight:
+        if w.way("input", len(dy)) == "triton":
+            dx: Tensor = backends.kernel("lora_matmul").backward_input(dy, weight, ds, w.a)
+            return dx
+        dx = dy @ weight
+    return dx.addmm_(ds, w.a)
 
 
-def backward_adapters(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
+def backward_adapters(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, w: LoraWeights) -> tuple[Tensor, Tensor]:
     """(dA [R, K], dB [N, R]) from dy [T, N], x [T, K], S and dS [T, R]; dB without the scale and with cross terms.
 
     dB comes as the transpose of Sᵀ·dy: so both products read their large operand row by row.
     """
+    if w.way("adapters", len(dy)) == "triton":
+        da, db = backends.kernel("lora_matmul").backward_adapters(dy, x, s, ds)
+        return da, db
     return ds.mT @ x, (s.mT @ dy).mT

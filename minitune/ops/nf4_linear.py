@@ -54,10 +54,13 @@ class FusedNF4:
         self.shape = (sum(part.shape[0] for part in self.parts), self.parts[0].shape[1])
 
     @contextlib.contextmanager
-    def decoded(self) -> Iterator[Tensor]:
-        """[N, K] in the buffer, for the product within the block."""
+    def decoded(self, room: int = 0) -> Iterator[Tensor]:
+        """[N + room, K + room] in the buffer, the weight in its first corner, for the product within the block."""
+        rows, columns = self.shape
         with self.buffer.lock:
-            yield self.decode(self.buffer.take(*self.shape, self.device))
+            whole = self.buffer.take(rows + room, columns + room, self.device)
+            self.decode(whole[:rows, :columns])
+            yield whole
 
     def decode(self, out: Tensor) -> Tensor:
         """Fill `out` [N, K] and return it."""

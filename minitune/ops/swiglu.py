@@ -17,27 +17,27 @@ def reference(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def forward(gate_up: Tensor) -> Tensor:
-    """The same without autograd's book-keeping."""
+def forward(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The same without autograd's book-keeping, in `out` [T, f] where that is given."""
     if backends.choose("swiglu", gate_up.device) == "triton":
-        return cast(Tensor, backends.kernel("swiglu").forward(gate_up))
+        return cast(Tensor, backends.kernel("swiglu").forward(gate_up, out=out))
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    return F.silu(gate).mul_(up) if out is None else torch.mul(F.silu(gate), up, out=out)
 
 
-def backward(dh: Tensor, gate_up: Tensor, *, want_h: bool = False,
-             overwrite: bool = False) -> tuple[Tensor, Tensor | None]:
+def backward(dh: Tensor, gate_up: Tensor, *, want_h: bool = False, overwrite: bool = False,
+             out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """dh [T, f] -> (d(gate_up) [T, 2·f], h [T, f] with `forward`'s bits where it is wanted).
 
     d up = dh·silu(gate); d gate = dh·up·silu'(gate). `dh` serves as scratch: it must not be used afterwards. With
-    ``overwrite`` the gradient may take gate_up's place.
+    ``overwrite`` the gradient may take gate_up's place; else it lies in `out` [T, 2·f] where that is given.
     """
     if backends.choose("swiglu", dh.device) == "triton":
-        gradient = backends.kernel("swiglu").backward(dh, gate_up, gradient=gate_up if overwrite else None,
+        gradient = backends.kernel("swiglu").backward(dh, gate_up, gradient=gate_up if overwrite else out,
                                                       h=dh if want_h else None)
         return gradient, dh if want_h else None
     gate, up = gate_up.chunk(2, dim=-1)
-    gradient = torch.empty_like(gate_up)
+    gradient = torch.empty_like(gate_up) if out is None else out
     d_gate, d_up = gradient.chunk(2, dim=-1)
     silu = F.silu(gate)
     torch.mul(silu, dh, out=d_up)

@@ -1,8 +1,100 @@
-"""tuned: which way of an op was measured to be the fastest at a shape on this GPU; `minitune tune` writes it down."""
+"""tuned: which way of an op was measured to be the fastest at a shape on this GPU; `minitune tune` writes it down.
+
+The table is a JSON file, {"device", "torch", "triton", "ops": {op: [{"shape": […], "ms": {way: …}}, …]}}, in the user's
+cache folder, or where MINITUNE_TUNED says. Without it every op takes its library's way. The last number of a shape is
+the one that changes from batch to batch (tokens, the longest document): the nearest measured one counts.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-def way(op: str, shape: tuple[int, ...]) -> str | None:
-    """The fastest way of `op` at `shape`, or None where nothing was measured."""
-    return None
+import torch
+
+from minitune.errors import InputError
+
+Shape = tuple[int, ...]
+Table = dict[str, dict[Shape, dict[str, float]]]
+"""op -> shape -> way -> milliseconds."""
+
+
+def way(op: str, shape: Shape, device: torch.device) -> str | None:
+    """The fastest way of `op` at `shape` on `device`, or None where nothing was measured."""
+    if device.type != "cuda":
+        return None
+    return _nearest(op, shape, torch.device("cuda", device.index or 0))
+
+
+def ways(op: str, start: Shape, device: torch.device) -> set[str]:
+    """The fastest ways of `op` at all measured shapes that begin with `start`."""
+    if device.type != "cuda":
+        return set()
+    found = table(torch.device("cuda", device.index or 0)).get(op, {})
+    return {_fastest(ms) for shape, ms in found.items() if shape[: len(start)] == start}
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest(op: str, shape: Shape, device: torch.device) -> str | None:
+    measured = table(device).get(op, {})
+    near = [known for known in measured if known[:-1] == shape[:-1]]
+    if not near:
+        return None
+    return _fastest(measured[min(near, key=lambda known: abs(math.log(known[-1] / max(1, shape[-1]))))])
+
+
+def _fastest(ms: Mapping[str, float]) -> str:
+    return min(ms, key=lambda name: ms[name])
+
+
+@functools.lru_cache(maxsize=16)
+def table(device: torch.device) -> Table:
+    """What was measured on this kind of GPU with this torch; empty if nothing was."""
+    path = place(torch.cuda.get_device_name(device))
+    return read(path) if path.exists() else {}
+
+
+def place(device_name: str) -> Path:
+    """Where the table of this kind of GPU lies: one for each torch, since a new one may turn the tables."""
+    told = os.environ.get("MINITUNE_TUNED")
+    if told:
+        return Path(told)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device_name} torch {torch.__version__}")
+    return cache / "minitune" / f"tuned-{name}.json"
+
+
+def read(path: Path) -> Table:
+    """InputError for a file that is no such table."""
+    try:
+        ops = json.loads(path.read_text())["ops"]
+        return {str(op): {_shape(entry["shape"]): {str(k): _positive(v) for k, v in entry["ms"].items()}
+                          for entry in entries if entry["ms"]} for op, entries in ops.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: is no table of `minitune tune` ({type(error).__name__}: {error}); remove it, or "
+                         "run `minitune tune` again") from None
+
+
+def _shape(value: Sequence[Any]) -> Shape:
+    if not value or any(type(n) is not int or n < 1 for n in value):
+        raise ValueError(f"shape is {value!r}")
+    return tuple(value)
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"a time is {value!r}")
+    return number
+
+
+def forget() -> None:
+    """Read the table anew at the next question."""
+    table.cache_clear()
+    _nearest.cache_clear()

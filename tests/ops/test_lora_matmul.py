@@ -28,7 +28,7 @@ def test_forward_and_backward(dtype, bias):
     x, weights, dy = _case(dtype, bias)
     y, s = lora_matmul.forward(x, weights)
     ds = lora_matmul.backward_s(dy, weights)
-    values = [y, lora_matmul.backward_input(dy, ds, weights), *lora_matmul.backward_adapters(dy, x, s, ds)]
+    values = [y, lora_matmul.backward_input(dy, ds, weights), *lora_matmul.backward_adapters(dy, x, s, ds, weights)]
     truth, plain = _plain(x, weights, dy, torch.float64), _plain(x, weights, dy, dtype)
     for name, value, p, t in zip(("y", "dx", "da", "db"), values, plain, truth, strict=True):
         check(name, value, p, t)

@@ -1,0 +1,56 @@
+"""tuned: the fastest way at the nearest measured shape, and one clear error for a table that is none."""
+
+import json
+
+import pytest
+import torch
+
+import minitune as mt
+from minitune.ops import tuned
+
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    monkeypatch.setenv("MINITUNE_TUNED", str(path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    tuned.forget()
+    yield path
+    tuned.forget()
+
+
+def _write(path, ops):
+    path.write_text(json.dumps({"ops": ops}))
+
+
+def test_the_nearest_measured_shape_counts(table):
+    _write(table, {"attention": [{"shape": [32, 8, 128, 2048], "ms": {"triton": 1.0, "reference": 1.5}},
+                                 {"shape": [32, 8, 128, 16384], "ms": {"triton": 9.0, "reference": 8.0}}]})
+    assert tuned.way("attention", (32, 8, 128, 3000), GPU) == "triton"
+    assert tuned.way("attention", (32, 8, 128, 9000), GPU) == "reference"
+    assert tuned.way("attention", (32, 8, 64, 3000), GPU) is None
+    assert tuned.ways("attention", (32, 8), GPU) == {"triton", "reference"}
+
+
+def test_without_a_table_or_a_gpu_nothing_is_known(table):
+    assert tuned.way("attention", (32, 8, 128, 2048), GPU) is None
+    assert tuned.way("attention", (32, 8, 128, 2048), torch.device("cpu")) is None
+    assert tuned.ways("attention", (32,), torch.device("cpu")) == set()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"ops": 3}', '{"ops": {"a": [{"shape": [0], "ms": {"x": 1}}]}}',
+                                  '{"ops": {"a": [{"shape": [1], "ms": {"x": -1}}]}}',
+                                  '{"ops": {"a": [{"shape": [1], "ms": {"x": NaN}}]}}'])
+def test_a_broken_table_is_named(table, text):
+    table.write_text(text)
+    with pytest.raises(mt.InputError, match=r"tuned.json: is no table of `minitune tune`"):
+        tuned.way("a", (1,), GPU)
+
+
+def test_tables_of_different_machines_lie_apart(monkeypatch, tmp_path):
+    monkeypatch.delenv("MINITUNE_TUNED", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    one, other = tuned.place("NVIDIA H100 80GB HBM3"), tuned.place("NVIDIA H200")
+    assert one != other and one.parent == tmp_path / "minitune"
