@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -164,9 +165,9 @@ class Model(nn.Module):
         out: Tensor = self.network(batch.tokens, batch.positions, batch.documents)
         return out
 
-    def losses_at(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def losses_at(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]."""
-        return self.network.token_losses(hidden, labels)
+        return self.network.token_losses(hidden, labels, label_smoothing)
 
     def logits(self, tokens: Tensor | Sequence[int], cu_seqlens: Tensor | None = None) -> Tensor:
         """tokens int64 [T], one document or those that cu_seqlens int32 [n + 1] bounds -> fp32 [T, vocab_size]."""
@@ -328,7 +329,8 @@ def train(model: Model, data: str | Path | Iterable[Batch], *, training: Trainin
     elif isinstance(data, Stream) and data.epochs not in (1, training.epochs):
         raise InputError(f"train: the stream has epochs={data.epochs}, the training epochs={training.epochs}; set "
                          "epochs in one place")
-    return fit(model, data, training, sft.sft, observers)
+    objective = functools.partial(sft.sft, label_smoothing=training.label_smoothing)
+    return fit(model, data, training, objective, observers)
 
 
 def _prompts(ids: Any) -> tuple[bool, list[list[int]]]:

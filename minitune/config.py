@@ -186,6 +186,8 @@ class Training:
     """Momentum of SGD."""
     clip: float = 1.0
     """Largest global norm of the gradient; 0 does not clip."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over the whole vocabulary; the reported loss is the smoothed one."""
     seed: int = 0
     """Random seed of adapters, shuffling and dropout."""
     log_every: int = 1
@@ -196,4 +198,6 @@ class Training:
         _positive("training", tokens=self.tokens, micro_batches=self.micro_batches, epochs=self.epochs, lr=self.lr,
                   max_steps=self.max_steps, log_every=self.log_every)
         _at_least_zero("training", warmup=self.warmup, min_lr_ratio=self.min_lr_ratio, weight_decay=self.weight_decay,
-                       momentum=self.momentum, clip=self.clip)
+                       momentum=self.momentum, clip=self.clip, label_smoothing=self.label_smoothing)
+        if self.label_smoothing >= 1:
+            raise InputError(f"training: label_smoothing is {self.label_smoothing!r}; it must be below 1")

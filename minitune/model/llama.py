@@ -22,6 +22,7 @@ from minitune.model.mlp_half import MlpHalf
 from minitune.ops import few_rows, rope
 from minitune.ops.documents import Documents
 from minitune.ops.linear_cross_entropy import linear_cross_entropy
+from minitune.ops.lora_images import Images
 from minitune.ops.nf4 import NF4Weight
 from minitune.ops.nf4_linear import DecodeBuffer
 from minitune.ops.rms_norm import rms_norm
@@ -66,6 +67,7 @@ class Llama(nn.Module):
         self.dtype = dtype
         self.packed_head: Tensor | None = None
         self._policies: dict[int, MemoryPolicy] = {}
+        self._images = Images()
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
@@ -111,9 +113,9 @@ class Llama(nn.Module):
                 projection.packed = projection.decoded = None
             self.packed_head = None
 
-    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def token_losses(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]; logits are never whole."""
-        return linear_cross_entropy(hidden, self.head_weight, labels)
+        return linear_cross_entropy(hidden, self.head_weight, labels, label_smoothing)
 
     @property
     def device(self) -> torch.device:
@@ -201,11 +203,7 @@ class Llama(nn.Module):
         images = [part.view(shape) for part, shape in zip(flat.split([n * k for n, k in shapes]), shapes, strict=True)]
         for i, projection in enumerate(adapted):
             projection.images = (images[2 * i], images[2 * i + 1])
-        copies = [copy for projection in adapted for copy in projection.image_copies()]
-        if copies:
-            places, parameters, factors = zip(*copies, strict=True)
-            scaled = torch._foreach_mul(list(parameters), list(factors))
-            torch._foreach_copy_(list(places), scaled)
+        self._images.refresh(flat, [copy for projection in adapted for copy in projection.image_copies()])
         for projection in adapted:
             if projection.around is not None and projection.images is not None:
                 projection.around.fill(*projection.images)

@@ -22,22 +22,22 @@ class LanguageModel(Protocol):
     def hidden(self, batch: Batch) -> Tensor:
         """[T, d_model], after the final norm."""
 
-    def losses_at(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def losses_at(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """hidden [n, d_model] and labels [n] -> negative log-likelihood fp32 [n]."""
 
 
-def token_losses(model: LanguageModel, batch: Batch) -> Tensor:
+def token_losses(model: LanguageModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """fp32 [n_trained]: the loss of each trained token. The head sees the trained positions alone."""
-    return model.losses_at(model.hidden(batch)[batch.trained], batch.labels[batch.trained])
+    return model.losses_at(model.hidden(batch)[batch.trained], batch.labels[batch.trained], label_smoothing)
 
 
-def sft(model: LanguageModel, batch: Batch) -> tuple[Tensor, int]:
+def sft(model: LanguageModel, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
     """(sum over trained tokens of weight · loss, fp32 scalar; how many tokens are trained).
 
     The caller divides by the trained tokens of the whole optimizer step, so any split into micro-batches gives the
     same gradient.
     """
-    losses = token_losses(model, batch)
+    losses = token_losses(model, batch, label_smoothing)
     if batch.weights is not None:
         losses = losses * batch.weights[batch.trained]
     return torch.sum(losses), batch.n_trained

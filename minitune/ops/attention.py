@@ -67,7 +67,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
             needs_backward: bool = True, rows: Tensor | None = None) -> tuple[Tensor, Saved]:
     """Shapes as in `reference` -> (out, what `backward` takes). Our kernel writes into `rows` [T, heads·head_dim] where
     they are given; the other ways have memory of their own."""
-    if backends.choose("attention", q.device, tuned.way("attention", _shape(q, k, documents), q.device)) == "triton":
+    if backend(q, k, documents.max_seqlen) == "triton":
         place = None if rows is None else rows.unflatten(-1, (-1, q.shape[2]))
         out, lse = backends.kernel("attention").forward(q, k, v, documents.spans[0], window, out=place)
         return out, Saved(q, k, v, documents, window, None, out, lse)
@@ -86,9 +86,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
     return out, Saved(q, k, v, documents, window)
 
 
-def _shape(q: Tensor, k: Tensor, documents: Documents) -> tuple[int, ...]:
-    """What decides which way is the fastest: heads, kv_heads, head_dim, and the longest document."""
-    return q.shape[1], k.shape[1], q.shape[2], documents.max_seqlen
+def backend(q: Tensor, k: Tensor, longest: int) -> str:
+    """triton, or reference for the library's way; decided by heads, kv_heads, head_dim and the longest document."""
+    shape = (q.shape[1], k.shape[1], q.shape[2], longest)
+    return backends.choose("attention", q.device, tuned.way("attention", shape, q.device))
 
 
 class _Attention(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from minitune.ops import backends
 from minitune.ops.chunks import in_cache
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -17,9 +18,12 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 GPU, which wants tall products."""
 
 
-def reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """hidden [n, d], head weight [V, d], labels int64 [n] -> negative log-likelihood fp32 [n]."""
-    return F.cross_entropy((hidden @ weight.mT).to(_wide(hidden)), labels, reduction="none")
+def reference(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """hidden [n, d], head weight [V, d], labels int64 [n] -> negative log-likelihood fp32 [n].
+
+    With label smoothing ε (Szegedy et al. 2016, arXiv:1512.00567) the target is 1 - ε on the label plus ε/V on all.
+    """
+    return F.cross_entropy((hidden @ weight.mT).to(_wide(hidden)), labels, reduction="none", label_smoothing=smoothing)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -30,10 +34,39 @@ def _chunk(weight: Tensor) -> int:
     return max(16, CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cpu"]) // (4 * len(weight)))
 
 
-def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(negative log-likelihood [n], log-probabilities [n, V]), both fp32, from logits [n, V]."""
-    log_p = torch.log_softmax(logits, -1, dtype=_wide(logits))
-    return -log_p.gather(1, labels[:, None])[:, 0], log_p
+def losses_(logits: Tensor, labels: Tensor, losses: Tensor, smoothing: float, gradient: bool) -> None:
+    """logits [n, V] and labels [n] -> losses fp32 [n]; with `gradient` each row of logits becomes the gradient of its
+    loss, p - (1 - ε)·onehot - ε/V, formed in fp32: 1 - p may be far smaller than p."""
+    if backends.choose("linear_cross_entropy", logits.device) == "triton":
+        backends.kernel("linear_cross_entropy").losses_(logits, labels, losses, smoothing=smoothing, gradient=gradient)
+        return
+    for rows in in_cache(len(logits), logits.shape[1], logits.device):
+        part, label = logits[rows], labels[rows, None]
+        p = torch.softmax(part, -1, dtype=losses.dtype)
+        largest, at = p.max(-1, keepdim=True)       # the largest p is at least 1/V, so its logarithm is exact enough
+        log_sum = part.gather(1, at).to(losses.dtype) - largest.log_()
+        losses[rows] = (log_sum - part.gather(1, label) * (1 - smoothing))[:, 0]
+        if smoothing:
+            losses[rows] -= part.mean(-1, dtype=losses.dtype) * smoothing
+            p -= smoothing / p.shape[1]
+        if gradient:
+            part.copy_(p.scatter_add_(1, label, p.new_full((len(p), 1), smoothing - 1)))
+
+
+def losses_and_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float,
+                        gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """hidden [n, d], weight [V, d], labels [n] -> (losses fp32 [n], d loss_t / d hidden_t [n, d] if wanted)."""
+    losses = torch.empty(len(labels), dtype=_wide(hidden), device=hidden.device)
+    d_hidden = torch.empty_like(hidden) if gradient else None
+    size = _chunk(weight)
+    logits = hidden.new_empty(min(size, len(labels)), len(weight))
+    for start in range(0, len(labels), size):
+        rows = slice(start, start + size)
+        part = torch.mm(hidden[rows], weight.mT, out=logits[: len(labels[rows])])
+        losses_(part, labels[rows], losses[rows], smoothing, gradient)
+        if d_hidden is not None:
+            torch.mm(part, weight, out=d_hidden[rows])
+    return losses, d_hidden
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -44,44 +77,33 @@ class _FrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        losses = torch.empty(len(labels), dtype=_wide(hidden), device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = _chunk(weight)
-        logits = hidden.new_empty(min(size, len(labels)), len(weight))
-        for start in range(0, len(labels), size):
-            rows = slice(start, start + size)
-            part = torch.mm(hidden[rows], weight.mT, out=logits[: len(labels[rows])])
-            for some in in_cache(len(part), part.shape[1], part.device):
-                losses[rows][some], log_p = _losses(part[some], labels[rows][some])
-                if gradient is not None:
-                    minus_one = log_p.new_full((len(log_p), 1), -1)     # in fp32: 1 - p may be far smaller than p
-                    part[some] = log_p.exp_().scatter_add_(1, labels[rows][some, None], minus_one)
-            if gradient is not None:
-                torch.mm(part, weight, out=gradient[rows])
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        losses, gradient = losses_and_gradient(hidden, weight, labels, smoothing, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[:, None]).to(gradient.dtype), None, None
+        return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None
 
 
-def _trained_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return reference(hidden, weight.to(hidden.dtype), labels)      # cast in here, so that no chunk keeps a copy
+def _trained_head(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    # The cast is in here, so that no chunk keeps a copy.
+    return reference(hidden, weight.to(hidden.dtype), labels, smoothing)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """hidden [n, d], head weight [V, d], labels int64 [n] without ignored ones -> negative log-likelihood fp32 [n].
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """hidden [n, d], head weight [V, d], labels int64 [n] without ignored ones -> negative log-likelihood fp32 [n],
+    with label smoothing as in `reference`.
 
     A frozen head gets no gradient and costs none. A trained one takes the reference chunk by chunk, its logits
     computed again in the backward.
     """
     if not (weight.requires_grad and torch.is_grad_enabled()):
-        losses: Tensor = _FrozenHead.apply(hidden, weight.detach().to(hidden.dtype), labels)
+        losses: Tensor = _FrozenHead.apply(hidden, weight.detach().to(hidden.dtype), labels, smoothing)
         return losses
-    parts = [checkpoint(_trained_head, h, weight, y, use_reentrant=False)
+    parts = [checkpoint(_trained_head, h, weight, y, smoothing, use_reentrant=False)
              for h, y in zip(hidden.split(_chunk(weight)), labels.split(_chunk(weight)), strict=True)]
     return torch.cat(parts) if parts else hidden.new_empty(0, dtype=_wide(hidden))
