@@ -23,6 +23,7 @@ from minitune.data.batch import IGNORED, Batch
 from minitune.data.ending import Ending
 from minitune.data.stream import Stream, stream
 from minitune.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
+from minitune.devices import DTYPES, choose_device, choose_dtype
 from minitune.errors import InputError
 from minitune.model.generate import generate, sampler
 from minitune.model.llama import Llama, init_weights
@@ -31,8 +32,6 @@ from minitune.model.shapes import shape
 from minitune.objectives import sft
 from minitune.training.loop import fit
 from minitune.training.run import Observer, Run
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
@@ -46,8 +45,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     is, without `quant`. lora: fresh adapters to train;
     adapter: a PEFT adapter folder to go on from or to use; train: base weights to train ("full", "head", "norms",
     "embedding", "last:4", or name patterns). With none of the three all is frozen. memory: what is kept for the
-    backward ("keep", "pointwise", "full"; "auto" decides by free memory). seed: for the adapters' start. On a CPU it
-    also tells malloc to keep freed memory, which saves a step's page faults.
+    backward ("keep", "pointwise", "full", "offload"; "auto" decides by free memory). seed: for the adapters' start. On
+    a CPU it also tells malloc to keep freed memory, which saves a step's page faults.
 
     Raises InputError for whatever is wrong with the folder or the arguments.
     """
@@ -66,8 +65,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
                          "file could hold both; give either lora or adapter, or train")
     if memory not in get_args(MemoryPolicy):
         raise InputError(f"load: memory is {memory!r}; say {', '.join(get_args(MemoryPolicy))}")
-    place = _device(device)
-    compute = _dtype(dtype, place)
+    place = choose_device(device)
+    compute = choose_dtype(dtype, place)
     if compute == torch.float16 and (lora is not None or train is not None):
         raise InputError("load: training in float16 loses small gradients, and loss scaling is not part of this "
                          'version; say dtype="bfloat16" or "float32"')
@@ -354,30 +353,6 @@ def _too_large(config: ModelConfig, checkpoint: Checkpoint) -> bool:
     infos = [checkpoint.info(name) for name in names]
     held = sum(math.prod(info.shape) * (2 if info.dtype == torch.uint8 else 1) for info in infos)   # two to a byte
     return config.n_layers * config.d_model * config.d_ff * 3 + config.vocab_size * config.d_model > held
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is not None:
-        try:
-            place = torch.device(device)
-        except RuntimeError as error:
-            raise InputError(f'load: device {device!r} is not one that torch knows; say "cuda" or "cpu"') from error
-        if place.type == "cuda" and not torch.cuda.is_available():
-            raise InputError('load: device "cuda" is asked for, but torch sees no GPU; say device="cpu" or nothing')
-        return place
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-        good = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.bfloat16 if good else torch.float32
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
-        raise InputError(f"load: dtype is {dtype!r}; say {', '.join(DTYPES)} or nothing")
-    return found
 
 
 def _has_tokenizer(folder: Path) -> bool:

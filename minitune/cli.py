@@ -1,4 +1,4 @@
-"""The command line: minitune train | complete | merge | init | demo, its flags made from the dataclasses below."""
+"""The command line: train, complete, merge, init, demo, doctor and tune, their flags made from the dataclasses below."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class Train:
     quant: Quant | None = None
     """nf4 or nf4-dq (double quantisation): the base's linears in 4 bits."""
     memory: MemoryPolicy = "auto"
-    """What is kept for the backward: keep (fastest), pointwise, full (least memory); auto takes the first that fits."""
+    """What is kept for the backward: keep (fastest), pointwise, full (each layer's input alone), offload (that in host
+    memory); auto takes the first that fits."""
     lora: LoRA = field(default_factory=LoRA)
     training: Training = field(default_factory=Training)
 
@@ -195,9 +196,53 @@ class Demo:
             raise SystemExit(1)
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Say what this machine has and lacks, and check every op at a model's shapes; exit code 1 if one is wrong."""
+
+    base: Positional[str] = "tiny"
+    """Hugging Face folder, or the name of a shape (llama-2-7b, …)."""
+    tokens: int | None = None
+    """Tokens of the check; by default 2048 on a GPU and 64 on a CPU."""
+    device: str | None = None
+    """cuda or cpu; by default the GPU if there is one."""
+    dtype: str | None = None
+    """bfloat16 or float32; by default the one that the device is good at."""
+
+    def run(self) -> None:
+        from minitune.doctor import doctor
+
+        if not doctor(self.base, self.device, self.dtype, self.tokens):
+            raise SystemExit(1)
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Measure on this GPU which way of attention and of the LoRA products is the fastest; training then takes it."""
+
+    base: Positional[str]
+    """Hugging Face folder, or the name of a shape (llama-2-7b, …)."""
+    tokens: int = 16384
+    """T of a micro-batch."""
+    longest: int = 2048
+    """The longest document."""
+    rank: int = 16
+    device: str | None = None
+    """cuda; by default the GPU."""
+    dtype: str | None = None
+    """bfloat16 or float32; by default the one that the device is good at."""
+
+    def run(self) -> None:
+        from minitune.doctor import tune
+
+        path = tune(self.base, self.device, self.dtype, self.tokens, self.longest, self.rank)
+        print(f"written to {path}; training takes these ways from now on")
+
+
 Command = (Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Complete, tyro.conf.subcommand("complete")]
            | Annotated[Merge, tyro.conf.subcommand("merge")] | Annotated[Init, tyro.conf.subcommand("init")]
-           | Annotated[Demo, tyro.conf.subcommand("demo")])
+           | Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+           | Annotated[Tune, tyro.conf.subcommand("tune")])
 
 
 DESCRIPTION = "Fine-tune Llama-family models with LoRA on one NVIDIA GPU or a CPU."

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from minitune.errors import InputError
 
-MemoryPolicy = Literal["auto", "keep", "pointwise", "full"]
+MemoryPolicy = Literal["auto", "keep", "pointwise", "full", "offload"]
 Quant = Literal["nf4", "nf4-dq"]
 ScheduleName = Literal["constant", "linear", "cosine"]
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -114,7 +114,7 @@ def test_train_lowers_the_loss_and_repeats_bit_for_bit(folder, data, tmp_path):
 
 def test_memory_policies_train_alike(folder):
     losses = []
-    for memory in ("keep", "pointwise", "full", "auto"):
+    for memory in ("keep", "pointwise", "full", "offload", "auto"):
         model = mt.load(folder, lora=mt.LoRA(rank=4), device="cpu", memory=memory)
         optimizer = mt.AdamW(model.trainable_parameters(), lr=1e-2)
         for _ in range(3):

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minitune"
-LEVELS = [{"errors"}, {"config"}, {"kernels"}, {"ops"}, {"model"}, {"checkpoint", "data"}, {"training", "objectives"},
-          {"report"}, {"api"}, {"demo"}, {"cli"}]
+LEVELS = [{"errors"}, {"config", "devices"}, {"kernels"}, {"ops"}, {"model"}, {"checkpoint", "data"},
+          {"training", "objectives"}, {"report"}, {"api"}, {"demo", "doctor"}, {"cli"}]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ONLY_IN = {"rich": {"report", "cli"}, "tyro": {"cli"}, "matplotlib": {"report"}, "sentencepiece": {"data"},
            "tokenizers": {"data"}, "triton": {"kernels"}, "minitune.kernels": {"ops", "kernels"}}

@@ -35,7 +35,7 @@ def test_losses_gradients_and_generation_equal_the_cpus_in_fp32(variant, tmp_pat
         assert relative(a, b) < 1e-4
 
 
-@pytest.mark.parametrize("memory", ["keep", "pointwise", "full"])
+@pytest.mark.parametrize("memory", ["keep", "pointwise", "full", "offload"])
 def test_a_step_in_bf16_repeats_bit_for_bit_and_waits_for_nothing(memory, tmp_path):
     make("qwen3", tmp_path)
     losses = []

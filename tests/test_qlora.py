@@ -49,7 +49,7 @@ def _gradients(model, batch):
     return loss.detach(), torch.autograd.grad(loss, parameters)
 
 
-@pytest.mark.parametrize("memory", ["keep", "pointwise", "full"])
+@pytest.mark.parametrize("memory", ["keep", "pointwise", "full", "offload"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["halves", "composed"])
 @pytest.mark.parametrize("variant", ["llama-2-gqa", "llama-biases", "qwen3"])
 @pytest.mark.parametrize("quant", ["nf4", "nf4-dq"])

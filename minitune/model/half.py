@@ -1,4 +1,5 @@
-"""One half of a layer as one autograd function: what it keeps for its hand-written backward, by memory policy."""
+"""A layer as autograd functions: each half by itself with a list of what it keeps, or the two of them keeping only the
+layer's input."""
 
 from __future__ import annotations
 
@@ -11,18 +12,20 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minitune.config import MemoryPolicy
+from minitune.model.offload import Parking
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
 
 
 class Context(NamedTuple):
-    """What every layer of a forward pass shares: the rotation's cos and sin fp32 [T, head_dim / 2], the documents, and
-    the memory policy, already decided."""
+    """What every layer of a forward pass shares: the rotation's cos and sin fp32 [T, head_dim / 2], the documents, the
+    memory policy, already decided, and with "offload" where the layers' inputs are parked."""
 
     cos: Tensor
     sin: Tensor
     documents: Documents
     policy: MemoryPolicy = "keep"
+    parking: Parking | None = None
 
 
 Need = Literal["both", "branch", "kept"]
@@ -69,17 +72,21 @@ class Way(NamedTuple):
     overwrite: bool
 
 
-class _Run(torch.autograd.Function):
+def _is_last_backward() -> bool:
+    """Whether the graph is freed behind this backward, so that what was kept may be overwritten and given away."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+class _Half(torch.autograd.Function):
+    """One half; "keep" and "pointwise" differ in what of the list is kept."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor | None, half: Half, context: Context,
                 *parameters: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        full = context.policy == "full"
         weights = half.operands()
-        y, kept = half.forward_keeping(x, branch, weights, context, "branch" if full else "both")
+        y, kept = half.forward_keeping(x, branch, weights, context)
         total = kept["x"]
-        if full:
-            kept = {"x": total}
-        elif context.policy == "pointwise":
+        if context.policy == "pointwise":
             kept = {name: value for name, value in kept.items() if name not in half.cheap()}
         tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
         ctx.names = tuple(tensors)
@@ -92,19 +99,61 @@ class _Run(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, past: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        half, weights, context = ctx.half, ctx.weights, ctx.context
+        half = ctx.half
         if dy is None:      # nobody asked for the branch
             return past, past, None, None, *[None] * len(half.adapter_parameters())
         kept = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.others
-        last = not torch._C._autograd._get_current_graph_task_keep_graph()
-        if context.policy == "full":
-            kept = half.forward_keeping(kept["x"], None, weights, context, "kept")[1]
-        need_branch = ctx.needs_input_grad[1]
-        way = Way(ctx.needs_input_grad[0] or need_branch, overwrite=last or context.policy == "full")
-        dx, gradients = half.backward_from(dy, past, kept, weights, context, way)
+        need_branch, last = ctx.needs_input_grad[1], _is_last_backward()
+        way = Way(ctx.needs_input_grad[0] or need_branch, overwrite=last)
+        dx, gradients = half.backward_from(dy, past, kept, ctx.weights, ctx.context, way)
         if last:
             ctx.others = {}     # a library's graph: a loss that is still referenced must not keep it alive
         return dx, dx if need_branch else None, None, None, *gradients
+
+
+class _Layer(torch.autograd.Function):
+    """Both halves, computed again from the layer's input, which alone is kept ("full") or parked ("offload"). Of the
+    second pass the last product is left out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor | None, halves: tuple[Half, Half], context: Context,
+                *parameters: Tensor) -> tuple[Tensor, Tensor | None]:
+        weights = halves[0].operands(), halves[1].operands()
+        y, kept = halves[0].forward_keeping(x, branch, weights[0], context, "branch")
+        total = kept["x"]
+        y, kept = halves[1].forward_keeping(total, y, weights[1], context, "branch")
+        ctx.ticket = None if context.parking is None else context.parking.park(total)
+        ctx.save_for_backward(*([total] if ctx.ticket is None else []))
+        ctx.halves, ctx.weights, ctx.context = halves, weights, context
+        ctx.set_materialize_grads(False)
+        return kept["x"], y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, past: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        first, second = ctx.halves
+        if dy is None:
+            raise RuntimeError("a layer's branch got no gradient; only its sum with the stream has a meaning")
+        x = ctx.saved_tensors[0] if ctx.ticket is None else ctx.context.parking.fetch(ctx.ticket, _is_last_backward())
+        y, kept = first.forward_keeping(x, None, ctx.weights[0], ctx.context)
+        rest = second.forward_keeping(x, y, ctx.weights[1], ctx.context, "kept")[1]
+        d, gradients = second.backward_from(dy, past, rest, ctx.weights[1], ctx.context, Way(True, overwrite=True))
+        del rest, y     # the memory of one half at a time
+        need_branch = ctx.needs_input_grad[1]
+        way = Way(ctx.needs_input_grad[0] or need_branch, overwrite=True)
+        assert d is not None
+        dx, earlier = first.backward_from(d, d, kept, ctx.weights[0], ctx.context, way)
+        return dx, dx if need_branch else None, None, None, *earlier, *gradients
+
+
+def run_layer(first: Half, second: Half, x: Tensor, branch: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+    """x and branch [T, d], whose sum enters the layer -> the same of its output, by the context's memory policy."""
+    composed = first.needs_composed or second.needs_composed
+    if context.policy in ("full", "offload") and torch.is_grad_enabled() and not composed:
+        parameters = *first.adapter_parameters(), *second.adapter_parameters()
+        out: tuple[Tensor, Tensor] = _Layer.apply(x, branch, (first, second), context, *parameters)
+        return out
+    return run(second, *run(first, x, branch, context), context)
 
 
 def run(half: Half, x: Tensor, branch: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
@@ -115,7 +164,7 @@ def run(half: Half, x: Tensor, branch: Tensor | None, context: Context) -> tuple
         assert y is not None
         return kept["x"], y
     if not half.needs_composed:
-        total, y = _Run.apply(x, branch, half, context, *half.adapter_parameters())
+        total, y = _Half.apply(x, branch, half, context, *half.adapter_parameters())
         return x if total is None else total, y
     total = x if branch is None else x + branch
     if context.policy != "keep":       # plain autograd has no cheaper list to keep than none

@@ -19,6 +19,7 @@ from minitune.model.attention_half import AttentionHalf
 from minitune.model.lora import Adapter, Projection, check_targets, frozen, matches
 from minitune.model.memory import choose_policy
 from minitune.model.mlp_half import MlpHalf
+from minitune.model.offload import Parking
 from minitune.ops import few_rows, rope
 from minitune.ops.documents import Documents
 from minitune.ops.linear_cross_entropy import linear_cross_entropy
@@ -40,7 +41,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor | None, context: half.Context) -> tuple[Tensor, Tensor]:
         """x and branch [T, d_model], whose sum is the layer's input -> the same of its output."""
-        return half.run(self.mlp, *half.run(self.attention, x, branch, context), context)
+        return half.run_layer(self.attention, self.mlp, x, branch, context)
 
 
 class Llama(nn.Module):
@@ -67,7 +68,7 @@ class Llama(nn.Module):
         self.dtype = dtype
         self.packed_head: Tensor | None = None
         self._policies: dict[int, MemoryPolicy] = {}
-        self._images = Images()
+        self._images, self._parking = Images(), Parking()
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
@@ -75,7 +76,8 @@ class Llama(nn.Module):
         """tokens and positions int64 [T] on the network's device -> hidden [T, d_model] after the final norm."""
         self.refresh_images()
         cos, sin = rope.tables(self.config, positions, documents)
-        context = half.Context(cos, sin, documents, self._policy(len(tokens)))
+        policy = self._policy(len(tokens))
+        context = half.Context(cos, sin, documents, policy, self._parking if policy == "offload" else None)
         x, branch = F.embedding(tokens, self.embedding).to(self.dtype), None
         for layer in self.layers:
             x, branch = layer(x, branch, context)

@@ -1,4 +1,4 @@
-"""The memory policy: which of keep, pointwise and full a forward pass takes, decided from sizes and free memory."""
+"""The memory policy: what of a forward pass is kept, and where, decided from sizes and free memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ SHARE = 0.6
 def kept_bytes(config: ModelConfig, tokens: int, policy: MemoryPolicy, element_size: int) -> int:
     """Bytes that all layers keep between forward and backward for `tokens` tokens; S and 1/rms are left out (< 1 %)."""
     heads, kv_heads, d = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.d_model
-    inputs = 2 * d                                              # x of both halves
-    pointwise = inputs + 2 * heads + 2 * kv_heads + 2 * config.d_ff      # q, k, v, attended; gate, up
+    pointwise = 2 * d + 2 * heads + 2 * kv_heads + 2 * config.d_ff    # x of both halves; q, k, v, attended; gate, up
     if config.qk_norm:
         pointwise += heads + kv_heads                           # q and k before their norms
     keep = pointwise + 2 * d + config.d_ff                      # both norms' outputs, SwiGLU's product
-    values = {"full": inputs, "pointwise": pointwise, "keep": keep}[policy]
+    values = {"offload": 0, "full": d, "pointwise": pointwise, "keep": keep}[policy]
     return values * config.n_layers * tokens * element_size
 
 
@@ -71,4 +70,5 @@ def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype:
     for policy in policies[:1] if composed else policies:
         if kept_bytes(config, tokens, policy, dtype.itemsize) * (COMPOSED if composed else 1) <= room:
             return policy
-    return "full"
+    full = kept_bytes(config, tokens, "full", dtype.itemsize)
+    return "offload" if device.type == "cuda" and not composed and full > room else "full"

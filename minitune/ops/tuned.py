@@ -1,18 +1,19 @@
 """tuned: which way of an op was measured to be the fastest at a shape on this GPU; `minitune tune` writes it down.
 
-The table is a JSON file, {"device", "torch", "triton", "ops": {op: [{"shape": […], "ms": {way: …}}, …]}}, in the user's
-cache folder, or where MINITUNE_TUNED says. Without it every op takes its library's way. The last number of a shape is
+The table is a JSON file, {"device", "torch", "ops": {op: [{"shape": […], "ms": {way: …}}, …]}}, in the user's cache
+folder, or where MINITUNE_TUNED says. Without it every op takes its library's way. The last number of a shape is
 the one that changes from batch to batch (tokens, the longest document): the nearest measured one counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,25 @@ Table = dict[str, dict[Shape, dict[str, float]]]
 """op -> shape -> way -> milliseconds."""
 
 
+_forced: dict[str, str] = {}
+
+
+@contextlib.contextmanager
+def forced(**ways: str) -> Iterator[None]:
+    """Within it these ops take these ways at every shape; a step's name takes _ for its blank (lora_matmul_input)."""
+    before = dict(_forced)
+    _forced.update(ways)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
 def way(op: str, shape: Shape, device: torch.device) -> str | None:
     """The fastest way of `op` at `shape` on `device`, or None where nothing was measured."""
+    if _forced and op.replace(" ", "_") in _forced:
+        return _forced[op.replace(" ", "_")]
     if device.type != "cuda":
         return None
     return _nearest(op, shape, torch.device("cuda", device.index or 0))
@@ -34,6 +52,8 @@ def way(op: str, shape: Shape, device: torch.device) -> str | None:
 
 def ways(op: str, start: Shape, device: torch.device) -> set[str]:
     """The fastest ways of `op` at all measured shapes that begin with `start`."""
+    if _forced and op.replace(" ", "_") in _forced:
+        return {_forced[op.replace(" ", "_")]}
     if device.type != "cuda":
         return set()
     found = table(torch.device("cuda", device.index or 0)).get(op, {})
@@ -92,6 +112,21 @@ def _positive(value: Any) -> float:
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"a time is {value!r}")
     return number
+
+
+def write(path: Path, device_name: str, measured: Table) -> None:
+    """Add what was measured to the table at `path`; the same shapes are replaced."""
+    whole = read(path) if path.exists() else {}
+    for op, shapes in measured.items():
+        whole[op] = whole.get(op, {}) | shapes
+    ops = {op: [{"shape": list(shape), "ms": ms} for shape, ms in sorted(shapes.items())]
+           for op, shapes in sorted(whole.items())}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"device": device_name, "torch": str(torch.__version__), "ops": ops}, indent=1)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text + "\n")
+    partial.replace(path)
+    forget()
 
 
 def forget() -> None:

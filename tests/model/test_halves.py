@@ -46,7 +46,8 @@ def _x_and_upstream(dtype):
 
 def _context(network, policy="keep"):
     documents = Documents.from_lengths(LENGTHS)
-    return half.Context(*rope.tables(network.config, documents.positions(), documents), documents, policy)
+    cos, sin = rope.tables(network.config, documents.positions(), documents)
+    return half.Context(cos, sin, documents, policy, network._parking if policy == "offload" else None)
 
 
 def _gradients(network, forward, dtype):
@@ -91,7 +92,7 @@ def test_gradients_equal_plain_autograd(shape, lora):
 def test_policies_give_the_same_bits(shape):
     network = _network(SHAPES[shape], LORAS["all"])
     keep = _gradients(network, _fast(network, "keep"), torch.float32)
-    for policy in ("pointwise", "full"):
+    for policy in ("pointwise", "full", "offload"):
         other = _gradients(network, _fast(network, policy), torch.float32)
         assert all(torch.equal(a, b) for a, b in zip(keep, other, strict=True)), policy
 
@@ -124,7 +125,7 @@ def test_the_augmented_product_gives_the_same(shape, lora, augmented_everywhere)
     network = _network(SHAPES[shape], LORAS[lora], torch.float64)
     assert any(p.around is not None for p in network.projections())
     expected = _gradients(network, _composed(network), torch.float64)
-    for policy in ("keep", "pointwise", "full"):
+    for policy in ("keep", "pointwise", "full", "offload"):
         for value, e in zip(_gradients(network, _fast(network, policy), torch.float64), expected, strict=True):
             assert relative(value, e) < 2e-7, policy
 
@@ -136,7 +137,7 @@ def test_the_margins_of_an_older_forward_are_not_used(augmented_everywhere):
 def test_pointwise_and_full_keep_what_is_predicted():
     """What autograd holds between forward and backward is what kept_bytes says, within 6 % (S and 1/rms)."""
     config = SHAPES["qwen3"]
-    for policy in ("keep", "pointwise", "full"):
+    for policy in ("keep", "pointwise", "full", "offload"):
         network = _network(config, LoRA(rank=1))
         network.refresh_images()
         held = {}
@@ -150,6 +151,29 @@ def test_pointwise_and_full_keep_what_is_predicted():
             _fast(network, policy)(x)
         predicted = kept_bytes(config, sum(LENGTHS), policy, 4)
         assert sum(held.values()) == pytest.approx(predicted, rel=0.06), policy
+
+
+@pytest.mark.parametrize("policy", ["keep", "pointwise", "full", "offload"])
+def test_a_graph_that_is_kept_gives_its_gradients_again(policy):
+    network = _network(SHAPES["qwen3"], LORAS["all"])
+    x, upstream = _x_and_upstream(torch.float32)
+    network.refresh_images()
+    y = _fast(network, policy)(x.requires_grad_())
+    first = torch.autograd.grad(y, x, upstream, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(y, x, upstream)[0], first)
+
+
+def test_host_buffers_are_used_again_and_dropped_graphs_leave_none_behind():
+    network = _network(SHAPES["llama"], LORAS["all"])
+    for _ in range(3):
+        _gradients(network, _fast(network, "offload"), torch.float32)
+    x, _ = _x_and_upstream(torch.float32)
+    y = _fast(network, "offload")(x)
+    (free,) = network._parking._free.values()
+    assert len(free) == 0 and y.requires_grad
+    del y
+    _gradients(network, _fast(network, "offload"), torch.float32)
+    assert len(free) == len(network.blocks())
 
 
 def test_a_layer_whose_input_needs_no_gradient_gets_none():

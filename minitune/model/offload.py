@@ -1,0 +1,92 @@
+"""Parking: tensors that leave the GPU's memory for pinned host memory between forward and backward.
+
+Copies run on a stream of their own beside the computation. In the backward, which asks for them in the reverse order,
+the next one is on its way while the last one is worked on. On a CPU the same happens with plain copies.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+
+class Ticket:
+    """One parked tensor: where it lies on the host, who was parked before it, and its way back, once that began.
+
+    The backward's graph holds it; the parking does not, so that a graph which is dropped takes its tickets along.
+    """
+
+    def __init__(self, host: Tensor, device: torch.device, before: weakref.ref[Ticket] | None):
+        self.host: Tensor | None = host
+        self.device, self.before = device, before
+        self.back: Tensor | None = None
+        self.arrived: torch.cuda.Event | None = None
+
+
+class Parking:
+    """Where the layers' inputs of a pass lie. Host buffers are used again and again, step after step."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._newest: weakref.ref[Ticket] | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def park(self, x: Tensor) -> Ticket:
+        """Begin to copy x to the host; its own memory is free once the copy is done and nobody else holds it."""
+        free = self._free.get((x.shape, x.dtype), [])
+        host = free.pop() if free else torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")
+        if x.device.type == "cuda":
+            stream = self._stream(x.device)
+            stream.wait_stream(torch.cuda.current_stream(x.device))
+            with torch.cuda.stream(stream):
+                host.copy_(x, non_blocking=True)
+            x.record_stream(stream)
+        else:
+            host.copy_(x)
+        ticket = Ticket(host, x.device, self._newest)
+        self._newest = weakref.ref(ticket)
+        return ticket
+
+    def fetch(self, ticket: Ticket, last: bool) -> Tensor:
+        """The tensor, on its device again; the one that was parked before it sets out. With `last` the host buffer is
+        given up, and a second fetch is an error."""
+        self._begin(ticket)
+        back, ticket.back = ticket.back, None
+        if back is None or ticket.host is None:
+            raise RuntimeError("this layer's input was given up after its backward; pass retain_graph=True there")
+        if ticket.arrived is not None:
+            torch.cuda.current_stream(ticket.device).wait_event(ticket.arrived)
+        before = None if ticket.before is None else ticket.before()
+        if before is not None:
+            self._begin(before)
+        if last:
+            # Copies into this buffer and out of it share a stream, so the next one waits for the one under way.
+            self._free.setdefault((ticket.host.shape, ticket.host.dtype), []).append(ticket.host)
+            ticket.host = None
+        return back
+
+    def _begin(self, ticket: Ticket) -> None:
+        """Begin the way back, if it has not begun and something is there."""
+        if ticket.back is not None or ticket.host is None:
+            return
+        ticket.back = torch.empty_like(ticket.host, device=ticket.device)
+        if ticket.device.type != "cuda":
+            ticket.back.copy_(ticket.host)
+            return
+        stream = self._stream(ticket.device)
+        stream.wait_stream(torch.cuda.current_stream(ticket.device))    # who had this memory before may still read it
+        with torch.cuda.stream(stream):
+            ticket.back.copy_(ticket.host, non_blocking=True)
+        ticket.back.record_stream(stream)
+        ticket.arrived = torch.cuda.Event()
+        ticket.arrived.record(stream)
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+    def __reduce__(self) -> tuple[type[Parking], tuple[()]]:
+        return Parking, ()      # a copy of a model parks for itself

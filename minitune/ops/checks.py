@@ -1,0 +1,169 @@
+"""checks: every op at a model's true shapes, by the backend that it takes here, against its reference in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minitune.config import ModelConfig
+from minitune.ops import attention, backends, linear_cross_entropy, lora_matmul, nf4, rms_norm, rope, swiglu
+from minitune.ops.documents import Documents
+from minitune.ops.lora_matmul import LoraWeights
+
+
+class Check(NamedTuple):
+    """The largest error of a result, what is allowed (twice that of plain PyTorch in the same dtype, and one ulp of the
+    largest value), and whether the root mean square keeps the same rule."""
+
+    op: str
+    what: str
+    backend: str
+    error: float
+    allowed: float
+    right: bool
+
+
+def run(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, rank: int = 16) -> Iterator[Check]:
+    """One Check for every result of every op, at `tokens` tokens in a few documents of unequal length."""
+    made = _Inputs(config, tokens, dtype, device, rank)
+    for op, make in (("rms_norm", made.norm), ("swiglu", made.swiglu), ("rope", made.rope),
+                     ("attention", made.attention), ("linear_cross_entropy", made.losses),
+                     ("lora_matmul", made.product)):
+        function, operands = make()
+        with torch.enable_grad():
+            results, plain, truth = (_results(function, operands, kind) for kind in ("ours", "plain", "truth"))
+        for what, value in results.items():
+            yield _compare(op, what, backends.choose(op, device), value, plain[what], truth[what])
+    yield _nf4(config, dtype, device)
+
+
+Results = dict[str, Tensor]
+Function = Callable[[str, dict[str, Tensor]], Results]
+
+
+def _results(function: Function, operands: dict[str, Tensor], kind: str) -> Results:
+    wide = {name: x.double() if kind == "truth" and x.is_floating_point() else x for name, x in operands.items()}
+    return {what: value.detach() for what, value in function(kind, wide).items()}
+
+
+def _compare(op: str, what: str, backend: str, value: Tensor, plain: Tensor, truth: Tensor) -> Check:
+    error, allowed = (value.double() - truth).abs(), (plain.double() - truth).abs()
+    ulp = float(truth.abs().max()) * torch.finfo(value.dtype).eps
+    limit = 2 * float(allowed.max()) + ulp
+    rms = float(error.square().mean().sqrt()) <= 2 * float(allowed.square().mean().sqrt()) + ulp
+    worst = float(error.max())
+    return Check(op, what, backend, worst, limit, worst <= limit and rms)      # NaN is above everything
+
+
+def _nf4(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Check:
+    """Decoded values must be the reference's, bit for bit."""
+    weight = nf4.quantize(torch.randn(config.d_ff, config.d_model, device=device).to(dtype))
+    value = weight.dequantize(dtype)
+    with backends.use("reference"):
+        expected = weight.dequantize(dtype)
+    wrong = int((value != expected).sum())
+    what = f"values that differ, of {value.numel():,}"
+    return Check("nf4", what, backends.choose("nf4", device), wrong, 0, not wrong)
+
+
+class _Inputs:
+    """Random operands of each op, and the function from them to its results: kind "ours", or by the reference."""
+
+    def __init__(self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, rank: int):
+        self.config, self.tokens, self.dtype, self.device, self.rank = config, tokens, dtype, device, rank
+        part = max(1, tokens // 5)
+        self.documents = Documents.from_lengths(tuple(n for n in (part, 1, tokens - part - 1) if n > 0), device)
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def random(self, *shape: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(*shape, generator=self.generator, device=self.device) * scale
+        return values.to(self.dtype)
+
+    def norm(self) -> tuple[Function, dict[str, Tensor]]:
+        shape = self.tokens, self.config.d_model
+        eps = self.config.norm_eps
+
+        def function(kind: str, t: dict[str, Tensor]) -> Results:
+            if kind == "ours":
+                y, rstd, total = rms_norm.forward(t["x"], t["weight"], eps, t["branch"])
+                return {"y": y, "dx": rms_norm.backward(t["dy"], total, rstd, t["weight"], t["past"])}
+            total = (t["x"] + t["branch"]).requires_grad_()
+            y = rms_norm.reference(total, t["weight"], eps)
+            return {"y": y, "dx": torch.autograd.grad(y, total, t["dy"])[0] + t["past"]}
+
+        names = ("x", "branch", "dy", "past")
+        return function, {name: self.random(*shape) for name in names} | {"weight": self.random(shape[1])}
+
+    def swiglu(self) -> tuple[Function, dict[str, Tensor]]:
+        def function(kind: str, t: dict[str, Tensor]) -> Results:
+            if kind == "ours":
+                return {"h": swiglu.forward(t["gate_up"]), "d": swiglu.backward(t["dh"].clone(), t["gate_up"])[0]}
+            gate_up = t["gate_up"].clone().requires_grad_()
+            h = swiglu.reference(gate_up)
+            return {"h": h, "d": torch.autograd.grad(h, gate_up, t["dh"])[0]}
+
+        f = self.config.d_ff
+        return function, {"gate_up": self.random(self.tokens, 2 * f, scale=3.0), "dh": self.random(self.tokens, f)}
+
+    def rope(self) -> tuple[Function, dict[str, Tensor]]:
+        cos, sin = rope.tables(self.config, self.documents.positions().to(self.device), self.documents)
+
+        def function(kind: str, t: dict[str, Tensor]) -> Results:
+            if kind == "ours":
+                return {"x": rope.rotate_(t["x"].clone(), cos, sin)}
+            return {"x": rope.reference(t["x"], cos.to(t["x"].dtype), sin.to(t["x"].dtype))}
+
+        return function, {"x": self.random(self.tokens, self.config.n_heads, self.config.head_dim)}
+
+    def attention(self) -> tuple[Function, dict[str, Tensor]]:
+        heads, kv_heads, window = self.config.n_heads, self.config.n_kv_heads, self.config.windows[0]
+
+        def function(kind: str, t: dict[str, Tensor]) -> Results:
+            if kind == "ours":
+                out, saved = attention.forward(t["q"], t["k"], t["v"], self.documents, window)
+                gradient = out.new_empty(len(out), heads + 2 * kv_heads, out.shape[2])
+                attention.backward(t["dout"], saved, gradient)
+                return {"out": out} | dict(zip(("dq", "dk", "dv"), gradient.split((heads, kv_heads, kv_heads), 1),
+                                               strict=True))
+            q, k, v = (t[name].clone().requires_grad_() for name in ("q", "k", "v"))
+            out = attention.reference(q, k, v, self.documents, window)
+            gradients = torch.autograd.grad(out, (q, k, v), t["dout"])
+            return {"out": out} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+
+        sizes = {"q": heads, "k": kv_heads, "v": kv_heads, "dout": heads}
+        return function, {name: self.random(self.tokens, n, self.config.head_dim) for name, n in sizes.items()}
+
+    def losses(self) -> tuple[Function, dict[str, Tensor]]:
+        d, vocab = self.config.d_model, self.config.vocab_size
+
+        def function(kind: str, t: dict[str, Tensor]) -> Results:
+            hidden = t["hidden"].clone().requires_grad_()
+            take = linear_cross_entropy.linear_cross_entropy if kind == "ours" else linear_cross_entropy.reference
+            losses = take(hidden, t["head"], t["labels"])
+            return {"losses": losses, "d hidden": torch.autograd.grad(losses.sum(), hidden)[0]}
+
+        labels = torch.randint(0, vocab, (self.tokens,), generator=self.generator, device=self.device)
+        return function, {"hidden": self.random(self.tokens, d), "head": self.random(vocab, d, scale=d**-0.5),
+                          "labels": labels}
+
+    def product(self) -> tuple[Function, dict[str, Tensor]]:
+        n, k, r = 2 * self.config.d_ff, self.config.d_model, 2 * self.rank
+
+        def function(kind: str, t: dict[str, Tensor]) -> Results:
+            w = LoraWeights(t["weight"], None, t["a"], t["b"])
+            if kind == "ours":
+                y, s = lora_matmul.forward(t["x"], w)
+                ds = lora_matmul.backward_s(t["dy"], w)
+                assert s is not None and ds is not None
+                da, db = lora_matmul.backward_adapters(t["dy"], t["x"], s, ds, w)
+                return {"y": y, "dx": lora_matmul.backward_input(t["dy"], ds, w), "dA": da, "dB": db}
+            free = [t[name].clone().requires_grad_() for name in ("x", "a", "b")]
+            y = lora_matmul.reference(free[0], w._replace(a=free[1], b=free[2]))
+            return {"y": y} | dict(zip(("dx", "dA", "dB"), torch.autograd.grad(y, free, t["dy"]), strict=True))
+
+        return function, {"x": self.random(self.tokens, k), "weight": self.random(n, k, scale=k**-0.5),
+                          "a": self.random(r, k, scale=k**-0.5), "b": self.random(n, r),
+                          "dy": self.random(self.tokens, n)}
