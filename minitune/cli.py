@@ -1,4 +1,4 @@
-"""The command line: train, complete, merge, init, demo, doctor and tune, their flags made from the dataclasses below."""
+"""The command line: train, complete, merge, init, demo, doctor, tune, their flags made from the dataclasses below."""
 
 from __future__ import annotations
 

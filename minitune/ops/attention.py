@@ -67,7 +67,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
             needs_backward: bool = True, rows: Tensor | None = None) -> tuple[Tensor, Saved]:
     """Shapes as in `reference` -> (out, what `backward` takes). Our kernel writes into `rows` [T, heads·head_dim] where
     they are given; the other ways have memory of their own."""
-    if backend(q, k, documents.max_seqlen) == "triton":
+    if backend(q, k, documents.max_seqlen, window) == "triton":
         place = None if rows is None else rows.unflatten(-1, (-1, q.shape[2]))
         out, lse = backends.kernel("attention").forward(q, k, v, documents.spans[0], window, out=place)
         return out, Saved(q, k, v, documents, window, None, out, lse)
@@ -86,10 +86,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
     return out, Saved(q, k, v, documents, window)
 
 
-def backend(q: Tensor, k: Tensor, longest: int) -> str:
-    """triton, or reference for the library's way; decided by heads, kv_heads, head_dim and the longest document."""
-    shape = (q.shape[1], k.shape[1], q.shape[2], longest)
-    return backends.choose("attention", q.device, tuned.way("attention", shape, q.device))
+def backend(q: Tensor, k: Tensor, longest: int, window: int | None) -> str:
+    """triton, or reference for the library's way: what was measured to be faster with these heads and this longest
+    document; where nothing was, the library if FlashAttention takes it."""
+    measured = tuned.way("attention", (q.shape[1], k.shape[1], q.shape[2], longest), q.device)
+    if measured is None and q.device.type == "cuda" and q.shape[2] <= 256 and not attention_library.flash(q, window):
+        measured = "triton"
+    return backends.choose("attention", q.device, measured)
 
 
 class _Attention(torch.autograd.Function):
@@ -116,13 +119,13 @@ def differentiable(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window
     return out
 
 
-def backward(dout: Tensor, saved: Saved, gradient: Tensor) -> None:
+def backward(dout: Tensor, saved: Saved, gradient: Tensor, keep_graph: bool = False) -> None:
     """dout [T, heads, head_dim] -> dq, dk, dv side by side in `gradient` [T, heads + 2·kv_heads, head_dim], whose rows
-    may lie apart. Bitwise repeatable."""
+    may lie apart. Bitwise repeatable. With `keep_graph` it can be asked once more."""
     q, k, v, documents, window, graph, out, lse = saved
     parts = gradient.split((q.shape[1], k.shape[1], k.shape[1]), dim=1)
     if graph is not None:
-        for part, found in zip(parts, attention_library.backward(dout, graph), strict=True):
+        for part, found in zip(parts, attention_library.backward(dout, graph, keep_graph), strict=True):
             part.copy_(found)
         return
     if lse is not None:

@@ -108,7 +108,7 @@ def _side_by_side(q: Tensor, k: Tensor) -> Tensor:
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: list[int],
                     window: int | None) -> tuple[Tensor, Tensor]:
-    ours = attention.backend(q, k, max(lengths)) == "triton"
+    ours = attention.backend(q, k, max(lengths), window) == "triton"
     return _like(q), q.new_empty((q.shape[1], len(q)) if ours else 0, dtype=torch.float32)
 
 

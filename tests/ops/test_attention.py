@@ -66,9 +66,34 @@ def test_the_graph_of_a_library_call_serves_the_backward():
     documents = Documents.from_lengths(lengths)
     out, graph = attention_library.forward(q, k, v, documents, None)
     expected = _run(attention.reference, q, k, v, dout, documents, None)
-    for value, e in zip((out, *attention_library.backward(dout, graph)), expected, strict=True):
-        assert torch.allclose(value, e, atol=1e-5)
+    for keep in (True, False):
+        for value, e in zip((out, *attention_library.backward(dout, graph, keep)), expected, strict=True):
+            assert torch.allclose(value, e, atol=1e-5)
     assert attention_library.forward(q, k, v, documents, None, needs_backward=False)[1] is None
+
+
+def test_determinism_is_more_than_a_wish_and_is_put_back():
+    """FlashAttention's backward adds in any order where the flag only warns."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    with attention_library._deterministic():
+        assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_the_kernel_of_ours_takes_what_flash_attention_does_not(monkeypatch):
+    q, k = torch.empty(4, 8, 64, device="meta"), torch.empty(4, 2, 64, device="meta")
+    asked = []
+    monkeypatch.setattr(attention.backends, "choose", lambda op, device, measured: asked.append(measured))
+
+    class OnGpu:
+        shape, device, dtype = q.shape, torch.device("cuda"), torch.float32
+
+    monkeypatch.setattr(attention.tuned, "way", lambda *_: None)
+    attention.backend(OnGpu, k, 100, None)
+    monkeypatch.setattr(attention_library, "flash", lambda q, window: True)
+    attention.backend(OnGpu, k, 100, None)
+    assert asked == ["triton", None]
 
 
 def test_reference_gradcheck():
