@@ -76,7 +76,8 @@ def test_determinism_is_more_than_a_wish_and_is_put_back():
     """FlashAttention's backward adds in any order where the flag only warns."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     with attention_library._deterministic():
-        assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert not torch.utils.deterministic.fill_uninitialized_memory
     assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
 

@@ -1,0 +1,219 @@
+"""rms_norm: Triton kernels of x / rms(x) · weight with the residual add, of its backward, and of S = y·Aᵀ beside it.
+
+Bound by memory. A row lies in registers between its one read and its one write, so a result may lie where an operand
+lay; only where S is wanted, 16 rows are swept twice, the second time out of the L2 cache. Arithmetic is fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minitune.kernels.launch import Config, pick
+
+# TILE: values of a program, 16 a thread; narrower rows come several at a time, wider ones get more warps (`row_tiles`).
+# With S: ROWS · the programs of an SM · d must stay in the L2 cache between the sweeps, so ROWS is small.
+# SWEEP: columns at a time in the first sweep; DEPTH_BYTES: how much of a row in the second. LANES: the least padded
+# rank; 64 is what the matrix units of sm_90 and sm_100 take.
+CONFIGS = {
+    "forward": {80: Config({"TILE": 2048}, num_warps=4, registers=48, shared=256)},
+    "backward": {80: Config({"TILE": 2048}, num_warps=4, registers=64, shared=256)},
+    "forward_with_s": {
+        80: Config({"ROWS": 16, "SWEEP": 512, "DEPTH_BYTES": 256, "LANES": 16}, 8, registers=104, shared=38 << 10),
+        90: Config({"ROWS": 16, "SWEEP": 512, "DEPTH_BYTES": 512, "LANES": 64}, 8, registers=128, shared=74 << 10),
+    },
+}
+
+
+def row_tiles(config: Config, d: int) -> tuple[dict[str, int], dict[str, Any]]:
+    """(ROWS and BLOCK of a program, the options of its launch) for rows of d values: the values of a warp stay."""
+    block, tile = triton.next_power_of_2(d), config.tiles["TILE"]
+    warps = min(32, max(config.num_warps, block * config.num_warps // tile))
+    return {"ROWS": max(1, tile // block), "BLOCK": block}, {**config.options(), "num_warps": warps}
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    """[T, d] or [T, heads, d] -> (rows, heads, d)."""
+    heads = x.shape[1] if x.dim() == 3 else 1
+    return x.shape[0] * heads, heads, x.shape[-1]
+
+
+# ---- forward --------------------------------------------------------------------------------------------------------
+@triton.jit
+def _starts(row, pitch, HEADS: tl.constexpr, D: tl.constexpr):
+    """Where rows start in [T, HEADS, D]: heads lie side by side, tokens `pitch` apart."""
+    token = row // HEADS
+    return (token.to(tl.int64) * pitch + (row - token * HEADS) * D)[:, None]
+
+
+@triton.jit
+def _read(at, live, LAST: tl.constexpr = False):
+    """LAST: nobody reads it again soon, so it makes room in the L2 cache for what is."""
+    return tl.load(at, mask=live, other=0, eviction_policy="evict_first" if LAST else "").to(tl.float32)
+
+
+@triton.jit
+def _normalised(x, scale, weight):
+    return x * scale[:, None] * weight[None, :]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def rms_norm_forward(x, residual, weight, total, y, rstd, rows, x_pitch, residual_pitch, y_pitch, eps,
+                     APPLY: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+                     BLOCK: tl.constexpr):
+    """ROWS rows; APPLY: their rstd is read, not computed."""
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    live = (row < rows)[:, None] & (column < D)[None, :]
+    wide = _read(x + _starts(row, x_pitch, HEADS, D) + column[None, :], live)
+    w = _read(weight + column, column < D)
+    if residual is not None:
+        wide += _read(residual + _starts(row, residual_pitch, HEADS, D) + column[None, :], live)
+        narrow = wide.to(total.dtype.element_ty)
+        tl.store(total + _starts(row, HEADS * D, HEADS, D) + column[None, :], narrow, mask=live)
+        wide = narrow.to(tl.float32)      # what the backward will see
+    if APPLY:
+        scale = tl.load(rstd + row, mask=row < rows, other=0)
+    else:
+        scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)
+        tl.store(rstd + row, scale, mask=row < rows)
+    tl.store(y + _starts(row, y_pitch, HEADS, D) + column[None, :],
+             _normalised(wide, scale, w).to(y.dtype.element_ty), mask=live)
+
+
+def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, out: Tensor | None = None,
+            config: Config | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [T, d] or [T, heads, d], weight [d] -> (y like x, rstd fp32 [..., 1], total like x or None).
+
+    total = x + residual, rounded to x's dtype; y = total·rstd·weight, rstd = 1 / sqrt(mean(total²) + eps) (Zhang &
+    Sennrich 2019, arXiv:1910.07467). x, residual and out: fp32, fp16 or bf16; tokens may lie apart, heads and values
+    side by side. `out` may be x or the residual itself.
+    """
+    total = None if residual is None else x.new_empty(x.shape)
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return _forward(x, residual, weight, total, out, rstd, eps, False, config), rstd, total
+
+
+def apply(x: Tensor, rstd: Tensor, weight: Tensor, *, out: Tensor | None = None,
+          config: Config | None = None) -> Tensor:
+    """y from x (the total, where there was a residual) and its stored rstd, with the bits of `forward`."""
+    return _forward(x, None, weight, None, out, rstd, 0.0, True, config)
+
+
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, total: Tensor | None, out: Tensor | None,
+             rstd: Tensor, eps: float, stored: bool, config: Config | None) -> Tensor:
+    rows, heads, d = _sizes(x)
+    y = x.new_empty(x.shape) if out is None else out
+    tiles, options = row_tiles(config or pick(CONFIGS["forward"], x.device), d)
+    with torch.cuda.device_of(x):
+        rms_norm_forward[(triton.cdiv(rows, tiles["ROWS"]),)](
+            x, residual, weight, total, y, rstd, rows, x.stride(0), None if residual is None else residual.stride(0),
+            y.stride(0), eps, APPLY=stored, HEADS=heads, D=d, **tiles, **options)
+    return y
+
+
+# ---- forward with S -------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["rows"])
+def rms_norm_forward_with_s(x, residual, weight, total, y, rstd, a, s, rows, x_pitch, residual_pitch, eps,
+                            A_PITCH: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
+                            ROWS: tl.constexpr, SWEEP: tl.constexpr, DEPTH: tl.constexpr):
+    """ROWS rows; RANK: R padded. Sᵀ = A·yᵀ, so that the rank is what fills the 64 rows of a matrix instruction."""
+    first = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    known, row = first < rows, first.to(tl.int64)[:, None]
+    inside = known[:, None]
+    from_x, place = x + row * x_pitch, row * D
+    squares = tl.zeros([ROWS, SWEEP], tl.float32)
+    for start in range(0, D, SWEEP):
+        column = (start + tl.arange(0, SWEEP))[None, :]
+        live = inside & (column < D)
+        wide = _read(from_x + column, live, residual is not None)
+        if residual is not None:
+            wide += _read(residual + row * residual_pitch + column, live, True)
+            narrow = wide.to(total.dtype.element_ty)
+            tl.store(total + place + column, narrow, mask=live)
+            wide = narrow.to(tl.float32)
+        squares += wide * wide
+    scale = tl.rsqrt(tl.sum(squares, axis=1) / D + eps)
+    tl.store(rstd + first, scale, mask=known)
+    if residual is not None:
+        tl.debug_barrier()      # the second sweep may read in one thread what the first wrote in another
+        from_x = total + place
+    rank = tl.arange(0, RANK)
+    product = tl.zeros([RANK, ROWS], tl.float32)
+    for start in range(0, D, DEPTH):
+        column = start + tl.arange(0, DEPTH)
+        live = inside & (column < D)[None, :]
+        lora = tl.load(a + rank[:, None] * A_PITCH + column[None, :], mask=(rank < R)[:, None] & (column < D)[None, :],
+                       other=0)
+        wide = _read(from_x + column[None, :], live, True)
+        out = _normalised(wide, scale, _read(weight + column, column < D)).to(y.dtype.element_ty)
+        tl.store(y + place + column[None, :], out, mask=live)
+        product = tl.dot(lora, tl.trans(out), product, input_precision="ieee")
+    tl.store(s + tl.trans(row) * R + rank[:, None], product.to(s.dtype.element_ty),
+             mask=known[None, :] & (rank < R)[:, None])
+
+
+def forward_with_s(x: Tensor, weight: Tensor, eps: float, a: Tensor, residual: Tensor | None = None, *,
+                   config: Config | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """x [T, d], weight [d], a [R, d] of x's dtype -> (y, rstd, total or None, S = y·aᵀ [T, R]).
+
+    As `forward`; rows of x, residual and a may lie apart. S, in x's dtype, comes from y as it is rounded; R is at most
+    128. rstd may differ from `forward`'s in its last bits: the sum runs in another order.
+    """
+    (rows, d), ranks = x.shape, a.shape[0]
+    total = None if residual is None else x.new_empty(rows, d)
+    y, s, rstd = x.new_empty(rows, d), x.new_empty(rows, ranks), x.new_empty((rows, 1), dtype=torch.float32)
+    config = config or pick(CONFIGS["forward_with_s"], x.device)
+    tiles = rank_tiles(config, ranks, x.element_size())
+    with torch.cuda.device_of(x):
+        rms_norm_forward_with_s[(triton.cdiv(rows, tiles["ROWS"]),)](
+            x, residual, weight, total, y, rstd, a, s, rows, x.stride(0),
+            None if residual is None else residual.stride(0), eps, A_PITCH=a.stride(0), D=d, R=ranks, **tiles,
+            **config.options())
+    return y, rstd, total, s
+
+
+def rank_tiles(config: Config, ranks: int, itemsize: int) -> dict[str, int]:
+    """The tiles of `forward_with_s` for values of `itemsize` bytes."""
+    tiles = config.tiles
+    return {"RANK": max(tiles["LANES"], triton.next_power_of_2(ranks)), "ROWS": tiles["ROWS"], "SWEEP": tiles["SWEEP"],
+            "DEPTH": tiles["DEPTH_BYTES"] // itemsize}
+
+
+# ---- backward -------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["rows"])
+def rms_norm_backward(dy, x, rstd, weight, residual, dx, rows, dy_pitch, x_pitch, residual_pitch, dx_pitch,
+                      HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    live = (row < rows)[:, None] & (column < D)[None, :]
+    gradient = _read(dy + _starts(row, dy_pitch, HEADS, D) + column[None, :], live)
+    wide = _read(x + _starts(row, x_pitch, HEADS, D) + column[None, :], live)
+    scale = tl.load(rstd + row, mask=row < rows, other=0)
+    if residual is not None:      # with the other loads, not behind the sum's barrier
+        past = _read(residual + _starts(row, residual_pitch, HEADS, D) + column[None, :], live)
+    gradient *= _read(weight + column, column < D)[None, :]
+    projection = tl.sum(gradient * wide, axis=1) * scale * scale / D
+    slope = (gradient - wide * projection[:, None]) * scale[:, None]
+    if residual is not None:
+        slope += past
+    tl.store(dx + _starts(row, dx_pitch, HEADS, D) + column[None, :], slope.to(dx.dtype.element_ty), mask=live)
+
+
+def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None = None, *,
+             out: Tensor | None = None, config: Config | None = None) -> Tensor:
+    """dy, x [T, d] or [T, heads, d], rstd fp32 [..., 1], contiguous, weight [d] -> dx like x; the weight is frozen.
+
+    With g = dy·weight: dx = rstd·(g - x·rstd²·mean(g·x)) + residual, the gradient that flows past the norm. Tokens of
+    each tensor but rstd may lie apart; `out` may be dy, the residual or x itself.
+    """
+    rows, heads, d = _sizes(x)
+    dx = x.new_empty(x.shape) if out is None else out
+    tiles, options = row_tiles(config or pick(CONFIGS["backward"], x.device), d)
+    with torch.cuda.device_of(x):
+        rms_norm_backward[(triton.cdiv(rows, tiles["ROWS"]),)](
+            dy, x, rstd, weight, residual, dx, rows, dy.stride(0), x.stride(0),
+            None if residual is None else residual.stride(0), dx.stride(0), HEADS=heads, D=d, **tiles, **options)
+    return dx

@@ -1,0 +1,79 @@
+"""rms_norm, swiglu, rope: what their kernels are compiled as, and what they may cost."""
+
+from typing import Any
+
+from minitune.kernels import rms_norm, rope, swiglu
+from tests.kernels.aot import Row
+
+POINTER, SIZE = "*bf16:16", "i32:16"
+"""Buffers of torch start, and rows of real models lie, at multiples of 16."""
+
+
+def _pointers(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, POINTER)
+
+
+def _norm(key: str, name: str, d: int, heads: int, pitches: tuple[str, ...], signature: dict[str, str],
+          constants: dict[str, Any], **checks: Any) -> Row:
+    config = rms_norm.CONFIGS[key][80]
+    tiles, options = rms_norm.row_tiles(config, d)
+    sizes = {"rstd": "*fp32:16", "rows": "i32", **{f"{pitch}_pitch": SIZE for pitch in pitches}}
+    return Row(f"rms_norm_{key} {name} {d}", getattr(rms_norm, f"rms_norm_{key}"), {**signature, **sizes},
+               {"HEADS": heads, "D": d, **tiles, **constants}, options, config.registers, config.shared, **checks)
+
+
+def _norm_forward(name: str, d: int, residual: bool = False, stored: bool = False, heads: int = 1) -> Row:
+    signature = _pointers("x", "weight", "y", *(("residual", "total") if residual else ())) | {"eps": "fp32"}
+    without = {} if residual else {"residual": None, "total": None, "residual_pitch": None}
+    return _norm("forward", name, d, heads, ("x", "residual", "y") if residual else ("x", "y"), signature,
+                 {"APPLY": stored, **without}, stores=128 if stored else None)      # 32 bits each: rstd
+
+
+def _norm_backward(name: str, d: int, residual: bool = False, heads: int = 1) -> Row:
+    past = ("residual",) if residual else ()
+    without = {} if residual else {"residual": None, "residual_pitch": None}
+    return _norm("backward", name, d, heads, ("dy", "x", "dx", *past), _pointers("dy", "x", "weight", "dx", *past),
+                 without, stores=128)
+
+
+def _norm_with_s(ranks: int, generation: int, arches: tuple[int, ...]) -> Row:
+    config = rms_norm.CONFIGS["forward_with_s"][generation]
+    signature = _pointers("x", "residual", "weight", "total", "y", "a", "s") | {
+        "rstd": "*fp32:16", "rows": "i32", "x_pitch": SIZE, "residual_pitch": SIZE, "eps": "fp32"}
+    return Row(f"rms_norm_forward_with_s {ranks}", rms_norm.rms_norm_forward_with_s, signature,
+               {"A_PITCH": 4096, "D": 4096, "R": ranks, **rms_norm.rank_tiles(config, ranks, 2)}, config.options(),
+               config.registers, config.shared, arches, matrix=True)
+
+
+def _swiglu(key: str, f: int, names: tuple[str, ...], **constants: Any) -> Row:
+    config = swiglu.CONFIGS[key][80]
+    signature = _pointers(*names) | {f"{name}_pitch": SIZE for name in names}
+    return Row(f"swiglu_{key} {f}{' without h' * bool(constants)}", getattr(swiglu, f"swiglu_{key}"), signature,
+               {"F": f, **config.tiles, **constants}, config.options(), config.registers, config.shared, stores=128)
+
+
+def _rope(heads: int, head_dim: int) -> Row:
+    config = rope.CONFIGS["rotate"][80]
+    return Row(f"rope_rotate {heads} x {head_dim}", rope.rope_rotate,
+               {"x": POINTER, "cos": "*fp32:16", "sin": "*fp32:16", "tokens": "i32", "pitch": SIZE},
+               {"BACK": False, "HEADS": heads, "HALF": head_dim // 2,
+                **rope.rotate_tiles(config, heads, head_dim // 2)},
+               config.options(), config.registers, config.shared, stores=128)
+
+
+ROWS = [
+    _norm_forward("residual", 4096, residual=True),
+    _norm_forward("residual", 16384, residual=True),
+    _norm_forward("heads", 128, heads=32),
+    _norm_forward("apply", 3584, stored=True),
+    _norm_backward("residual", 4096, residual=True),
+    _norm_backward("residual", 16384, residual=True),
+    _norm_backward("heads", 128, heads=32),
+    *(_norm_with_s(ranks, generation, arches) for ranks in (48, 128)
+      for generation, arches in ((80, (80, 89)), (90, (90, 100)))),
+    _swiglu("forward", 11008, ("gate_up", "h")),
+    _swiglu("backward", 18944, ("dh", "gate_up", "gradient", "h")),
+    _swiglu("backward", 14336, ("dh", "gate_up", "gradient"), h=None, h_pitch=None),
+    _rope(40, 128),
+    _rope(40, 80),
+]
