@@ -172,6 +172,8 @@ class Training:
     max_steps: int | None = None
     """Optimizer steps instead of epochs; the data is repeated as often as needed."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    moments: Literal["fp32", "8bit"] = "fp32"
+    """AdamW's moments: 8bit holds them in a quarter of the memory (Dettmers et al. 2021)."""
     lr: float = 2e-4
     """Highest learning rate."""
     schedule: ScheduleName = "cosine"
@@ -199,5 +201,7 @@ class Training:
                   max_steps=self.max_steps, log_every=self.log_every)
         _at_least_zero("training", warmup=self.warmup, min_lr_ratio=self.min_lr_ratio, weight_decay=self.weight_decay,
                        momentum=self.momentum, clip=self.clip, label_smoothing=self.label_smoothing)
+        if self.moments == "8bit" and self.optimizer == "sgd":
+            raise InputError('training: moments is "8bit", which only adamw has; leave it out with optimizer="sgd"')
         if self.label_smoothing >= 1:
             raise InputError(f"training: label_smoothing is {self.label_smoothing!r}; it must be below 1")

@@ -1,4 +1,7 @@
-"""sgd_: one SGD step with momentum on a flat buffer, in place: contract, reference and the choice of backend."""
+"""sgd_: one SGD step with momentum on a flat buffer, in place: contract, reference and the choice of backend.
+
+Backends: triton (kernels/sgd.py, on a GPU), else PyTorch's own fused step, else the reference.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,29 @@ import torch
 from torch import Tensor
 
 from minitune.errors import InputError
-from minitune.ops.adamw import FUSED_DEVICES, check_flat, chunks
+from minitune.ops import backends
+from minitune.ops.adamw import FUSED_DEVICES, check_flat, check_scale, chunks
 
 
 def sgd_(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, *, lr: float, momentum: float, nesterov: bool,
          weight_decay: float, first: bool, grad_scale: Tensor | None = None) -> None:
     """One step of SGD on flat fp32 buffers [n], in place, with decoupled weight decay (arXiv:1711.05101, algorithm 1).
 
+        grad = grad · grad_scale                                     (in place, as clipping leaves it)
         param -= lr · weight_decay · param
         momentum_buffer = momentum · momentum_buffer + grad          (= grad where `first`: the old content is not read)
         param -= lr · (grad + momentum · momentum_buffer if nesterov else momentum_buffer)
 
-    With momentum 0 the buffer may be None and the step is lr · grad. `grad_scale`, a 0-dim fp32 tensor on the same
-    device, is multiplied into `grad` (in place) first. Momentum as in ``torch.optim.SGD`` (Sutskever et al. 2013).
+    With momentum 0 the buffer may be None and the step is lr · grad. `grad_scale` is a 0-dim fp32 tensor on the same
+    device. Momentum as in ``torch.optim.SGD`` (Sutskever et al. 2013).
 
     Raises InputError for buffers that break this contract.
     """
-    _check("sgd_", param, grad, momentum_buffer, momentum, nesterov)
+    _check("sgd_", param, grad, momentum_buffer, momentum, nesterov, grad_scale)
+    if backends.choose("sgd", param.device) == "triton":
+        backends.kernel("sgd").sgd_(param, grad, momentum_buffer, lr=lr, momentum=momentum, nesterov=nesterov,
+                                    weight_decay=weight_decay, first=first, grad_scale=grad_scale)
+        return
     if param.device.type not in FUSED_DEVICES:
         sgd_reference_(param, grad, momentum_buffer, lr=lr, momentum=momentum, nesterov=nesterov,
                        weight_decay=weight_decay, first=first, grad_scale=grad_scale)
@@ -39,7 +48,7 @@ def sgd_(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, *, lr: flo
 def sgd_reference_(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, *, lr: float, momentum: float,
                    nesterov: bool, weight_decay: float, first: bool, grad_scale: Tensor | None = None) -> None:
     """The meaning of `sgd_` in plain PyTorch; arguments as there."""
-    _check("sgd_reference_", param, grad, momentum_buffer, momentum, nesterov)
+    _check("sgd_reference_", param, grad, momentum_buffer, momentum, nesterov, grad_scale)
     for part in chunks(param):
         p, g = param[part], grad[part]
         if grad_scale is not None:
@@ -57,8 +66,9 @@ def sgd_reference_(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, 
 
 
 def _check(op: str, param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, momentum: float,
-           nesterov: bool) -> None:
+           nesterov: bool, grad_scale: Tensor | None) -> None:
     check_flat(op, param=param, grad=grad, momentum_buffer=momentum_buffer)
+    check_scale(op, grad_scale, param.device)
     if momentum and momentum_buffer is None:
         raise InputError(f"{op}: momentum is {momentum} but momentum_buffer is None; give a buffer [{param.numel()}]")
     if nesterov and not momentum:

@@ -83,7 +83,7 @@ def make_optimizer(model: Any, training: Training) -> FlatOptimizer:
         group.setdefault("lr_ratio", group.get("lr", training.lr) / training.lr)
     if training.optimizer == "sgd":
         return SGD(groups, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
-    return AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
+    return AdamW(groups, lr=training.lr, weight_decay=training.weight_decay, moments=training.moments)
 
 
 def _plan(batches: Iterable[Batch], training: Training) -> tuple[int, int | None]:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from minitune.errors import InputError
-from minitune.ops.adamw import adamw_
+from minitune.ops.adamw import adamw_, adamw_8bit_
+from minitune.ops.moments8 import BLOCK
 from minitune.ops.sgd import sgd_
 from minitune.training.clip import clip_gradients, clip_scale, global_norm
 from minitune.training.flat import FlatBuffer
 
+MOMENTS = ("fp32", "8bit")
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -101,9 +103,15 @@ class FlatOptimizer(torch.optim.Optimizer):
                 flat.zero_grad(zeros_count=not set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state in torch's format: ours, or that of the torch optimizer of the same name."""
+        """Take a state in torch's format: ours, or that of the torch optimizer of the same name.
+
+        Moments that were kept in 8 bits are decoded for an optimizer that keeps them in fp32, and the other way round.
+        """
         self._check_loaded(state_dict)
+        kinds = [group["moments"] for group in self.param_groups]      # this optimizer's buffers, not the other one's
         super().load_state_dict(state_dict)
+        for group, kind in zip(self.param_groups, kinds, strict=True):
+            group["moments"] = kind
         self._take_state()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -145,10 +153,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                     loaded = {k: v for k, v in self.state.get(p, {}).items() if v is not None}
                     flat.steps[i] = float(loaded.get("step", 1.0 if loaded else 0.0))
                     for name in self._moment_names:
-                        if name in loaded:
-                            flat.view(flat.moment(name), i).copy_(loaded[name])
-                        elif name in flat.moments:
-                            flat.view(flat.moment(name), i).zero_()
+                        flat.load_state(name, i, loaded)
                     self.state.pop(p, None)
                     if loaded:
                         self._show_state(group, flat, i)
@@ -167,18 +172,25 @@ class FlatOptimizer(torch.optim.Optimizer):
             if group.get("weight_decay") and not group.get("decoupled_weight_decay", self._torchs_decay_is_decoupled):
                 raise InputError(f"{name}: the state's group {index} has weight_decay={group['weight_decay']!r} as a "
                                  "part of the gradient; here it is decoupled, so that run can't be continued")
-            self._check_group({**self.defaults, **group})
+            self._check_group({**self.defaults, **group, "moments": groups[index]["moments"]})
         for old, new in zip(saved, groups, strict=True):
             for key, p in zip(old["params"], new["params"], strict=True):
                 entry = state_dict["state"].get(key, {})
-                for moment in self._moment_names:
-                    value = entry.get(moment)
-                    if value is not None and value.shape != p.shape:
-                        raise InputError(f"{name}: the state's {moment} of parameter {key} is {list(value.shape)}, the "
-                                         f"parameter is {list(p.shape)}; it belongs to another model")
-                if entry and not set(self._needed_on_load) <= entry.keys():
-                    raise InputError(f"{name}: the state of parameter {key} has {sorted(entry)}; it needs "
-                                     f"{', '.join(self._needed_on_load)}")
+                self._check_entry(key, p, {k: v for k, v in entry.items() if v is not None})
+
+    def _check_entry(self, key: Any, p: Tensor, entry: dict[str, Tensor]) -> None:
+        name, absent = type(self).__name__, set(self._needed_on_load) - entry.keys()
+        for moment in self._moment_names:
+            absmax = (-(-p.numel() // BLOCK),)
+            for field, shape in ((moment, p.shape), (f"{moment}_codes", p.shape), (f"{moment}_absmax", absmax)):
+                if field in entry and entry[field].shape != shape:
+                    raise InputError(f"{name}: the state's {field} of parameter {key} is {list(entry[field].shape)}, "
+                                     f"the parameter is {list(p.shape)}; it belongs to another model")
+            if {f"{moment}_codes", f"{moment}_absmax"} <= entry.keys():
+                absent.discard(moment)
+        if entry and absent:
+            raise InputError(f"{name}: the state of parameter {key} has {sorted(entry)}; it needs "
+                             f"{', '.join(self._needed_on_load)}")
 
     def _check_parameters(self, named: list[tuple[str, Tensor]]) -> None:
         name = type(self).__name__
@@ -199,7 +211,11 @@ class FlatOptimizer(torch.optim.Optimizer):
 class AdamW(FlatOptimizer):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): ``torch.optim.AdamW`` to a few ulp, in one launch a group.
 
-    `params`: parameters, (name, parameter) pairs, or groups (dicts) with their own lr, betas, eps, weight_decay.
+    `params`: parameters, (name, parameter) pairs, or groups (dicts) with their own lr, betas, eps, weight_decay and
+    moments. `moments`: "fp32", 8 bytes a parameter; or "8bit", 2 bytes: codes by blocks of 256 values (Dettmers et al.
+    2022, arXiv:2110.02861; ops/moments8.py). Then `state_dict` holds codes and absmax of each block, with which a run
+    goes on bit for bit; torch's AdamW cannot read them, but this one with moments="fp32" can, and torch's can read
+    what that one saves.
     """
 
     _moment_names = ("exp_avg", "exp_avg_sq")
@@ -208,25 +224,32 @@ class AdamW(FlatOptimizer):
     _torchs_decay_is_decoupled = True
 
     def __init__(self, params: Parameters, lr: float = 2e-4, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.0) -> None:
+                 eps: float = 1e-8, weight_decay: float = 0.0, *, moments: str = "fp32") -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-                                  "decoupled_weight_decay": True})
+                                  "decoupled_weight_decay": True, "moments": moments})
 
     def _update(self, group: dict[str, Any], flat: FlatBuffer, part: slice, done: int, scale: Tensor | None) -> None:
         beta1, beta2 = group["betas"]
-        adamw_(flat.data[part], flat.grad[part], flat.moment("exp_avg")[part], flat.moment("exp_avg_sq")[part],
-               lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
-               step=done + 1, grad_scale=scale)
+        settings = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"],
+                    "weight_decay": group["weight_decay"], "step": done + 1, "grad_scale": scale}
+        if flat.in_8_bits:
+            adamw_8bit_(flat.data[part], flat.grad[part], flat.moment8("exp_avg").part(part),
+                        flat.moment8("exp_avg_sq").part(part), **settings)
+        else:
+            adamw_(flat.data[part], flat.grad[part], flat.moment("exp_avg")[part], flat.moment("exp_avg_sq")[part],
+                   **settings)
 
     def _show_state(self, group: dict[str, Any], flat: FlatBuffer, i: int) -> None:
-        views = {name: flat.view(flat.moment(name), i) for name in self._moment_names}
-        self.state[flat.params[i]] = {"step": flat.steps[i], **views}
+        moments = [flat.state(name, i) for name in self._moment_names]
+        self.state[flat.params[i]] = {"step": flat.steps[i], **moments[0], **moments[1]}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         _at_least_zero("AdamW", lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
         betas = group["betas"]
         if len(betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in betas):
             raise InputError(f"AdamW: betas is {betas!r}; it must be two numbers of at least 0 and below 1")
+        if group["moments"] not in MOMENTS:
+            raise InputError(f"AdamW: moments is {group['moments']!r}; it must be one of {', '.join(MOMENTS)}")
 
 
 class SGD(FlatOptimizer):
@@ -239,10 +262,10 @@ class SGD(FlatOptimizer):
     _refused_on_load = ("dampening", "maximize")
 
     def __init__(self, params: Parameters, lr: float, momentum: float = 0.0, nesterov: bool = False,
-                 weight_decay: float = 0.0) -> None:
+                 weight_decay: float = 0.0, *, moments: str = "fp32") -> None:
         # torch's SGD wants a dampening in a state it loads
         super().__init__(params, {"lr": lr, "momentum": momentum, "dampening": 0.0, "nesterov": nesterov,
-                                  "weight_decay": weight_decay, "decoupled_weight_decay": True})
+                                  "weight_decay": weight_decay, "decoupled_weight_decay": True, "moments": moments})
 
     def _update(self, group: dict[str, Any], flat: FlatBuffer, part: slice, done: int, scale: Tensor | None) -> None:
         buffer = flat.moment("momentum_buffer")[part] if group["momentum"] else None
@@ -251,12 +274,15 @@ class SGD(FlatOptimizer):
 
     def _show_state(self, group: dict[str, Any], flat: FlatBuffer, i: int) -> None:
         if group["momentum"]:
-            self.state[flat.params[i]] = {"momentum_buffer": flat.view(flat.moment("momentum_buffer"), i)}
+            self.state[flat.params[i]] = {**flat.state("momentum_buffer", i)}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         _at_least_zero("SGD", lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
         if group["nesterov"] and not group["momentum"]:
             raise InputError("SGD: nesterov is True with momentum 0; it needs a momentum above 0")
+        if group["moments"] != "fp32":
+            raise InputError(f"SGD: moments is {group['moments']!r}; it keeps its momentum in fp32 only (AdamW can "
+                             "keep its moments in 8 bits)")
 
 
 def clip_grad_norm(target: torch.optim.Optimizer | Iterable[Tensor], max_norm: float | None) -> Tensor:
@@ -278,7 +304,8 @@ def _flatten(group: dict[str, Any]) -> list[FlatBuffer]:
     names = group.get("param_names") or [f"parameter {i} {list(p.shape)}" for i, p in enumerate(params)]
     devices = dict.fromkeys(p.device for p in params)
     members = [[i for i, p in enumerate(params) if p.device == device] for device in devices]
-    return [FlatBuffer([params[i] for i in indices], [names[i] for i in indices]) for indices in members]
+    in_8_bits = group.get("moments") == "8bit"
+    return [FlatBuffer([params[i] for i in indices], [names[i] for i in indices], in_8_bits) for indices in members]
 
 
 def _at_least_zero(owner: str, **values: float) -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from minitune.errors import InputError
-from minitune.ops.adamw import CHUNK, adamw_, adamw_reference_
+from minitune.ops import moments8
+from minitune.ops.adamw import CHUNK, adamw_, adamw_8bit_, adamw_reference_
+from minitune.ops.moments8 import Moment8
 
 SETTINGS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 BOTH = pytest.mark.parametrize("op", [adamw_, adamw_reference_])
@@ -88,3 +90,75 @@ def test_refuses_other_buffers_by_name(op, bad):
     with pytest.raises(InputError, match=r"exp_avg_sq is torch\.float"):
         op(p, torch.zeros(10), m, bad, **SETTINGS, weight_decay=0.0, step=1)
     assert torch.equal(p, buffers(10)[0]) and not m.any() and not v.any()
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.5).double(), torch.tensor([0.5])])
+@BOTH
+def test_refuses_another_scale_by_name(op, scale):
+    p, m, v = buffers(10)
+    with pytest.raises(InputError, match=r"grad_scale is torch\.float.*must be a torch\.float32 \[\]"):
+        op(p, torch.zeros(10), m, v, **SETTINGS, weight_decay=0.0, step=1, grad_scale=scale)
+
+
+# ---- moments in 8 bits ----------------------------------------------------------------------------------------------
+def run_8bit(n: int, steps: int, cuts: tuple[slice, ...] | None = None, **settings) -> tuple[Tensor, list[Moment8]]:
+    param, moments = buffers(n)[0], [moments8.zeros(n, signed, torch.device("cpu")) for signed in (True, False)]
+    for step in range(1, steps + 1):
+        grad = gradient(n, step)
+        for cut in cuts or (slice(0, n),):
+            adamw_8bit_(param[cut], grad[cut], *(m.part(cut) for m in moments),
+                        **SETTINGS | {"weight_decay": 0.0} | settings, step=step)
+    return param, moments
+
+
+@pytest.mark.parametrize("n", [1, 256, 1237])
+def test_the_first_step_in_8_bits_is_that_of_fp32(n):
+    """Both start from zero moments, and a step uses them before they are encoded."""
+    p, m, v = run(adamw_, n, 1, weight_decay=0.1)
+    ours, moments = run_8bit(n, 1, weight_decay=0.1)
+    torch.testing.assert_close(ours, p, rtol=5e-7, atol=5e-7)
+    for values, moment in zip((m, v), moments, strict=True):
+        wanted = moments8.zeros(n, moment.signed, torch.device("cpu"))
+        moments8.encode_(wanted, values)
+        torch.testing.assert_close(moment.absmax, wanted.absmax)
+        assert (moment.codes.int() - wanted.codes.int()).abs().max() <= 1, "a value within rounding of a midpoint"
+
+
+def test_8_bits_are_repeatable_and_blind_to_cuts_at_blocks():
+    n = CHUNK + 1000
+    (whole, moments), (again, others) = run_8bit(n, 2), run_8bit(n, 2)
+    parts, cut_moments = run_8bit(n, 2, (slice(0, 512), slice(512, 8192), slice(8192, n)))
+    assert torch.equal(whole, again) and torch.equal(whole, parts)
+    for a, b, c in zip(moments, others, cut_moments, strict=True):
+        assert torch.equal(a.codes, b.codes) and torch.equal(a.codes, c.codes) and torch.equal(a.absmax, c.absmax)
+
+
+def test_8_bits_with_a_scale_are_a_scaled_gradient():
+    factor = torch.tensor(0.37)
+    n, found, expected = 300, buffers(300)[0], buffers(300)[0]
+    for param, grad, scale in ((found, gradient(n, 1), factor), (expected, gradient(n, 1) * factor, None)):
+        moments = [moments8.zeros(n, signed, torch.device("cpu")) for signed in (True, False)]
+        adamw_8bit_(param, grad, *moments, **SETTINGS, weight_decay=0.0, step=1, grad_scale=scale)
+    assert torch.equal(found, expected)
+
+
+def test_one_gradient_a_thousand_times_the_others_does_not_blow_them_up():
+    """Their squares lie below half of the first level. As 0 they would leave steps of hundreds of lr (seen: 515)."""
+    n, lr = 256, 1e-3
+    factors = torch.ones(n).index_fill_(0, torch.tensor([17]), 3000.0)
+    param, moments = torch.zeros(n), [moments8.zeros(n, signed, torch.device("cpu")) for signed in (True, False)]
+    largest = 0.0
+    for step in range(1, 200):
+        before, grad = param.clone(), torch.randn(n, generator=torch.Generator().manual_seed(step)) * factors
+        adamw_8bit_(param, grad, *moments, lr=lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=step)
+        largest = max(largest, float((param - before).abs().max()) / lr)
+    assert largest < 5
+
+
+def test_8_bits_refuse_other_moments_by_name():
+    p, g = torch.zeros(300), torch.zeros(300)
+    first, second = (moments8.zeros(300, signed, torch.device("cpu")) for signed in (True, False))
+    for bad, message in (((second, second), r"exp_avg\.signed is False"),
+                         ((first, moments8.zeros(200, False, torch.device("cpu"))), r"exp_avg_sq\.codes .*\[200\]")):
+        with pytest.raises(InputError, match=message):
+            adamw_8bit_(p, g, *bad, **SETTINGS, weight_decay=0.0, step=1)

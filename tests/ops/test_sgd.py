@@ -58,3 +58,6 @@ def test_refuses_what_it_cannot_do(op):
         op(p, g, None, lr=0.1, momentum=0.0, nesterov=True, weight_decay=0.0, first=True)
     with pytest.raises(InputError, match=r"grad is torch\.float64"):
         op(p, g.double(), None, lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0, first=True)
+    with pytest.raises(InputError, match=r"grad_scale is torch\.float64 \[\].*must be a torch\.float32"):
+        op(p, g, None, lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0, first=True,
+           grad_scale=torch.tensor(0.5).double())

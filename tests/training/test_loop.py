@@ -53,6 +53,19 @@ def test_a_run_learns_and_records_every_step(fakes):
     assert torch.equal(model.table, frozen)
 
 
+def test_moments_of_8_bits_follow_those_of_32(fakes):
+    losses = {moments: fit(fakes.TinyModel(), data(fakes), Training(lr=0.05, epochs=20, moments=moments),
+                           fakes.objective).losses for moments in ("fp32", "8bit")}
+    assert losses["8bit"] != losses["fp32"] and losses["8bit"][-1] == pytest.approx(losses["fp32"][-1], rel=0.1)
+    with pytest.raises(InputError, match="which only adamw has"):
+        Training(optimizer="sgd", moments="8bit")
+
+
+def test_label_smoothing_is_a_share():
+    with pytest.raises(InputError, match=r"label_smoothing is 1\.0; it must be below 1"):
+        Training(label_smoothing=1.0)
+
+
 def test_runs_are_bitwise_repeatable(fakes):
     losses = [fit(fakes.TinyModel(), data(fakes), Training(epochs=3), fakes.objective).losses for _ in range(2)]
     assert losses[0] == losses[1]

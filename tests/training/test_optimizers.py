@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minitune.errors import InputError
 from minitune.training.clip import global_norm
-from minitune.training.optimizers import SGD, AdamW, clip_grad_norm
+from minitune.training.optimizers import MOMENTS, SGD, AdamW, clip_grad_norm
 
 SHAPES = [(7, 5), (1,), (33,), (4, 3, 2), (16, 16), (0,), (252,), (2, 129)]
 
@@ -75,7 +75,8 @@ def test_sgd_follows_torch_with_decoupled_decay(momentum, nesterov, decay):
     assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("make", [lambda p: AdamW(p, lr=0.01, weight_decay=0.1), lambda p: SGD(p, 0.01, momentum=0.9)])
+@pytest.mark.parametrize("make", [lambda p: AdamW(p, lr=0.01, weight_decay=0.1), lambda p: SGD(p, 0.01, momentum=0.9),
+                                  lambda p: AdamW(p, lr=0.01, moments="8bit")])
 def test_is_bitwise_repeatable(make):
     results = []
     for _ in range(2):
@@ -90,7 +91,8 @@ def test_is_bitwise_repeatable(make):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("make", [lambda p: AdamW(p, lr=0.05), lambda p: SGD(p, 0.1, momentum=0.9, nesterov=True)])
+@pytest.mark.parametrize("make", [lambda p: AdamW(p, lr=0.05), lambda p: SGD(p, 0.1, momentum=0.9, nesterov=True),
+                                  lambda p: AdamW(p, lr=0.05, moments="8bit")])
 def test_converges_on_least_squares(make):
     generator = torch.Generator().manual_seed(0)
     x, truth = torch.randn(64, 6, generator=generator), torch.randn(6, 3, generator=generator)
@@ -220,13 +222,14 @@ def test_state_dict_has_torchs_format():
     assert [ours[i]["step"].item() for i in range(3)] == [2, 2, 1]
 
 
-def test_resume_is_bitwise_and_an_empty_state_resets():
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_resume_is_bitwise_and_an_empty_state_resets(moments):
     straight, resumed = parameters(), parameters()
-    continued(AdamW(straight, lr=0.01), straight, range(6))
-    first = AdamW(resumed, lr=0.01)
+    continued(AdamW(straight, lr=0.01, moments=moments), straight, range(6))
+    first = AdamW(resumed, lr=0.01, moments=moments)
     continued(first, resumed, range(3))
     empty, state = AdamW(parameters()).state_dict(), copy.deepcopy(first.state_dict())
-    second = AdamW(resumed, lr=0.3)
+    second = AdamW(resumed, lr=0.3, moments=moments)
     second.load_state_dict(empty)
     second.load_state_dict(state)
     continued(second, resumed, range(3, 6))
@@ -235,9 +238,10 @@ def test_resume_is_bitwise_and_an_empty_state_resets():
     assert not second.state_dict()["state"]
 
 
-def test_a_deep_copy_goes_on_alone():
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_a_deep_copy_goes_on_alone(moments):
     module = nn.Linear(5, 3)
-    optimizer = AdamW(module.parameters(), lr=0.1)
+    optimizer = AdamW(module.parameters(), lr=0.1, moments=moments)
     module(torch.ones(2, 5)).sum().backward()
     optimizer.step()
     twin, twin_optimizer = copy.deepcopy((module, optimizer))
@@ -332,6 +336,8 @@ def test_parameters_frozen_or_moved_later():
     (lambda: AdamW([{"params": parameters(), "weight_decay": -0.1}]), "weight_decay is -0.1"),
     (lambda: SGD(parameters(), lr=0.1, momentum=-1), "momentum is -1"),
     (lambda: SGD(parameters(), lr=0.1, nesterov=True), "nesterov is True"),
+    (lambda: AdamW(parameters(), moments="int8"), "moments is 'int8'; it must be one of fp32, 8bit"),
+    (lambda: SGD(parameters(), lr=0.1, moments="8bit"), "moments is '8bit'; it keeps its momentum in fp32 only"),
     (lambda: AdamW([("l.0.A", nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)))]), r"l\.0\.A is .*bfloat16"),
     (lambda: AdamW([torch.zeros(3, requires_grad=True) * 2]), "no dense leaf"),
     (lambda: AdamW([(p := nn.Parameter(torch.zeros(3))), p]), "given twice"),
