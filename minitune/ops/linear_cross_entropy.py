@@ -59,7 +59,8 @@ def losses_and_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, smoothin
     losses = torch.empty(len(labels), dtype=_wide(hidden), device=hidden.device)
     d_hidden = torch.empty_like(hidden) if gradient else None
     size = _chunk(weight)
-    logits = hidden.new_empty(min(size, len(labels)), len(weight))
+    pitch = -(-len(weight) // 16) * 16      # rows that start where a GPU reads them 16 bytes at a time
+    logits = hidden.new_empty(min(size, len(labels)), pitch)[:, : len(weight)]
     for start in range(0, len(labels), size):
         rows = slice(start, start + size)
         part = torch.mm(hidden[rows], weight.mT, out=logits[: len(labels[rows])])
