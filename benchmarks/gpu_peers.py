@@ -1,9 +1,9 @@
 """A training step of Llama-2-7B shape by minitune, transformers + PEFT (+ bitsandbytes) and Unsloth, each by itself.
 
-``python -m benchmarks.gpu_peers --device cuda`` starts a process for each side, one after the other, and prints a row of
-JSON a side: 16k tokens a step in documents of 2048, rank 16 on all linears, every token trained, the same random weights
-and adapters. A rival runs at several micro-batches, with and without checkpointing; its fastest counts. FLOPs a token as
-in `gpu_step`. The loss of the one repeated batch must fall, and the sides' first losses must agree.
+``python -m benchmarks.gpu_peers --device cuda`` starts a process for each side, one after the other, and prints a row
+of JSON a side: 16k tokens a step in documents of 2048, rank 16 on all linears, every token trained, the same random
+weights and adapters. A rival runs at several micro-batches, with and without checkpointing; its fastest counts. FLOPs a
+token as in `gpu_step`. The loss of the one repeated batch must fall, and the sides' first losses must agree.
 """
 
 from __future__ import annotations
