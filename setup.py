@@ -13,28 +13,41 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 # -ffp-contract=off: a fused multiply-add changes results. 0x020b…: the stable ABI of torch 2.11. 0x030b…: that of
 # Python 3.11. gcc 12 takes the undefined registers in its own AVX-512 header for a fault of ours.
-FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-uninitialized",
-         "-Wno-maybe-uninitialized", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030b0000"]
+FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
+         "-fvisibility=hidden", "-g0", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
+         "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030b0000"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-HEADERS = ["setup.py", "csrc/nf4.h", "csrc/nf4_cpu.h", "csrc/bindings.h"]
+HEADERS = ["setup.py", *(f"csrc/{name}.h" for name in (
+    "nf4", "nf4_cpu", "bindings", "checks", "rows", "rows_kernels"))]
 
 CPU = Extension(
-    "minitune._C", ["csrc/bindings.cpp", "csrc/nf4_cpu.cpp", "csrc/nf4_cpu_avx2.cpp", "csrc/nf4_cpu_avx512.cpp"],
+    "minitune._C", [f"csrc/{name}.cpp" for name in (
+        "bindings", "nf4_cpu", "nf4_cpu_avx2", "nf4_cpu_avx512", "bindings_rows", "rows_portable", "rows_avx2",
+        "rows_avx512")],
     depends=HEADERS, extra_compile_args=FLAGS, libraries=["torch_cpu"], py_limited_api=True, language="c++")
 CUDA = Extension(
     "minitune._C_cuda", ["csrc/bindings_cuda.cpp"], depends=[*HEADERS, "csrc/nf4_cuda.cu"], extra_compile_args=FLAGS,
     define_macros=[("USE_CUDA", None)], libraries=["torch_cpu", "cudart_static", "dl", "rt", "pthread"],
     py_limited_api=True, language="c++")
+
+
+class Project(Distribution):
+    """pyproject.toml says more than a setuptools before 77 can read; `setup.py build_ext` needs none of it."""
+
+    def parse_config_files(self, *arguments, **named):
+        if "build_ext" not in sys.argv:
+            super().parse_config_files(*arguments, **named)
 
 
 class NotBuilt(Exception):
@@ -141,4 +154,4 @@ def _architectures():
 
 # A free-threaded Python has no limited API.
 LIMITED = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp311"}}
-setup(ext_modules=[CPU, CUDA], cmdclass={"build_ext": BuildNative}, options=LIMITED)
+setup(distclass=Project, ext_modules=[CPU, CUDA], cmdclass={"build_ext": BuildNative}, options=LIMITED)

@@ -2,25 +2,12 @@
 //
 // bindings.cpp (CPU) and bindings_cuda.cpp (CUDA) include it, and define `launch` and `expect_writes` for their device.
 #pragma once
-#include <Python.h>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+#include "checks.h"
 #include "nf4.h"
 
-#include <cstdint>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 
 namespace {
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 
 // What a device has to offer: it does the work, which is checked and not empty. `on` lies on the device.
 void launch(const Nf4Dequantize& work, const Tensor& on);
@@ -28,17 +15,7 @@ void launch(const Nf4Quantize& work, const Tensor& on);
 void launch(const Nf4QuantizeAbsmax& work, const Tensor& on);
 void expect_writes(void* data, int64_t bytes);
 
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  message << "minitune::";
-  ((message << parts), ...);
-  throw std::runtime_error(message.str());
-}
-
 // ---- checks --------------------------------------------------------------------------------------------------------
-int64_t ceil_div(int64_t n, int64_t by) { return n / by + (n % by != 0); }
-
 int32_t dtype_of(const char* op, const char* name, ScalarType dtype) {
   if (dtype == ScalarType::Float) return NF4_F32;
   if (dtype == ScalarType::Half) return NF4_F16;
@@ -50,20 +27,6 @@ int32_t block_shift_of(const char* op, int64_t blocksize) {
   for (int32_t shift = 5; shift <= 12; ++shift)
     if (blocksize == int64_t(1) << shift) return shift;
   fail(op, ": blocksize is ", blocksize, "; it must be a power of two from 32 to 4096");
-}
-
-// The address of a tensor of which elements [0, extent) are used; a storage can be smaller than its tensor says.
-const void* address(const char* op, const char* name, const Tensor& tensor, int64_t extent) {
-  if (extent == 0) return nullptr;
-  int64_t bytes = 0, end = 0;
-  const int64_t size = int64_t(tensor.element_size());
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
-  if (__builtin_add_overflow(tensor.storage_offset(), extent, &end) || end > bytes / size)
-    fail(op, ": ", name, " needs ", extent, " elements, but its storage ends before: ", bytes, " bytes");
-  const void* data = tensor.const_data_ptr();
-  if (!data || reinterpret_cast<uintptr_t>(data) % uintptr_t(size))
-    fail(op, ": ", name, " lies at address ", data, "; it must be a multiple of its element size, ", size);
-  return data;
 }
 
 template <typename T>

@@ -9,7 +9,7 @@ void run(const Work& work, const Tensor& on, int (*kernel)(const Work*, void*)) 
   const auto device = on.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   if (const int error = kernel(&work, stream)) fail("nf4: CUDA says: ", nf4_cuda_error(error));
 }
 

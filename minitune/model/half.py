@@ -77,6 +77,11 @@ def _is_last_backward() -> bool:
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def _packed(gradient: Tensor | None) -> Tensor | None:
+    """A gradient may come expanded (of a sum, say); kernels want its values in memory, one by one."""
+    return None if gradient is None else gradient.contiguous()
+
+
 class _Half(torch.autograd.Function):
     """One half; "keep" and "pointwise" differ in what of the list is kept."""
 
@@ -102,6 +107,7 @@ class _Half(torch.autograd.Function):
         half = ctx.half
         if dy is None:      # nobody asked for the branch
             return past, past, None, None, *[None] * len(half.adapter_parameters())
+        past, dy = _packed(past), dy.contiguous()
         kept = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.others
         need_branch, last = ctx.needs_input_grad[1], _is_last_backward()
         way = Way(ctx.needs_input_grad[0] or need_branch, overwrite=last)
@@ -134,6 +140,7 @@ class _Layer(torch.autograd.Function):
         first, second = ctx.halves
         if dy is None:
             raise RuntimeError("a layer's branch got no gradient; only its sum with the stream has a meaning")
+        past, dy = _packed(past), dy.contiguous()
         x = ctx.saved_tensors[0] if ctx.ticket is None else ctx.context.parking.fetch(ctx.ticket, _is_last_backward())
         y, kept = first.forward_keeping(x, None, ctx.weights[0], ctx.context)
         rest = second.forward_keeping(x, y, ctx.weights[1], ctx.context, "kept")[1]

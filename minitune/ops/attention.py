@@ -109,7 +109,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         documents, window, graph = ctx.rest
         gradient = q.new_empty(len(q), q.shape[1] + 2 * k.shape[1], q.shape[2])
-        backward(dout, Saved(q, k, v, documents, window, graph, out, lse), gradient)
+        backward(dout.contiguous(), Saved(q, k, v, documents, window, graph, out, lse), gradient)
         return *gradient.split((q.shape[1], k.shape[1], k.shape[1]), dim=1), None, None
 
 
@@ -142,7 +142,7 @@ def backward(dout: Tensor, saved: Saved, gradient: Tensor, keep_graph: bool = Fa
 
 def _backward_group(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, length: int,
                     window: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one group, q already scaled. The probabilities are formed again; dS = P·(dP - Σ P·dP) is one op."""
+    """Gradients of one group, q already scaled. The probabilities are formed again."""
     dq = torch.empty_like(q)
     dk, dv = (_Sum(x[:, 0]) for x in (k, v))
     for begin, end, first in reversed(list(_blocks(length, window, q.shape[1]))):   # the widest range of keys first
@@ -150,7 +150,7 @@ def _backward_group(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, length: int,
         p = _probabilities(q, seen, begin, first, window)
         upstream = dout[:, :, begin:end].flatten(1, 2)
         dp = torch.bmm(upstream, _keys(v, first, end).mT)
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        ds = _through_softmax(dp, p)
         dv.add(first, end, torch.bmm(p.mT, upstream))
         dk.add(first, end, torch.bmm(ds.mT, q[:, :, begin:end].flatten(1, 2)))
         dq[:, :, begin:end] = _split_group(torch.bmm(ds, seen), q)
@@ -192,9 +192,20 @@ def _probabilities(q: Tensor, seen: Tensor, begin: int, first: int, window: int 
     [batch, group·queries, keys]. Hidden keys get -inf added, which is cheaper than masked_fill_."""
     end = first + seen.shape[1]
     scores = torch.bmm(q[:, :, begin:end].flatten(1, 2), seen.mT)
+    if backends.by_rows("softmax", scores):
+        torch.ops.minitune.rows_softmax(scores.flatten(0, 1), end - begin, begin - first, window or 0)
+        return scores
     masked = first if window is not None else begin     # without a window all queries see the keys before `begin`
     _split_group(scores, q)[..., masked - first :].add_(_mask(end - begin, end - masked, window, q.dtype))
     return scores.softmax(-1)
+
+
+def _through_softmax(dp: Tensor, p: Tensor) -> Tensor:
+    """The gradient of the scores, p·(dp - Σ p·dp); it may take the place of dp."""
+    if backends.by_rows("softmax", dp):
+        torch.ops.minitune.rows_softmax_backward(dp.flatten(0, 1), p.flatten(0, 1))
+        return dp
+    return torch._softmax_backward_data(dp, p, -1, p.dtype)
 
 
 @functools.lru_cache(maxsize=64)

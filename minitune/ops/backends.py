@@ -17,15 +17,20 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from minitune.errors import InputError
 
 NAMES = ("native", "triton", "reference")
 OPS: dict[str, tuple[str, ...]] = {
-    "nf4": ("native", "triton"), "rms_norm": ("triton",), "swiglu": ("triton",), "rope": ("triton",),
-    "linear_cross_entropy": ("triton",), "lora_images": ("triton",), "adamw": ("triton",), "sgd": ("triton",),
-    "attention": ("triton",), "lora_matmul": ("triton",)}
+    "nf4": ("native", "triton"), "rms_norm": ("native", "triton"), "swiglu": ("native", "triton"),
+    "rope": ("native", "triton"), "linear_cross_entropy": ("native", "triton"), "softmax": ("native",),
+    "lora_images": ("triton",), "adamw": ("triton",), "sgd": ("triton",), "attention": ("triton",),
+    "lora_matmul": ("triton",)}
 """What each op has beside its reference, the preferred one first."""
+ROWS = ("rms_norm", "swiglu", "rope", "linear_cross_entropy", "softmax")
+"""Whose native half is for a CPU alone, and for ROWS_DTYPES (csrc/rows.h)."""
+ROWS_DTYPES = (torch.float32, torch.bfloat16)
 MEASURED = ("attention", "lora_matmul")
 """Where the library is strong: another way is taken only at shapes where it was measured to be faster (`ops/tuned`)."""
 _forced: list[str] = []
@@ -68,11 +73,12 @@ def use(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def choose(op: str, device: torch.device, measured: str | None = None) -> str:
+def choose(op: str, device: torch.device, measured: str | None = None, dtype: torch.dtype | None = None) -> str:
     """The backend of `op` on `device`: the one asked for if the op has it, else the first that is there; its absence is
-    said once. `measured`: the fastest for an op of MEASURED, which may be a way of its own; None: nothing is known."""
+    said once. `measured`: the fastest for an op of MEASURED, which may be a way of its own; None: nothing is known.
+    `dtype`: of the values, where a backend does not take all."""
     asked = _asked()
-    if asked == "reference" or asked in OPS[op]:
+    if asked == "reference" or (asked and _has(op, asked, device, dtype)):
         reason = missing(asked, device)
         if reason:
             raise InputError(f"the backend {asked!r} was asked for, but on {device.type}: {reason}")
@@ -81,8 +87,8 @@ def choose(op: str, device: torch.device, measured: str | None = None) -> str:
         return "reference" if measured is None or (measured in NAMES and missing(measured, device)) else measured
     reasons = []
     for name in OPS[op]:
-        if name == "triton" and device.type != "cuda":      # the interpreter is there to be asked for
-            continue
+        if not _has(op, name, device, dtype) or (name == "triton" and device.type != "cuda"):
+            continue        # the interpreter is there to be asked for
         reason = missing(name, device)
         if not reason:
             return name
@@ -92,11 +98,26 @@ def choose(op: str, device: torch.device, measured: str | None = None) -> str:
     return "reference"
 
 
+def _has(op: str, name: str, device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether the op has this backend for such values, be it there or not."""
+    if name == "native" and op in ROWS:
+        return device.type == "cpu" and (dtype is None or dtype in ROWS_DTYPES)
+    return name in OPS[op]
+
+
 def _asked() -> str | None:
     asked = _forced[-1] if _forced else os.environ.get("MINITUNE_BACKEND")
     if asked:
         _check_name(asked, "MINITUNE_BACKEND")
     return asked or None
+
+
+def by_rows(op: str, x: Tensor) -> bool:
+    """Whether the extension's row ops take `op` on x: fp32 or bf16 on a CPU, [T, d] or [T, heads, d] with heads and
+    values side by side."""
+    if choose(op, x.device, dtype=x.dtype) != "native" or x.stride(-1) != 1:
+        return False
+    return x.dim() == 2 or (x.dim() == 3 and (x.shape[1] < 2 or x.stride(1) == x.shape[2]))
 
 
 def missing(name: str, device: torch.device) -> str | None:
@@ -145,6 +166,7 @@ def _extension(name: str, absent: str) -> str | None:
                          "another torch or machine: install minitune again with --no-build-isolation, or set "
                          "MINITUNE_BACKEND=reference to do without") from None
     importlib.import_module("minitune.ops.nf4_native")
+    importlib.import_module("minitune.ops.rows_native")
     if name == "_C":
         try:
             module.cpu_isa()
@@ -153,11 +175,15 @@ def _extension(name: str, absent: str) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=16)
+_announced: set[tuple[str, str]] = set()
+
+
 def _announce(op: str, device_type: str, reason: str) -> None:
-    """Once for each op and device."""
-    warnings.warn(f"{op} on {device_type} runs as plain PyTorch, slower, since the faster ways are missing: {reason}",
-                  stacklevel=4)
+    """Once for each device and reason, by the first op that misses it."""
+    if (device_type, reason) not in _announced:
+        _announced.add((device_type, reason))
+        warnings.warn(f"{op} on {device_type} runs as plain PyTorch, slower, as other ops do, since the faster ways "
+                      f"are missing: {reason}", stacklevel=4)
 
 
 def _check_name(name: str, where: str) -> None:

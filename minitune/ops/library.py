@@ -47,7 +47,7 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _norm_backward(ctx: Any, dy: Tensor, _: Any, past: Tensor) -> tuple[Any, ...]:
     total, rstd, weight = ctx.saved_tensors
-    dx = OPS.rms_norm_backward(dy, total, rstd, weight, past)
+    dx = OPS.rms_norm_backward(dy.contiguous(), total, rstd, weight, past.contiguous())
     return dx, dx, None, None
 
 
@@ -69,7 +69,7 @@ _define("swiglu(Tensor gate_up) -> Tensor", swiglu.forward, _half_width)
 _define("swiglu_backward(Tensor dh, Tensor gate_up) -> Tensor",
         lambda dh, gate_up: swiglu.backward(dh.clone(), gate_up)[0], lambda dh, gate_up: torch.empty_like(gate_up))
 _differentiable("swiglu", lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
-                lambda ctx, dh: OPS.swiglu_backward(dh, *ctx.saved_tensors))
+                lambda ctx, dh: OPS.swiglu_backward(dh.contiguous(), *ctx.saved_tensors))
 
 
 # ---- rope -----------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 def _attention_gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
     q, k, *_ = ctx.saved_tensors
-    gradient = OPS.attention_backward(dout, *ctx.saved_tensors, ctx.lengths, ctx.window)
+    gradient = OPS.attention_backward(dout.contiguous(), *ctx.saved_tensors, ctx.lengths, ctx.window)
     return *gradient.split((q.shape[1], k.shape[1], k.shape[1]), dim=1), None, None, None
 
 
@@ -178,7 +178,7 @@ def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _lora_gradients(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
-    dx, da, db = OPS.lora_matmul_backward(dy, *ctx.saved_tensors)
+    dx, da, db = OPS.lora_matmul_backward(dy.contiguous(), *ctx.saved_tensors)
     return dx, None, None, da, db
 
 

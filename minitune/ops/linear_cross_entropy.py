@@ -40,6 +40,9 @@ def losses_(logits: Tensor, labels: Tensor, losses: Tensor, smoothing: float, gr
     if backends.choose("linear_cross_entropy", logits.device) == "triton":
         backends.kernel("linear_cross_entropy").losses_(logits, labels, losses, smoothing=smoothing, gradient=gradient)
         return
+    if backends.by_rows("linear_cross_entropy", logits):
+        torch.ops.minitune.rows_losses(logits, labels, losses, smoothing, gradient)
+        return
     for rows in in_cache(len(logits), logits.shape[1], logits.device):
         part, label = logits[rows], labels[rows, None]
         p = torch.softmax(part, -1, dtype=losses.dtype)
@@ -59,8 +62,8 @@ def losses_and_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, smoothin
     losses = torch.empty(len(labels), dtype=_wide(hidden), device=hidden.device)
     d_hidden = torch.empty_like(hidden) if gradient else None
     size = _chunk(weight)
-    pitch = -(-len(weight) // 16) * 16      # rows that start where a GPU reads them 16 bytes at a time
-    logits = hidden.new_empty(min(size, len(labels)), pitch)[:, : len(weight)]
+    grain = 16 if hidden.device.type == "cuda" else 1       # rows start where a GPU reads them 16 bytes at a time
+    logits = hidden.new_empty(min(size, len(labels)), -(-len(weight) // grain) * grain)[:, : len(weight)]
     for start in range(0, len(labels), size):
         rows = slice(start, start + size)
         part = torch.mm(hidden[rows], weight.mT, out=logits[: len(labels[rows])])

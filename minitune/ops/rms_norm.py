@@ -33,6 +33,10 @@ def forward(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None = None,
     y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     total = x if branch is None else torch.empty_like(x)
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    if backends.by_rows("rms_norm", x):
+        torch.ops.minitune.rows_rms_norm(x, branch, weight.to(x.dtype), eps, False, rstd,
+                                         None if branch is None else total, y)
+        return y, rstd, total
     for rows in in_cache(len(x), x[:1].numel(), x.device):
         if branch is not None:
             torch.add(x[rows], branch[rows], out=total[rows])
@@ -48,6 +52,9 @@ def apply(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     if backends.choose("rms_norm", x.device) == "triton":
         return cast(Tensor, backends.kernel("rms_norm").apply(x, rstd, weight))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if backends.by_rows("rms_norm", x):
+        torch.ops.minitune.rows_rms_norm(x, None, weight.to(x.dtype), 0.0, True, rstd, None, y)
+        return y
     for rows in in_cache(len(x), x[:1].numel(), x.device):
         torch.mul((x[rows].to(rstd.dtype) * rstd[rows]).to(x.dtype), weight, out=y[rows])
     return y
@@ -63,6 +70,9 @@ def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, past: Tensor |
     if backends.choose("rms_norm", x.device) == "triton":
         return cast(Tensor, backends.kernel("rms_norm").backward(dy, x, rstd, weight, past, out=out))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    if backends.by_rows("rms_norm", x):
+        torch.ops.minitune.rows_rms_norm_backward(dy, x, rstd, weight.to(x.dtype), past, dx)
+        return dx
     wide_weight = weight.to(rstd.dtype)
     for rows in in_cache(len(x), x[:1].numel(), x.device):
         wide, r = x[rows].to(rstd.dtype), rstd[rows]
@@ -84,7 +94,7 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, weight = ctx.saved_tensors
-        dx = backward(dy, x, rstd, weight)
+        dx = backward(dy.contiguous(), x, rstd, weight)
         return dx, None, None, dx if ctx.needs_input_grad[3] else None
 
 

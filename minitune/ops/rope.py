@@ -104,6 +104,9 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tenso
     """In place; ``back=True`` turns the other way, which is the backward of the rotation."""
     if backends.choose("rope", x.device) == "triton":
         return cast(Tensor, backends.kernel("rope").rotate_(x, cos, sin, back=back))
+    if backends.by_rows("rope", x):
+        torch.ops.minitune.rows_rope(x, cos, sin, back)
+        return x
     sign = -1.0 if back else 1.0
     for rows in in_cache(len(x), x[:1].numel(), x.device):
         wide = x[rows].to(cos.dtype)

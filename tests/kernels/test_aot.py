@@ -4,10 +4,10 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.kernels import rows_losses, rows_nf4, rows_optimizers, rows_pointwise
+from tests.kernels import rows_lora_matmul, rows_losses, rows_nf4, rows_optimizers, rows_pointwise
 from tests.kernels.aot import Row, compile_for, faults
 
-ROWS = [*rows_losses.ROWS, *rows_nf4.ROWS, *rows_pointwise.ROWS, *rows_optimizers.ROWS]
+ROWS = [*rows_lora_matmul.ROWS, *rows_losses.ROWS, *rows_nf4.ROWS, *rows_pointwise.ROWS, *rows_optimizers.ROWS]
 
 
 @pytest.mark.parametrize(("row", "arch"), [(row, arch) for row in ROWS for arch in row.arches],

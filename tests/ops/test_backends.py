@@ -16,15 +16,15 @@ CPU = torch.device("cpu")
 def no_extension(monkeypatch):
     """As after an installation without a compiler."""
     monkeypatch.setattr(backends, "_native", lambda device_type: "it was not built: no C++ compiler at installation")
-    backends._announce.cache_clear()
+    backends._announced.clear()
     yield
-    backends._announce.cache_clear()
+    backends._announced.clear()
 
 
 def test_every_backend_says_whether_it_is_there():
     found = mt.backends("cpu")
     assert list(found) == [*backends.NAMES, *backends.OPS] and found["reference"] == "available"
-    assert all(reason for reason in found.values()) and found["rms_norm"] == "reference"
+    assert all(reason for reason in found.values()) and found["lora_images"] == "reference"
 
 
 def test_without_the_extension_the_reference_takes_over_and_says_why_once(no_extension, monkeypatch):
@@ -84,7 +84,9 @@ def test_an_instruction_set_that_is_not_there_is_named(monkeypatch):
 
 def test_a_backend_is_asked_of_the_ops_that_have_it():
     with backends.use("native"):
-        assert backends.choose("rms_norm", CPU) == "reference"
+        assert backends.choose("adamw", CPU) == "reference"
+        assert backends.choose("rms_norm", CPU, dtype=torch.float64) == "reference"
+        assert backends.choose("rms_norm", torch.device("meta")) == "reference"
 
 
 def test_a_measured_op_takes_the_library_until_something_else_was_faster(monkeypatch):

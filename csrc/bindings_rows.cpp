@@ -1,0 +1,204 @@
+// bindings_rows.cpp: the ops of rows.h under torch's dispatcher. Results go where the caller says, so nothing is made here.
+#include "checks.h"
+#include "nf4.h"
+#include "rows.h"
+
+#include <type_traits>
+
+namespace {
+using namespace rows;
+
+// About what one thread does in the time that waking another takes.
+constexpr int64_t kValuesPerThread = 16384;
+
+const Path& chosen_path() {
+#if defined(__x86_64__)
+  static const Path* const paths[3] = {&kPortable, &kAvx2, &kAvx512};
+  const char* error = "";
+  const int isa = nf4_cpu_isa(&error);
+  if (isa < 0) throw std::runtime_error(error);
+  return *paths[isa];
+#else
+  return kPortable;
+#endif
+}
+
+// The shape of [tokens, width] or [tokens, inner, width].
+Shape shape_of(const char* op, const char* name, const Tensor& x) {
+  const ScalarType dtype = x.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16)
+    fail(op, ": ", name, " is ", toString(dtype), "; it must be float32 or bfloat16");
+  if (x.dim() != 2 && x.dim() != 3) fail(op, ": ", name, " has ", x.dim(), " dimensions; it must have 2 or 3");
+  return {x.size(0), x.dim() == 3 ? x.size(1) : 1, x.size(x.dim() - 1), dtype == ScalarType::Float ? F32 : BF16};
+}
+
+// Where the rows of x lie, which must have `shape`, heads side by side and values side by side.
+Rows rows_of(const char* op, const char* name, const Tensor& x, const Shape& shape) {
+  const Shape own = shape_of(op, name, x);
+  if (own.tokens != shape.tokens || own.inner != shape.inner || own.width != shape.width || own.dtype != shape.dtype)
+    fail(op, ": ", name, " is ", own.tokens, " x ", own.inner, " x ", own.width, " of ", toString(x.scalar_type()),
+         "; it must be ", shape.tokens, " x ", shape.inner, " x ", shape.width, " of the first argument's dtype");
+  const int64_t row = own.inner * own.width, pitch = own.tokens > 1 ? x.stride(0) : row;
+  const bool heads = x.dim() == 2 || own.inner < 2 || x.stride(1) == own.width;
+  int64_t extent = 0;
+  if ((own.width > 1 && x.stride(x.dim() - 1) != 1) || !heads || pitch < row ||
+      __builtin_mul_overflow(own.tokens - 1, pitch, &extent) || __builtin_add_overflow(extent, row, &extent))
+    fail(op, ": ", name, " has rows that are not contiguous, or overlap");
+  return {const_cast<void*>(address(op, name, x, own.tokens && row ? extent : 0)), pitch};
+}
+
+Rows rows_of(const char* op, const char* name, const Optional& x, const Shape& shape) {
+  return x.has_value() ? rows_of(op, name, *x, shape) : Rows{nullptr, 0};
+}
+
+// The same of what is written to: memory that is shared until then becomes its own.
+template <typename T>
+Rows written(const char* op, const char* name, const T& x, const Shape& shape) {
+  const Rows rows = rows_of(op, name, x, shape);
+  if constexpr (std::is_same_v<T, Tensor>) return rows.data ? Rows{x.mutable_data_ptr(), rows.pitch} : rows;
+  else return rows.data ? Rows{x->mutable_data_ptr(), rows.pitch} : rows;
+}
+
+template <typename T>
+T* vector_of(const char* op, const char* name, const Tensor& x, ScalarType dtype, int64_t numel) {
+  if (x.scalar_type() != dtype) fail(op, ": ", name, " is ", toString(x.scalar_type()), "; it must be ", toString(dtype));
+  if (!x.is_contiguous() || x.numel() != numel)
+    fail(op, ": ", name, " has ", x.numel(), " elements; it must be contiguous with ", numel);
+  return static_cast<T*>(const_cast<void*>(address(op, name, x, numel)));
+}
+
+const void* weight_of(const char* op, const Tensor& weight, const Shape& shape) {
+  return vector_of<void>(op, "weight", weight, shape.dtype == F32 ? ScalarType::Float : ScalarType::BFloat16,
+                         shape.width);
+}
+
+template <typename Work>
+void run(const Work& work, void (*function)(const Work&, int64_t, int64_t)) {
+  const int64_t row = work.shape.inner * work.shape.width;
+  if (work.shape.tokens == 0 || row == 0) return;
+  const int64_t grain = row < kValuesPerThread ? kValuesPerThread / row : 1;
+  torch::stable::parallel_for(0, work.shape.tokens, grain,
+                              [&](int64_t first, int64_t last) { function(work, first, last); });
+}
+
+void rms_norm(const Tensor& x, const Optional& branch, const Tensor& weight, double eps, bool stored, const Tensor& rstd,
+              const Optional& total, const Tensor& y) {
+  const char* op = "rows_rms_norm";
+  RmsNorm work{shape_of(op, "x", x)};
+  work.x = rows_of(op, "x", x, work.shape);
+  if (branch.has_value() != total.has_value()) fail(op, ": branch and total belong together");
+  work.branch = rows_of(op, "branch", branch, work.shape);
+  work.total = written(op, "total", total, work.shape);
+  work.y = written(op, "y", y, work.shape);
+  work.weight = weight_of(op, weight, work.shape);
+  work.rstd = vector_of<float>(op, "rstd", rstd, ScalarType::Float, work.shape.tokens * work.shape.inner);
+  work.eps = float(eps);
+  work.stored = stored;
+  run(work, chosen_path().rms_norm);
+}
+
+void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, const Tensor& weight, const Optional& past,
+                       const Tensor& dx) {
+  const char* op = "rows_rms_norm_backward";
+  RmsNormBackward work{shape_of(op, "x", x)};
+  work.x = rows_of(op, "x", x, work.shape);
+  work.dy = rows_of(op, "dy", dy, work.shape);
+  work.past = rows_of(op, "past", past, work.shape);
+  work.dx = written(op, "dx", dx, work.shape);
+  work.weight = weight_of(op, weight, work.shape);
+  work.rstd = vector_of<float>(op, "rstd", rstd, ScalarType::Float, work.shape.tokens * work.shape.inner);
+  run(work, chosen_path().rms_norm_backward);
+}
+
+Shape twice(const Shape& shape) { return {shape.tokens, shape.inner, 2 * shape.width, shape.dtype}; }
+
+void swiglu(const Tensor& gate_up, const Tensor& h) {
+  const char* op = "rows_swiglu";
+  Swiglu work{shape_of(op, "h", h)};
+  work.h = written(op, "h", h, work.shape);
+  work.gate_up = rows_of(op, "gate_up", gate_up, twice(work.shape));
+  run(work, chosen_path().swiglu);
+}
+
+void swiglu_backward(const Tensor& dh, const Tensor& gate_up, const Tensor& gradient, const Optional& h) {
+  const char* op = "rows_swiglu_backward";
+  SwigluBackward work{shape_of(op, "dh", dh)};
+  work.dh = rows_of(op, "dh", dh, work.shape);
+  work.h = written(op, "h", h, work.shape);
+  work.gate_up = rows_of(op, "gate_up", gate_up, twice(work.shape));
+  work.gradient = written(op, "gradient", gradient, twice(work.shape));
+  run(work, chosen_path().swiglu_backward);
+}
+
+void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back) {
+  const char* op = "rows_rope";
+  Rope work{shape_of(op, "x", x)};
+  if (work.shape.width % 2) fail(op, ": x has rows of ", work.shape.width, "; it must be an even number");
+  work.x = written(op, "x", x, work.shape);
+  const int64_t angles = work.shape.tokens * (work.shape.width / 2);
+  work.cos = vector_of<float>(op, "cos", cos, ScalarType::Float, angles);
+  work.sin = vector_of<float>(op, "sin", sin, ScalarType::Float, angles);
+  work.back = back;
+  run(work, chosen_path().rope);
+}
+
+void losses(const Tensor& logits, const Tensor& labels, const Tensor& out, double smoothing, bool gradient) {
+  const char* op = "rows_losses";
+  Losses work{shape_of(op, "logits", logits)};
+  if (logits.dim() != 2) fail(op, ": logits has ", logits.dim(), " dimensions; it must have 2");
+  work.logits = written(op, "logits", logits, work.shape);
+  work.labels = vector_of<int64_t>(op, "labels", labels, ScalarType::Long, work.shape.tokens);
+  work.losses = vector_of<float>(op, "losses", out, ScalarType::Float, work.shape.tokens);
+  work.smoothing = float(smoothing);
+  work.gradient = gradient;
+  for (int64_t i = 0; i < work.shape.tokens; ++i)
+    if (work.labels[i] < 0 || work.labels[i] >= work.shape.width)
+      fail(op, ": label ", i, " is ", work.labels[i], "; it must be from 0 to ", work.shape.width - 1);
+  run(work, chosen_path().losses);
+}
+
+void softmax(const Tensor& scores, int64_t queries, int64_t begin, int64_t window) {
+  const char* op = "rows_softmax";
+  Softmax work{shape_of(op, "scores", scores)};
+  if (scores.dim() != 2) fail(op, ": scores has ", scores.dim(), " dimensions; it must have 2");
+  if (queries < 1 || begin < 0 || window < 0 || begin > INT64_MAX - queries)
+    fail(op, ": queries is ", queries, ", begin is ", begin, ", window is ", window, "; they must not be negative");
+  work.scores = written(op, "scores", scores, work.shape);
+  work.queries = queries;
+  work.begin = begin;
+  work.window = window;
+  run(work, chosen_path().softmax);
+}
+
+void softmax_backward(const Tensor& dp, const Tensor& p) {
+  const char* op = "rows_softmax_backward";
+  SoftmaxBackward work{shape_of(op, "dp", dp)};
+  work.dp = written(op, "dp", dp, work.shape);
+  work.p = rows_of(op, "p", p, work.shape);
+  run(work, chosen_path().softmax_backward);
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minitune, library) {
+  library.def("rows_rms_norm(Tensor x, Tensor? branch, Tensor weight, float eps, bool stored, Tensor(a!) rstd, "
+              "Tensor(b!)? total, Tensor(c!) y) -> ()");
+  library.def("rows_rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, Tensor weight, Tensor? past, Tensor(a!) dx)"
+              " -> ()");
+  library.def("rows_swiglu(Tensor gate_up, Tensor(a!) h) -> ()");
+  library.def("rows_swiglu_backward(Tensor dh, Tensor gate_up, Tensor(a!) gradient, Tensor(b!)? h) -> ()");
+  library.def("rows_rope(Tensor(a!) x, Tensor cos, Tensor sin, bool back) -> ()");
+  library.def("rows_losses(Tensor(a!) logits, Tensor labels, Tensor(b!) out, float smoothing, bool gradient) -> ()");
+  library.def("rows_softmax(Tensor(a!) scores, int queries, int begin, int window) -> ()");
+  library.def("rows_softmax_backward(Tensor(a!) dp, Tensor p) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minitune, CPU, library) {
+  library.impl("rows_rms_norm", TORCH_BOX(&rms_norm));
+  library.impl("rows_rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  library.impl("rows_swiglu", TORCH_BOX(&swiglu));
+  library.impl("rows_swiglu_backward", TORCH_BOX(&swiglu_backward));
+  library.impl("rows_rope", TORCH_BOX(&rope));
+  library.impl("rows_losses", TORCH_BOX(&losses));
+  library.impl("rows_softmax", TORCH_BOX(&softmax));
+  library.impl("rows_softmax_backward", TORCH_BOX(&softmax_backward));
+}

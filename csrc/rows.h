@@ -1,0 +1,90 @@
+// rows.h: the pointwise ops of a training step on a CPU, row by row: norms, SwiGLU, rotation, softmax, cross-entropy.
+//
+// Values are fp32 or bf16 in memory and fp32 in registers; each result is rounded once. A row is worked on by one thread
+// and from left to right in lanes, so results do not depend on the number of threads. The same code (rows_kernels.h) is
+// compiled for three instruction sets.
+#pragma once
+#include <cstdint>
+
+namespace rows {
+
+enum Dtype : int32_t { F32 = 0, BF16 = 1 };
+
+// [tokens, inner, width]: the rows of a token lie side by side, tokens are `pitch` values apart.
+struct Rows {
+  void* data;
+  int64_t pitch;
+};
+
+struct Shape {
+  int64_t tokens, inner, width;
+  int32_t dtype;
+};
+
+struct RmsNorm {          // y = (x + branch) · rstd · weight; `stored`: rstd is read, not computed
+  Shape shape;
+  Rows x, branch, total, y;     // branch and total may be null, both or none
+  const void* weight;
+  float* rstd;
+  float eps;
+  bool stored;
+};
+
+struct RmsNormBackward {  // dx = rstd · (g - x · rstd² · mean(g · x)) + past, g = dy · weight
+  Shape shape;
+  Rows dy, x, past, dx;         // past may be null
+  const void* weight;
+  const float* rstd;
+};
+
+struct Swiglu {           // h = silu(gate) · up; width: of h; gate and up lie side by side in a row of gate_up
+  Shape shape;
+  Rows gate_up, h;
+};
+
+struct SwigluBackward {
+  Shape shape;
+  Rows dh, gate_up, gradient, h;      // h may be null
+};
+
+struct Rope {             // width: head_dim; cos and sin fp32 [tokens, width / 2]
+  Shape shape;
+  Rows x;
+  const float *cos, *sin;
+  bool back;
+};
+
+struct Losses {           // rows of logits, one a token; with `gradient` they become the gradient of their loss
+  Shape shape;
+  Rows logits;
+  const int64_t* labels;
+  float* losses;
+  float smoothing;
+  bool gradient;
+};
+
+struct Softmax {          // in place; row i sees the columns [first(i), last(i)) of its row, others become 0
+  Shape shape;                  // tokens: all rows
+  Rows scores;
+  int64_t queries, begin, window;   // row i is query begin + i % queries; window 0: none
+};
+
+struct SoftmaxBackward {  // dp becomes p · (dp - Σ p · dp)
+  Shape shape;
+  Rows dp, p;
+};
+
+// One instruction set: each function does the tokens [first, last).
+struct Path {
+  void (*rms_norm)(const RmsNorm&, int64_t first, int64_t last);
+  void (*rms_norm_backward)(const RmsNormBackward&, int64_t first, int64_t last);
+  void (*swiglu)(const Swiglu&, int64_t first, int64_t last);
+  void (*swiglu_backward)(const SwigluBackward&, int64_t first, int64_t last);
+  void (*rope)(const Rope&, int64_t first, int64_t last);
+  void (*losses)(const Losses&, int64_t first, int64_t last);
+  void (*softmax)(const Softmax&, int64_t first, int64_t last);
+  void (*softmax_backward)(const SoftmaxBackward&, int64_t first, int64_t last);
+};
+extern const Path kPortable, kAvx2, kAvx512;
+
+}  // namespace rows

@@ -1,0 +1,13 @@
+// rows_avx2.cpp: the loops of rows_kernels.h for CPUs with AVX2.
+#include "rows.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+
+namespace rows {
+namespace {
+#include "rows_kernels.h"
+}  // namespace
+const Path kAvx2 = path;
+}  // namespace rows
+#endif

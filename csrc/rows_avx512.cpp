@@ -1,0 +1,13 @@
+// rows_avx512.cpp: the loops of rows_kernels.h for CPUs with AVX-512.
+#include "rows.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+
+namespace rows {
+namespace {
+#include "rows_kernels.h"
+}  // namespace
+const Path kAvx512 = path;
+}  // namespace rows
+#endif

@@ -1,0 +1,9 @@
+// rows_portable.cpp: the loops of rows_kernels.h for any CPU.
+#include "rows.h"
+
+namespace rows {
+namespace {
+#include "rows_kernels.h"
+}  // namespace
+const Path kPortable = path;
+}  // namespace rows
