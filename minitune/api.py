@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import operator
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, overload
 
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from minitune.checkpoint.adapter import match_adapter, read_adapter, write_adapter
 from minitune.checkpoint.hf_config import is_prequantized, read_config, write_config
-from minitune.checkpoint.merge import Onto, merged_tensors
+from minitune.checkpoint.merge import Onto, base_tensors, merged_tensors
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import Quantized, load_weights, save_weights
-from minitune.config import LoRA, MemoryPolicy, ModelConfig, Quant, Training
+from minitune.config import LoRA, MemoryPolicy, ModelConfig, Quant, Training, check_seed, short
 from minitune.data.batch import IGNORED, Batch
 from minitune.data.ending import Ending
+from minitune.data.ids import as_prompts, flat_integers
 from minitune.data.stream import Stream, stream
 from minitune.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from minitune.devices import DTYPES, choose_device, choose_dtype
@@ -50,21 +51,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
 
     Raises InputError for whatever is wrong with the folder or the arguments.
     """
-    folder = Path(path)
-    if quant not in (None, *get_args(Quant)):
-        raise InputError(f"load: quant is {quant!r}; say {', '.join(get_args(Quant))}, or leave it out")
-    if lora is not None and adapter is not None:
-        raise InputError(f"load: both lora and adapter are given; the adapter in {adapter} brings its own rank and "
-                         "targets, so leave lora=None")
-    if lora is not None and not isinstance(lora, LoRA):
-        raise InputError(f"load: lora is {lora!r}; give mt.LoRA(rank=16, …)")
-    if lora is not None and lora.dora:
-        raise InputError("load: LoRA(dora=True) is not part of this version; leave dora=False")
-    if train is not None and (lora is not None or adapter is not None):
-        raise InputError("load: an adapter and trained base weights together are not part of this version, since no "
-                         "file could hold both; give either lora or adapter, or train")
-    if memory not in get_args(MemoryPolicy):
-        raise InputError(f"load: memory is {memory!r}; say {', '.join(get_args(MemoryPolicy))}")
+    folder = _path("load", "path", path)
+    _check_load(quant, lora, adapter, train, memory, seed)
     place = choose_device(device)
     compute = choose_dtype(dtype, place)
     if compute == torch.float16 and (lora is not None or train is not None):
@@ -81,13 +69,44 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     if adapter is not None:
         lora, tensors = read_adapter(Path(adapter))
         network.add_adapters(lora, seed)
-        match_adapter(tensors, network.adapters())
+        match_adapter(tensors, network.adapters(), Path(adapter), folder)
     elif lora is not None:
         network.add_adapters(lora, seed)
     model.lora = lora
     if train is not None:
         network.unfreeze(train if isinstance(train, str) else tuple(train))
     return model
+
+
+def _check_load(quant: Any, lora: Any, adapter: Any, train: Any, memory: Any, seed: Any) -> None:
+    """InputError for arguments of `load` that are wrong, or do not go together."""
+    if quant not in (None, *get_args(Quant)):
+        raise InputError(f"load: quant is {short(quant)}; say {', '.join(get_args(Quant))}, or leave it out")
+    if lora is not None and adapter is not None:
+        raise InputError(f"load: both lora and adapter are given; the adapter in {adapter} brings its own rank and "
+                         "targets, so leave lora=None")
+    if adapter is not None:
+        _path("load", "adapter", adapter)
+    if lora is not None and not isinstance(lora, LoRA):
+        raise InputError(f"load: lora is {short(lora)}; give mt.LoRA(rank=16, …)")
+    if lora is not None and lora.dora:
+        raise InputError("load: LoRA(dora=True) is not part of this version; leave dora=False")
+    if train is not None and (lora is not None or adapter is not None):
+        raise InputError("load: an adapter and trained base weights together are not part of this version, since no "
+                         "file could hold both; give either lora or adapter, or train")
+    if memory not in get_args(MemoryPolicy):
+        raise InputError(f"load: memory is {short(memory)}; say {', '.join(get_args(MemoryPolicy))}")
+    if train is not None and not isinstance(train, str) and not (
+            isinstance(train, Sequence) and train and all(isinstance(name, str) for name in train)):
+        raise InputError(f'load: train is {short(train)}; say "full", "head", "norms", "embedding", "last:4", or give '
+                         'a list of name patterns such as ["*.q_proj.weight"]')
+    check_seed("load", seed)
+
+
+def _path(owner: str, name: str, value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise InputError(f"{owner}: {name} is {short(value)}; give a path")
+    return Path(value)
 
 
 def _read_network(folder: Path, dtype: torch.dtype, device: torch.device, memory: MemoryPolicy,
@@ -116,7 +135,8 @@ def _fill(checkpoint: Checkpoint, network: Llama, quant: str | None, stored: boo
 def init(name: str, folder: str | Path, *, tokenizer: str | Path | None = None, seed: int = 0) -> None:
     """Write a checkpoint folder with random weights in a named shape, its tokenizer copied from another folder."""
     config = shape(name)
-    target = Path(folder)
+    target = _path("init", "folder", folder)
+    check_seed("init", seed)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"init: {target} exists already; name another folder, or remove it")
     network = Llama(config, dtype=DTYPES[config.dtype])
@@ -152,6 +172,17 @@ class Model(nn.Module):
                              "beside config.json")
         return self._tokenizer
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
+        """`to(device)` and its kin. InputError for another dtype: what is trained stays fp32, and all else has the
+        compute dtype, which more than the weights follows."""
+        for dtype in (torch.float32, self.network.dtype):
+            made = fn(torch.empty(0, dtype=dtype)).dtype
+            if made != dtype:
+                raise InputError(f"the model cannot be cast to {made}; load it in the dtype to compute in: "
+                                 'mt.load(…, dtype="float32")')
+        super()._apply(fn, recurse)
+        return self
+
     # -- losses ------------------------------------------------------------------------------------------------------
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -170,9 +201,9 @@ class Model(nn.Module):
 
     def logits(self, tokens: Tensor | Sequence[int], cu_seqlens: Tensor | None = None) -> Tensor:
         """tokens int64 [T], one document or those that cu_seqlens int32 [n + 1] bounds -> fp32 [T, vocab_size]."""
-        ids = torch.as_tensor(tokens, dtype=torch.int64).cpu()
-        bounds = torch.as_tensor([0, ids.numel()] if cu_seqlens is None else cu_seqlens, dtype=torch.int32).cpu()
-        batch = Batch(tokens=ids, labels=torch.full_like(ids, IGNORED), cu_seqlens=bounds)
+        ids = flat_integers("logits", "tokens", tokens)
+        bounds = flat_integers("logits", "cu_seqlens", [0, ids.numel()] if cu_seqlens is None else cu_seqlens)
+        batch = Batch(tokens=ids, labels=torch.full_like(ids, IGNORED), cu_seqlens=bounds.to(torch.int32))
         return self.network.logits(self.hidden(batch))
 
     def token_losses(self, batch: Batch) -> Tensor:
@@ -230,7 +261,7 @@ class Model(nn.Module):
             raise InputError("save_adapter: the model has no adapter; load it with lora=mt.LoRA(…) or adapter=…")
         base = None if self.path is None else str(self.path)
         linears = [path for projection in self.network.projections() for path in projection.parts]
-        write_adapter(Path(folder), self.network.adapters(), self.lora, base, linears)
+        write_adapter(_path("save_adapter", "folder", folder), self.network.adapters(), self.lora, base, linears)
 
     def save_merged(self, folder: str | Path, onto: Onto = "loaded") -> None:
         """The model with its adapter added into the weights, as a checkpoint folder that transformers and vLLM load.
@@ -239,7 +270,7 @@ class Model(nn.Module):
         "original" into the 16-bit weights that were quantised. Tensors that nothing changed are the file's, bit for
         bit. Written tensor by tensor: beside the model there is one of them in memory, in fp32.
         """
-        target = Path(folder)
+        target = _path("save_merged", "folder", folder)
         if target.exists() and not target.is_dir():
             raise InputError(f"save_merged: {target} is a file; name a folder")
         if self.path is not None and target.exists() and target.samefile(self.path):
@@ -260,10 +291,9 @@ class Model(nn.Module):
                              "or save_merged()")
         if self.network.nf4_shapes():
             raise InputError("save: the weights lie in 4 bits; save_merged() writes their decoded values")
-        target = Path(folder)
+        target = _path("save", "folder", folder)
         target.mkdir(parents=True, exist_ok=True)
-        dtype = DTYPES[self.config.dtype]
-        save_weights(target, {name: value.to(dtype) for name, value in self.network.hf_weights().items()})
+        save_weights(target, base_tensors(self.network, DTYPES[self.config.dtype]))
         write_config(target, self.config)
         if self._tokenizer is not None and self.path is not None:
             copy_tokenizer(self.path, target)
@@ -284,11 +314,9 @@ class Model(nn.Module):
 
         Greedy at temperature 0, else sampled. Ends at EOS, at a stop text or after `max_new_tokens`.
         """
-        single, prompts = _prompts(ids)
-        if type(max_new_tokens) is not int:
-            raise InputError(f"generate: max_new_tokens is {max_new_tokens!r}; it must be a whole number")
+        single, prompts = as_prompts(ids)
         choose = sampler(temperature, top_k, top_p, seed, self.device)
-        ending = Ending(self.eos_ids, self._tokenizer, (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        ending = Ending(self.eos_ids, self._tokenizer, stop)
         answers = [ending.trim(new) for new in generate(self.network, prompts, max_new_tokens, choose, ending.reached)]
         return answers[0] if single else answers
 
@@ -303,7 +331,7 @@ class Model(nn.Module):
     def complete(self, text: str, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
                  top_p: float | None = None, stop: str | Sequence[str] | None = None, seed: int | None = None) -> str:
         """What the model writes after `text`; control strings inside `text` stay text."""
-        ending = Ending(self.eos_ids, self.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        ending = Ending(self.eos_ids, self.tokenizer, stop)
         choose = sampler(temperature, top_k, top_p, seed, self.device)
         (new,) = generate(self.network, [self.tokenizer.encode(text)], max_new_tokens, choose, ending.reached)
         return ending.text(new)
@@ -325,6 +353,8 @@ def train(model: Model, data: str | Path | Iterable[Batch], *, training: Trainin
     training = training or Training(**settings)
     if isinstance(data, str | Path):
         data = stream(data, model.tokenizer, tokens=training.tokens, seed=training.seed)
+    elif not isinstance(data, Iterable):
+        raise InputError(f"train: data is {short(data)}; give the path of a JSONL file, or batches")
     elif isinstance(data, Stream) and data.epochs not in (1, training.epochs):
         raise InputError(f"train: the stream has epochs={data.epochs}, the training epochs={training.epochs}; set "
                          "epochs in one place")
@@ -332,24 +362,13 @@ def train(model: Model, data: str | Path | Iterable[Batch], *, training: Trainin
     return fit(model, data, training, objective, observers)
 
 
-def _prompts(ids: Any) -> tuple[bool, list[list[int]]]:
-    """(whether it is one prompt, the prompts as lists): a flat list or tensor of ids, or a list of such."""
-    if isinstance(ids, Tensor):
-        ids = ids.tolist()
-    try:
-        single = len(ids) == 0 or not isinstance(ids[0], Sequence | Tensor)
-        return single, [[operator.index(i) for i in prompt] for prompt in ([ids] if single else ids)]
-    except (TypeError, RuntimeError) as error:
-        raise InputError(f"generate: ids is {str(ids)[:60]!r}; give token ids or a list of such, as "
-                         "tokenizer.encode(text) makes them") from error
-
-
 def _too_large(config: ModelConfig, checkpoint: Checkpoint) -> bool:
     """Whether config.json asks for more weights than the checkpoint holds. InputError if by far."""
     names = checkpoint.names()
     if config.n_layers > len(names):
         raise InputError(f"{checkpoint.path(names[0]).parent if names else 'the checkpoint'}: config.json says "
-                         f"{config.n_layers} layers, and the checkpoint holds {len(names)} tensors in all")
+                         f"{config.n_layers} layers, and the checkpoint holds {len(names)} tensors in all; fetch "
+                         "config.json and the weights of one and the same model")
     infos = [checkpoint.info(name) for name in names]
     held = sum(math.prod(info.shape) * (2 if info.dtype == torch.uint8 else 1) for info in infos)   # two to a byte
     return config.n_layers * config.d_model * config.d_ff * 3 + config.vocab_size * config.d_model > held

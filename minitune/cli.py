@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,6 +268,13 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     except (TrainingDiverged, MemoryError, torch.OutOfMemoryError) as error:
         print(f"minitune: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except RuntimeError as error:       # torch's allocator of host memory has no exception of its own
+        found = re.search(r"tried to allocate (\d+) bytes", str(error))
+        if found is None:
+            raise
+        print(f"minitune: out of memory: {int(found[1]) / 1e9:,.1f} GB more are needed; take fewer tokens, a smaller "
+              "rank or model, or --quant nf4-dq", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

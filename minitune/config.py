@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import UnionType
@@ -15,35 +16,64 @@ Quant = Literal["nf4", "nf4-dq"]
 ScheduleName = Literal["constant", "linear", "cosine"]
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a layer, by their Hugging Face names: what ``targets="all-linear"`` means."""
+MAX_WHOLE = 2**31 - 1
+"""The largest whole number that a setting takes, seeds apart: lengths and offsets of a batch are int32."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+
+
+def short(value: object) -> str:
+    """`value` as one short line for a message, however large it is."""
+    return " ".join(_SHORT.repr(value).split())
+
+
+def check_whole(owner: str, name: str, value: object, low: int = 1) -> None:
+    """InputError unless `value` is a whole number from `low` to MAX_WHOLE. True is none."""
+    if type(value) is not int or not low <= value <= MAX_WHOLE:
+        raise InputError(f"{owner}: {name} is {short(value)}; it must be a whole number from {low} to {MAX_WHOLE}")
+
+
+def check_seed(owner: str, seed: object) -> None:
+    """InputError unless `seed` is one that torch's generators take."""
+    if type(seed) is not int or not -2**63 <= seed < 2**64:
+        raise InputError(f"{owner}: seed is {short(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
 
 
 def _check_types(owner: str, settings: Any) -> None:
-    """InputError for a field whose value is not of its declared type: a Literal's values, int, float, bool, str."""
+    """InputError for a field whose value is not of its declared type: a Literal's values, int, float, bool, str, texts;
+    and for a whole number that is too large."""
     for name, declared in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
         choices = get_args(declared) if get_origin(declared) is Literal else ()
         if choices and value not in choices:
-            raise InputError(f"{owner}: {name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+            raise InputError(f"{owner}: {name} is {short(value)}; it must be one of {', '.join(map(str, choices))}")
         kinds = [kind for kind in (get_args(declared) or (declared,)) if kind in (int, float, bool, str)]
         optional = type(None) in get_args(declared) and value is None
         if kinds and not choices and not optional and get_origin(declared) in (None, UnionType):
             fits = type(value) in kinds or (float in kinds and type(value) is int)
-            if not fits and not (str in kinds and isinstance(value, tuple | list)):
-                names = " or ".join({int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[k]
-                                    for k in kinds)
-                raise InputError(f"{owner}: {name} is {value!r}; it must be {names}")
+            if tuple[str, ...] in get_args(declared) and isinstance(value, tuple | list):
+                fits = all(isinstance(each, str) for each in value)
+            if not fits:
+                raise InputError(f"{owner}: {name} is {short(value)}; it must be {' or '.join(map(_name, kinds))}")
+            if type(value) is int and float not in kinds and name != "seed" and abs(value) > MAX_WHOLE:
+                raise InputError(f"{owner}: {name} is {short(value)}; it must be at most {MAX_WHOLE}")
+
+
+def _name(kind: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text, or a list of texts"}[kind]
 
 
 def _positive(owner: str, **values: float | None) -> None:
     for name, value in values.items():
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise InputError(f"{owner}: {name} is {value!r}; it must be a positive, finite number")
+        if value is not None and not 0 < value <= sys.float_info.max:
+            raise InputError(f"{owner}: {name} is {short(value)}; it must be a positive, finite number")
 
 
 def _at_least_zero(owner: str, **values: float) -> None:
     for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise InputError(f"{owner}: {name} is {value!r}; it must be a finite number of at least 0")
+        if not 0 <= value <= sys.float_info.max:
+            raise InputError(f"{owner}: {name} is {short(value)}; it must be a finite number of at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +144,7 @@ class ModelConfig:
             raise InputError(f"model: windows has {len(self.windows)} entries for {self.n_layers} layers")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LoRA:
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W·x becomes W·x + s·B·(A·x), A [rank, in], B [out, rank].
 
@@ -144,19 +174,26 @@ class LoRA:
 
     def __post_init__(self) -> None:
         _check_types("LoRA", self)
-        for pattern, kinds in ((self.rank_pattern, (int,)), (self.alpha_pattern, (int, float))):
-            for key, value in pattern.items():
-                if type(value) not in kinds:
-                    raise InputError(f"LoRA: the pattern {key!r} has the value {value!r}; it must be a number")
+        for name in ("rank_pattern", "alpha_pattern"):
+            self._check_pattern(name, getattr(self, name))
         _positive("LoRA", rank=self.rank, alpha=self.alpha, lr_ratio=self.lr_ratio)
-        _positive("LoRA", **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()})
-        _positive("LoRA", **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()})
         if not 0 <= self.dropout < 1:
             raise InputError(f"LoRA: dropout is {self.dropout!r}; it must be at least 0 and below 1")
         if not self.targets:
             raise InputError('LoRA: targets is empty; name linears such as ("q_proj", "v_proj") or say "all-linear"')
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
+
+    def _check_pattern(self, name: str, pattern: object) -> None:
+        if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
+            raise InputError(f'LoRA: {name} is {short(pattern)}; it must be a table such as {{"q_proj": 8}}')
+        for key, value in pattern.items():
+            where = f"{name}[{short(key)}]"
+            if name == "rank_pattern":
+                check_whole("LoRA", where, value)
+            elif type(value) not in (int, float):
+                raise InputError(f"LoRA: {where} is {short(value)}; it must be a number")
+            _positive("LoRA", **{where: value})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +234,7 @@ class Training:
 
     def __post_init__(self) -> None:
         _check_types("training", self)
+        check_seed("training", self.seed)
         _positive("training", tokens=self.tokens, micro_batches=self.micro_batches, epochs=self.epochs, lr=self.lr,
                   max_steps=self.max_steps, log_every=self.log_every)
         _at_least_zero("training", warmup=self.warmup, min_lr_ratio=self.min_lr_ratio, weight_decay=self.weight_decay,

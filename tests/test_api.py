@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM
 
 import minitune as mt
+from minitune.checkpoint import writer
 from minitune.model.shapes import SHAPES
 from tests.oracles import make
 from tests.tolerance import relative
@@ -88,6 +92,36 @@ def test_a_fully_trained_model_is_saved_and_loads_in_transformers(tmp_path):
     with torch.no_grad():
         assert relative(theirs(batch.tokens[None]).logits[0], after) < 1e-5
     assert mt.load(tmp_path / "saved", dtype="float32", device="cpu").generate([5, 6], 4) == model.generate([5, 6], 4)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the tensors that are made in another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        self.made += function is torch.ops.aten._to_copy.default
+        return function(*arguments, **(settings or {}))
+
+
+def test_saving_a_trained_model_holds_one_tensor_in_the_files_dtype_at_a_time(tmp_path, monkeypatch):
+    make("llama-2-gqa", tmp_path / "base", torch.bfloat16)
+    model = mt.load(tmp_path / "base", train="full", device="cpu")
+    before, write = [], writer._write_tensor
+    with Casts() as casts:
+        monkeypatch.setattr(writer, "_write_tensor", lambda *args: (before.append(casts.made), write(*args)))
+        model.save(tmp_path / "saved")
+    assert before == list(range(1, len(model.network.hf_weights()) + 1))
+    name = "model.safetensors"
+    assert (tmp_path / "saved" / name).stat().st_size <= (tmp_path / "base" / name).stat().st_size
+
+
+def test_a_model_moves_and_casts_to_the_dtype_that_it_has(folder):
+    model = mt.load(folder, lora=mt.LoRA(rank=2), device="cpu", dtype="float32")
+    assert model.to("cpu") is model and model.float() is model and model.cpu() is model
+    assert model.logits([5, 6, 7]).shape == (3, 4096)
 
 
 def test_all_is_frozen_by_default(folder):
@@ -186,18 +220,49 @@ MISUSE = {
     "target": (lambda f: mt.load(f, lora=mt.LoRA(targets=("qproj",))), "qproj"),
     "pattern": (lambda f: mt.load(f, lora=mt.LoRA(rank_pattern={"o_prj": 2})), "o_prj"),
     "dora": (lambda f: mt.load(f, lora=mt.LoRA(dora=True)), "dora"),
+    "lm_head": (lambda f: mt.load(f, lora=mt.LoRA(targets=("q_proj", "lm_head"))),
+                "adapters on lm_head are not part of this version"),
+    "path": (lambda f: mt.load(None), "path is None"),
+    "adapter path": (lambda f: mt.load(f, adapter=3), "adapter is 3"),
+    "seed": (lambda f: mt.load(f, lora=mt.LoRA(), seed="a"), "seed is 'a'"),
+    "device meta": (lambda f: mt.load(f, device="meta"), "'meta' is not one that minitune runs on"),
+    "device mps": (lambda f: mt.load(f, device="mps"), "'mps' is not one that minitune runs on"),
+    "device type": (lambda f: mt.load(f, device=[1]), "device"),
+    "half": (lambda f: mt.load(f).half(), "cast to torch.float16"),
+    "float": (lambda f: mt.load(f, dtype="bfloat16").float(), "cast to torch.float32"),
+    "to dtype": (lambda f: mt.load(f, dtype="float32").to("cpu", torch.float64), "cast to torch.float64"),
+    "init folder": (lambda f: mt.init("tiny", None), "folder is None"),
+    "train data": (lambda f: mt.train(mt.load(f), 3), "data is 3"),
     "rank": (lambda f: mt.LoRA(rank=0), "rank"),
     "dropout": (lambda f: mt.LoRA(dropout=1.0), "dropout"),
     "train": (lambda f: mt.load(f, train="lst:2"), "lst:2"),
+    "train nothing": (lambda f: mt.load(f, train=[]), r"train is \[\]"),
+    "train type": (lambda f: mt.load(f, train=3), "train is 3"),
     "train pattern": (lambda f: mt.load(f, train=["*.q_prj.*"]), "q_prj"),
     "lora and adapter": (lambda f: mt.load(f, lora=mt.LoRA(), adapter=f), "both"),
     "lr": (lambda f: mt.Training(lr=float("nan")), "lr"),
     "setting": (lambda f: mt.train(mt.load(f), [], learning_rate=1), "learning_rate"),
     "empty prompt": (lambda f: mt.load(f).generate([], 3), "empty"),
     "id": (lambda f: mt.load(f).generate([4096], 3), "4096"),
+    "id type": (lambda f: mt.load(f).generate([1.5], 3), "ids is"),
+    "temperature type": (lambda f: mt.load(f).generate([1], 3, temperature="a"), "temperature is 'a'"),
+    "top_k type": (lambda f: mt.load(f).generate([1], 3, temperature=1, top_k=1.5), "top_k is 1.5"),
+    "top_p type": (lambda f: mt.load(f).generate([1], 3, temperature=1, top_p="a"), "top_p is 'a'"),
+    "stop": (lambda f: mt.load(f).generate([1], 3, stop=[3]), r"stop is \[3\]"),
+    "stop type": (lambda f: mt.load(f).complete("a", 3, stop=3), "stop is 3"),
+    "draw seed": (lambda f: mt.load(f).generate([1], 3, temperature=1, seed="a"), "seed is 'a'"),
+    "large seed": (lambda f: mt.load(f).complete("a", 3, temperature=1, seed=2**64), "seed is 18446744073709551616"),
+    "max_new_tokens": (lambda f: mt.load(f).complete("a", max_new_tokens=1.5), "max_new_tokens is 1.5"),
+    "too many tokens": (lambda f: mt.load(f).generate([1], 2**31), "max_new_tokens is 2147483648"),
+    "text": (lambda f: mt.load(f).complete(3), "expected text"),
     "temperature": (lambda f: mt.load(f).generate([1], 3, temperature=-1), "temperature"),
     "top_p": (lambda f: mt.load(f).generate([1], 3, temperature=1, top_p=0), "top_p"),
     "logits": (lambda f: mt.load(f).logits([1, 2, 3], torch.tensor([0, 2])), "cu_seqlens"),
+    "logits text": (lambda f: mt.load(f).logits("a"), "tokens is 'a'"),
+    "logits fraction": (lambda f: mt.load(f).logits([1.5]), r"tokens is \[1.5\]"),
+    "logits true": (lambda f: mt.load(f).logits(torch.tensor([True])), "tokens is"),
+    "logits none": (lambda f: mt.load(f).logits([]), "tokens is"),
+    "logits bounds": (lambda f: mt.load(f).logits([1, 2], [0, 2**32 + 2]), "cu_seqlens is"),
     "save adapter": (lambda f: mt.load(f).save_adapter(f / "x"), "no adapter"),
     "save with adapter": (lambda f: mt.load(f, lora=mt.LoRA()).save(f / "x"), "adapter"),
     "nothing trained": (lambda f: mt.load(f).loss(mt.Batch(
@@ -217,3 +282,9 @@ def test_misuse_gets_one_clear_error(case, folder):
         action(folder)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
     assert not (folder / "x").exists()
+
+
+def test_a_rank_beyond_the_layer_is_refused(tmp_path):
+    make("llama-2-gqa", tmp_path)
+    with pytest.raises(mt.InputError, match=r"rank is 100000 for model.layers.0.self_attn.q_proj, which is \d+ x \d+"):
+        mt.load(tmp_path, lora=mt.LoRA(rank=100_000))

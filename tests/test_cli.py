@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import minitune as mt
 
 pytest.importorskip("tyro")
+from minitune import cli
 from minitune.cli import main
 
 
@@ -90,6 +92,11 @@ ERRORS = {
     "long document": (lambda f, d, t: ["train", f, d, "--tokens", "4"], "data.jsonl:1"),
     "out exists": (lambda f, d, t: ["train", f, d, "--out", f], "exists"),
     "shape": (lambda f, d, t: ["init", "lama-2-7b", str(t / "new")], "llama-2-7b"),
+    "seed": (lambda f, d, t: ["train", f, d, "--seed", "99999999999999999999"], "seed is 99999999999999999999"),
+    "tokens": (lambda f, d, t: ["train", f, d, "--tokens", "3000000000"], "tokens is 3000000000"),
+    "answer": (lambda f, d, t: ["complete", f, "x", "--max-new-tokens", "99999999999"], "max_new_tokens is 999999"),
+    "draw": (lambda f, d, t: ["complete", f, "x", "--temperature", "1", "--seed", "99999999999999999999"], "seed is"),
+    "device": (lambda f, d, t: ["complete", f, "x", "--device", "meta"], "'meta' is not one"),
     "adapter": (lambda f, d, t: ["complete", f, "x", "--adapter", str(t / "empty")], "adapter_config.json"),
 }
 
@@ -116,6 +123,22 @@ def test_wrong_flags_exit_with_2(args, capsys):
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert stop.value.code == 2
+
+
+def test_too_little_memory_ends_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "load", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(SystemExit) as stop:
+        main(["complete", "base", "text"])
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 1 and message.startswith("minitune: out of memory: ") and " GB more" in message
+
+
+def test_a_library_that_is_not_installed_is_named():
+    code = ("import runpy, sys; sys.modules['tyro'] = None; sys.argv = ['minitune', '--help']; "
+            "runpy.run_module('minitune', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr == (
+        "minitune: the command line needs tyro, which is not installed; say: pip install tyro\n")
 
 
 def test_python_dash_m_is_the_command_line():

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from minitune.checkpoint.fields import flag, integer, mapping, number, only, refuse, same, text, texts
 from minitune.checkpoint.files import json_bytes, listing, read_json_object, show, staged
+from minitune.checkpoint.folders import ADAPTER as CONFIG
+from minitune.checkpoint.folders import PICKLES, adapter_config
+from minitune.checkpoint.folders import WEIGHTS as TENSORS
 from minitune.checkpoint.patterns import Patterns, compress
-from minitune.checkpoint.reader import FLOATS, PICKLES, Checkpoint
+from minitune.checkpoint.reader import FLOATS, Checkpoint
 from minitune.checkpoint.writer import write_safetensors
-from minitune.config import LoRA
+from minitune.config import LINEAR_NAMES, LoRA
 from minitune.errors import InputError
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _NAME = re.compile(r"base_model\.model\.([A-Za-z0-9_.]{1,200})\.lora_([AB])\.weight")
 
@@ -177,8 +178,10 @@ def read_adapter(folder: str | Path) -> tuple[LoRA, dict[str, tuple[Tensor, Tens
     if not (folder / TENSORS).exists() and any((folder / f"adapter_model{end}").exists() for end in PICKLES):
         raise InputError(f"{folder}: holds its adapter as a pickle, which can run code and is not read; convert it to "
                          f"{TENSORS} with peft's save_pretrained(…, safe_serialization=True)")  # fmt: skip
-    raw = read_json_object(folder / CONFIG)
+    raw = read_json_object(adapter_config(folder))
     _check_fields(where, raw)
+    if not (folder / TENSORS).exists():
+        raise InputError(f"{folder / TENSORS}: there is no such file; copy it from where {CONFIG} comes")
     with Checkpoint.open_file(folder / TENSORS) as checkpoint:
         tensors = _read_tensors(checkpoint, folder / TENSORS)
     rank, alpha = integer(where, "r", raw.get("r", 8)), number(where, "lora_alpha", raw.get("lora_alpha", 8))
@@ -191,7 +194,8 @@ def read_adapter(folder: str | Path) -> tuple[LoRA, dict[str, tuple[Tensor, Tens
         if a.shape[0] != ranks[path]
     ]
     if faults:
-        raise InputError(f"{folder / TENSORS}: {len(faults)} modules do not fit:{listing(faults)}")
+        raise InputError(f"{folder / TENSORS}: {len(faults)} modules do not fit; the two files are not of one "
+                         f"adapter, so fetch or copy both again:{listing(faults, 5)}")
     dropout = number(where, "lora_dropout", raw.get("lora_dropout", 0.0), inclusive=True)
     if dropout >= 1:
         refuse(where, "lora_dropout", dropout, "it must be below 1")
@@ -262,18 +266,43 @@ def _targets(where: str, raw: dict[str, Any], paths: list[str]) -> tuple[str, ..
     said, names = raw.get("target_modules"), sorted({_short(path) for path in paths})
     if isinstance(said, str):
         text(where, "target_modules", said)
+        if re.fullmatch(r"\w+", said) and said not in paths:     # other texts are a stranger's regular expressions
+            refuse(where, "target_modules", said, 'a text must match whole paths; write a list such as ["q_proj"]')
     elif said is not None:
         texts(where, "target_modules", said)
         narrowed = any(raw.get(name) not in (None, [], "") for name in ("layers_to_transform", "exclude_modules"))
+        _check_targets(where, said, paths, narrowed)
         if sorted(set(said)) == names and not narrowed and _same_in_every_layer(paths):
             return tuple(names)
     return tuple(sorted(paths))
 
 
-def match_adapter(found: Mapping[str, tuple[Tensor, Tensor]], adapters: Mapping[str, Adapter]) -> None:
+def _check_targets(where: str, said: list[str], paths: list[str], narrowed: bool) -> None:
+    """Refuse a list that the tensors contradict, by peft's rule: a target is a path, or its end after a dot.
+
+    A name that no model here has may stand idle in the list, as in peft. One of a linear may not: its tensors are lost.
+    """
+    targets, ends = set(said), {path: _ends(path) for path in paths}
+    for path in paths:
+        if targets.isdisjoint(ends[path]):
+            refuse(where, "target_modules", said, f"but {TENSORS} adapts {path}; fetch or copy both files again")
+    adapted = set().union(*ends.values())
+    for target in said:
+        if _short(target) in LINEAR_NAMES and target not in adapted and not narrowed:
+            refuse(where, "target_modules", said,
+                   f"but {TENSORS} has no tensor of {show(target)}; fetch or copy both files again")
+
+
+def _ends(path: str) -> list[str]:
+    return [path, *(path[dot.end():] for dot in re.finditer(r"\.", path))]
+
+
+def match_adapter(found: Mapping[str, tuple[Tensor, Tensor]], adapters: Mapping[str, Adapter],
+                  folder: Path | None = None, base: Path | None = None) -> None:
     """Copy what ``read_adapter`` found into the network's adapters: each module exactly once, equal shapes.
 
-    Every missing, extra and misshapen tensor comes in ONE InputError, before anything is copied.
+    Every missing, extra and misshapen tensor counts in ONE InputError, before anything is copied. It names the
+    adapter's folder and the base's, where they are given.
     """
     faults = [f"{path} is adapted here, but missing in the file" for path in adapters if path not in found]
     faults += [f"{path} is in the file, but not adapted here" for path in found if path not in adapters]
@@ -282,8 +311,17 @@ def match_adapter(found: Mapping[str, tuple[Tensor, Tensor]], adapters: Mapping[
             if source.shape != out.shape:
                 faults.append(f"{path}: {letter} has shape {list(source.shape)}; the network needs {list(out.shape)}")
     if faults:
-        raise InputError(f"the adapter does not fit the model: {len(faults)} faults:{listing(sorted(faults))}")
+        raise InputError(f"{folder or 'the adapter'}: does not fit {base or 'the model'}: {len(faults)} faults; "
+                         f"{_trained_on(folder)}:{listing(sorted(faults), 4)}")
     with torch.no_grad():
         for path, (a, b) in found.items():
             adapters[path].A.copy_(a)
             adapters[path].B.copy_(b)
+
+
+def _trained_on(folder: Path | None) -> str:
+    """What adapter_config.json says of its base, and the advice that follows."""
+    said = None if folder is None else read_json_object(folder / CONFIG).get("base_model_name_or_path")
+    if not isinstance(said, str) or not said:
+        return "load the base that it was trained on, or another adapter"
+    return f"{CONFIG} says that it was trained on {show(said)}: load that base, or another adapter"

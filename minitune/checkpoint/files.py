@@ -36,6 +36,12 @@ def listing(lines: list[str], most: int = 20) -> str:
     return "".join(f"\n  {line}" for line in [*lines[:most], *rest])
 
 
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """InputError for a file that begins as Git LFS's stand-in for a large one, which a clone without LFS leaves."""
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: is a Git LFS pointer, not the file itself; fetch that: git lfs pull")
+
+
 def open_regular(path: Path) -> FileIO:
     """The file opened for unbuffered reading. Raises InputError where it is missing, unreadable or no regular file."""
     try:
@@ -106,6 +112,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         if size > MAX_JSON_FILE:
             raise InputError(f"{path}: has {size:,} bytes; at most {MAX_JSON_FILE:,} are read")
         raw = file.readall()
+    refuse_pointer(path, raw)
     value = parse_json(raw, str(path))
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object, but holds {show(value)}")

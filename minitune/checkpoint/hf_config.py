@@ -8,6 +8,7 @@ from typing import Any
 
 from minitune.checkpoint.fields import flag, integer, mapping, number, only, refuse, same, text, texts, token_ids
 from minitune.checkpoint.files import json_bytes, read_json_object, show, staged
+from minitune.checkpoint.folders import model_config
 from minitune.checkpoint.hf_rope import read_rope, write_rope
 from minitune.config import ModelConfig
 from minitune.errors import InputError
@@ -152,7 +153,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     Raises InputError, which names the file, the field and its value, for a field that is unknown or has the wrong
     type, and for a value that would need something which minitune does not compute.
     """
-    path = Path(folder) / "config.json"
+    path = model_config(Path(folder))
     where, raw = str(path), read_json_object(path)
     family = _family(where, raw)
     _check_known(where, raw, family)
@@ -200,7 +201,7 @@ def read_config(folder: str | Path) -> ModelConfig:
             windows=_windows(where, family, n_layers, get),
             dtype=_dtype(where, raw),
             bos_id=None if bos is None else integer(where, "bos_token_id", bos, 0),
-            eos_ids=_eos_ids(where, get("eos_token_id"), Path(folder)),
+            eos_ids=_eos_ids(where, get("eos_token_id"), Path(folder), size("vocab_size")),
         )
     except InputError as error:
         if str(error).startswith(("model: ", "rope: ")):  # from config.py, which knows no file
@@ -289,12 +290,18 @@ def _dtype(where: str, raw: dict[str, Any]) -> Any:
     return values[0] if values else "float32"
 
 
-def _eos_ids(where: str, value: object, folder: Path) -> tuple[int, ...]:
-    ids = token_ids(where, "eos_token_id", value)
-    path = folder / "generation_config.json"
+def _eos_ids(where: str, value: object, folder: Path, vocab_size: int) -> tuple[int, ...]:
+    said, path = {where: value}, folder / "generation_config.json"
     if path.exists():
-        ids += token_ids(str(path), "eos_token_id", read_json_object(path).get("eos_token_id"))
-    return tuple(dict.fromkeys(ids))
+        said[str(path)] = read_json_object(path).get("eos_token_id")
+    found = []
+    for file, ids in said.items():
+        for each in token_ids(file, "eos_token_id", ids):
+            if each >= vocab_size:
+                refuse(file, "eos_token_id", each, f"but the ids of this model end at {vocab_size - 1} (vocab_size); "
+                       "fetch the file from where the weights come")
+            found.append(each)
+    return tuple(dict.fromkeys(found))
 
 
 def write_config(folder: str | Path, config: ModelConfig) -> None:

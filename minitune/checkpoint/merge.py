@@ -1,4 +1,4 @@
-"""Merging: the base's weights with its adapters added in, one tensor at a time."""
+"""Weights to be written, one tensor at a time: the base's as they are, or with its adapters added in."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ from minitune.model.lora import Adapter
 Onto = Literal["loaded", "original"]
 """Into what an adapter is merged: the base as it was loaded (in 4 bits: its decoded values, on which the adapter was
 trained), or the 16-bit weights of the checkpoint that were quantised."""
+
+
+def base_tensors(network: Llama, dtype: torch.dtype) -> dict[str, LazyTensor]:
+    """Hugging Face name -> what makes that tensor of the base in `dtype`; trained weights are rounded from fp32."""
+    return {name: LazyTensor(shape, dtype, functools.partial(_rounded, make, dtype))
+            for name, shape, _, make in network.dense_weights()}
+
+
+def _rounded(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    return make().to(dtype)
 
 
 def merged_tensors(network: Llama, checkpoint: Checkpoint | None, onto: Onto) -> dict[str, LazyTensor]:

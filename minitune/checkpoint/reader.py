@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from minitune.checkpoint.files import listing, open_regular, read_json_object, show
+from minitune.checkpoint.folders import CONVERT, PICKLES, SINGLE, no_weights
 from minitune.checkpoint.safetensors_header import Header, TensorInfo, read_header
 from minitune.errors import InputError
 
 CHUNK = 16 << 20
 """Bytes read at a time: the only memory that reading takes beside the destination."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SPOILT = "the file is damaged, or its training diverged: fetch it again, or take another one"
 
 
 class Checkpoint:
@@ -53,7 +53,7 @@ class Checkpoint:
             return Checkpoint([read_header(_shard_path(folder, SINGLE, str(folder)))])
         if (folder / INDEX).is_file():
             return Checkpoint(_indexed(folder))
-        raise InputError(_nothing_to_read(folder))
+        raise InputError(f"{folder}: holds neither {SINGLE} nor {INDEX}; {no_weights(folder)}")
 
     @staticmethod
     def open_file(path: str | Path) -> Checkpoint:
@@ -193,7 +193,7 @@ class Checkpoint:
             n_inf += int(values.isinf().sum())
             n_overflow += int(values.to(dtype).isinf().sum())
         if n_nan or n_inf:
-            return f"{path}: tensor {show(name)} holds {n_nan:,} NaN and {n_inf:,} infinite values"
+            return f"{path}: tensor {show(name)} holds {n_nan:,} NaN and {n_inf:,} infinite values; " + _SPOILT
         return (
             f"{path}: tensor {show(name)}: {n_overflow:,} values of {info.dtype} are too large for {dtype}; "
             "load the model in another dtype"
@@ -238,7 +238,7 @@ def _shard_path(folder: Path, name: Any, where: str) -> Path:
     if not isinstance(name, str) or not name or PurePosixPath(name).name != name or set(name) & set("/\\:\0"):
         raise InputError(f"{where}: names the file {show(name)}; only plain file names within the folder are read")
     if name.endswith(PICKLES):
-        raise InputError(f"{where}: names {show(name)}, a pickle, which can run code; {_CONVERT}")
+        raise InputError(f"{where}: names {show(name)}, a pickle, which can run code; {CONVERT}")
     if not name.endswith(".safetensors"):
         raise InputError(f"{where}: names the file {show(name)}; only .safetensors files are read")
     path = folder / name
@@ -264,27 +264,10 @@ def _indexed(folder: Path) -> list[Header]:
             paths[file] = path
     absent = [str(path) for path in paths.values() if not os.path.isfile(path)]
     if absent:
-        raise InputError(f"{index}: {len(absent)} of its files are missing:{listing(absent)}")
+        raise InputError(f"{index}: {len(absent)} of its files are missing; fetch them:{listing(absent)}")
     headers = {file: read_header(path) for file, path in sorted(paths.items())}
     lacking = [f"{show(n)} is not in {file}" for n, file in weight_map.items() if n not in headers[file].tensors]
     if lacking:
-        raise InputError(f"{index}: {len(lacking)} tensors are not where it says:{listing(lacking)}")
+        raise InputError(f"{index}: {len(lacking)} tensors are not where it says; the files are not of one "
+                         f"model, so fetch them all again from one place:{listing(lacking)}")
     return list(headers.values())
-
-
-_CONVERT = (
-    "convert it to safetensors (in a sandbox, with transformers: "
-    "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder))"
-)
-
-
-def _nothing_to_read(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles:
-        return f"{folder}: holds only pickles ({show(pickles)}), which can run code and are not read; {_CONVERT}"
-    if "adapter_model.safetensors" in names:
-        return f"{folder}: holds a PEFT adapter, not a model; load its base model and give this folder as the adapter"
-    others = [name for name in names if name.endswith(".safetensors")]
-    found = f"; it has {show(others)}" if others else ""
-    return f"{folder}: holds neither {SINGLE} nor {INDEX}{found}"

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from minitune.checkpoint.files import open_regular, parse_json, show
+from minitune.checkpoint.files import open_regular, parse_json, refuse_pointer, show
 from minitune.errors import InputError
 
 MAX_HEADER = 100_000_000
 """Bytes; the format's own limit."""
 MAX_RANK = 64
 MAX_BYTES = 2**63 - 1
+_AGAIN = "fetch the file again"
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -65,14 +66,19 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(_read(file, 8, path), "little")
+        start = _read(file, 8, path)
+        length = int.from_bytes(start, "little")
         if length > MAX_HEADER:
-            raise InputError(f"{path}: its header claims {length:,} bytes; the format allows {MAX_HEADER:,}")
+            refuse_pointer(path, start + file.read(56))
+            raise InputError(f"{path}: its header claims {length:,} bytes; the format allows {MAX_HEADER:,}; is it "
+                             f"safetensors? If so, {_AGAIN}")
         if 8 + length > size:
-            raise InputError(f"{path}: its header claims {length:,} bytes, but the file has {size:,}; it is truncated")
+            raise InputError(f"{path}: its header claims {length:,} bytes, but the file has {size:,}; it is truncated: "
+                             f"{_AGAIN}")
         raw = _read(file, length, path)
     if not raw.startswith(b"{"):
-        raise InputError(f"{path}: its header must start with '{{', but starts with {raw[:8]!r}; is it safetensors?")
+        raise InputError(f"{path}: its header must start with '{{', but starts with {raw[:8]!r}; is it safetensors? "
+                         f"If so, {_AGAIN}")
     entries = parse_json(raw.rstrip(b" "), f"{path}: header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -84,18 +90,18 @@ def read_header(path: str | Path) -> Header:
         if info.begin != place:
             hole = info.begin - place
             fault = "overlaps the one before it" if hole < 0 else f"leaves a hole of {hole:,} bytes before it"
-            raise InputError(f"{path}: tensor {show(info.name)} {fault}")
+            raise InputError(f"{path}: tensor {show(info.name)} {fault}; {_AGAIN}")
         place = info.end
     if place != size:
         fault = f"{size - place:,} bytes follow the last tensor" if place < size else "it is truncated"
-        raise InputError(f"{path}: the tensors end at byte {place:,}, but the file has {size:,}: {fault}")
+        raise InputError(f"{path}: the tensors end at byte {place:,}, but the file has {size:,}: {fault}; {_AGAIN}")
     return Header(path, {info.name: info for info in tensors}, metadata)
 
 
 def _read(file: FileIO, length: int, path: Path) -> bytes:
     raw = file.read(length)  # unbuffered: one system call, one copy
     if len(raw) != length:
-        raise InputError(f"{path}: ends after {file.tell():,} bytes, within its header; it is truncated")
+        raise InputError(f"{path}: ends after {file.tell():,} bytes, within its header; it is truncated: {_AGAIN}")
     return raw
 
 

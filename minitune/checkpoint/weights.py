@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from minitune.ops.nf4 import NF4Weight
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
 class Quantized(NamedTuple):
@@ -82,7 +84,8 @@ def _load(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: 
         hint = ""
         if any(".weight." in name for name in refused):
             hint = "\nIt looks quantised, but config.json has no quantization_config that says how."
-        raise InputError(f"{_where(checkpoint)}: {len(faults)} tensors do not fit:{listing(faults)}{hint}")
+        raise InputError(f"{_where(checkpoint)}: {len(faults)} tensors do not fit; "
+                         f"{_advice(found, destination)}:{listing(faults)}{hint}")
     if any(view.device.type == "meta" for name, view in destination.items() if name not in slots):
         return tolerated      # only the names and shapes were asked about
     # In the order of the files, so that disks and caches see one stream.
@@ -118,6 +121,14 @@ def _read_quantized(checkpoint: Checkpoint, name: str, quantized: Quantized,
 def _where(checkpoint: Checkpoint) -> str:
     names = checkpoint.names()
     return str(checkpoint.path(names[0]).parent) if names else "the checkpoint, which has no tensors"
+
+
+def _advice(found: Iterable[str], destination: Iterable[str]) -> str:
+    there, wanted = (1 + max((int(match[1]) for match in map(_LAYER.match, names) if match), default=-1)
+                     for names in (found, destination))
+    differ = f"the weights have {there} layers, config.json says {wanted} (num_hidden_layers); "
+    return (f"{differ if there != wanted else ''}config.json and the weights are not of one model, or not whole: fetch "
+            "both again, from one place")
 
 
 def _missing(checkpoint: Checkpoint, destination: Mapping[str, Tensor]) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from minitune.config import short
 from minitune.errors import InputError
 from minitune.ops.documents import Documents
 
@@ -69,12 +70,15 @@ class Batch:
         return found
 
     def _check(self) -> None:
-        tokens = self.tokens.numel()
+        tokens = self.tokens.numel() if isinstance(self.tokens, Tensor) else 0
         for name, dtype in (("tokens", torch.int64), ("labels", torch.int64), ("cu_seqlens", torch.int32),
                             ("weights", torch.float32)):
             value = getattr(self, name)
             if value is None and name == "weights":
                 continue
+            if not isinstance(value, Tensor):
+                raise InputError(f"Batch: {name} is {short(value)}; it must be a flat {dtype} tensor; "
+                                 "mt.data.pack([ids, …], tokens=…) takes lists")
             if value.dim() != 1 or value.dtype != dtype or value.device.type != "cpu":
                 raise InputError(f"Batch: {name} must be a flat {dtype} tensor on the host, not {value.dtype} "
                                  f"{list(value.shape)} on {value.device}; build it on the host, then call .to(device)")
@@ -83,7 +87,7 @@ class Batch:
         bounds = self.cu_seqlens
         if bounds.numel() < 2 or bounds[0] != 0 or bounds[-1] != tokens or (bounds.diff() <= 0).any():
             raise InputError(f"Batch: cu_seqlens must rise strictly from 0 to the {tokens} tokens, "
-                             f"not {bounds.tolist()}")
+                             f"not {short(bounds.tolist())}")
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; the copies from pinned memory do not block the host."""

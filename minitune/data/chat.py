@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from minitune.config import short
 from minitune.data.document import Segment, encode_samples
 from minitune.errors import InputError
 
@@ -37,21 +38,21 @@ def check_messages(messages: Any, where: str) -> None:
     """InputError unless `messages` is a list of {"role", "content"}: known roles, text, a system turn only first."""
     accepted = 'a list of {"role": "system" | "user" | "assistant", "content": text}'
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise InputError(f"{where}: messages is {_short(messages)}; it must be {accepted}")
+        raise InputError(f"{where}: messages is {short(messages)}; it must be {accepted}")
     for place, message in enumerate(messages):
         name = f"{where}: messages[{place}]"
         if not isinstance(message, Mapping):
-            raise InputError(f"{name} is {_short(message)}; messages must be {accepted}")
+            raise InputError(f"{name} is {short(message)}; messages must be {accepted}")
         unknown = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
         if unknown:
             raise InputError(f"{name} has the field {unknown[0]!r}, which is not read; accepted: role, content")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or role not in HEADERS:
-            raise InputError(f"{name}.role is {_short(role)}; accepted: {', '.join(HEADERS)}")
+            raise InputError(f"{name}.role is {short(role)}; accepted: {', '.join(HEADERS)}")
         if role == "system" and place:
             raise InputError(f"{name}: a system turn must be the first one")
         if not isinstance(content, str):
-            raise InputError(f"{name}.content is {_short(content)}; it must be a string")
+            raise InputError(f"{name}.content is {short(content)}; it must be a string")
         if role == "assistant" and not content:
             raise InputError(f"{name}.content is empty; an assistant's turn must say something, or be left out")
 
@@ -93,11 +94,6 @@ def announce_plain_template(tokenizer: Tokenizer) -> None:
     if tokenizer.chat_template is not None:
         warnings.warn(f"{tokenizer.folder}: its own chat template is not used; messages are rendered by minitune's "
                       "plain template (### User: …), in training and in chat alike", stacklevel=3)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 __all__ = ["HEADERS", "announce_plain_template", "check_messages", "encode_chat_plain", "render_prompt"]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from minitune.config import short
 from minitune.data.tokenizer import Tokenizer
 from minitune.errors import InputError
 
 
 class Ending:
-    """EOS ids and stop texts of one call."""
+    """EOS ids and stop texts of one call: none, one or several."""
 
-    def __init__(self, eos_ids: frozenset[int], tokenizer: Tokenizer | None, stop: tuple[str, ...]):
-        if stop and tokenizer is None:
+    def __init__(self, eos_ids: frozenset[int], tokenizer: Tokenizer | None, stop: str | Sequence[str] | None):
+        texts = [stop] if isinstance(stop, str) else [] if stop is None else stop
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
+            raise InputError(f"generate: stop is {short(stop)}; give a text or a list of texts, none of them empty")
+        if texts and tokenizer is None:
             raise InputError("generate: stop texts need a tokenizer, and the checkpoint folder has none")
-        if any(not text for text in stop):
-            raise InputError("generate: a stop text is empty")
-        self.eos_ids, self.stop = eos_ids, stop
+        self.eos_ids, self.stop = eos_ids, tuple(texts)
         self.tokenizer = tokenizer
 
     def decode(self, ids: list[int]) -> str:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minitune.config import short
 from minitune.data.chat import announce_plain_template, check_messages, render_prompt
 from minitune.data.document import Document, Segment, encode_samples
 from minitune.data.jsonl import read_jsonl
@@ -49,7 +50,7 @@ def to_segments(sample: Mapping[str, Any], where: str) -> list[Segment]:
         return render_prompt(fields["messages"], add_generation_prompt=False)
     for name in ("text",) if kind == "text" else ("prompt", "completion"):
         if not isinstance(fields[name], str):
-            raise InputError(f"{where}: {name} is a {type(fields[name]).__name__}; it must be a string")
+            raise InputError(f"{where}: {name} is {short(fields[name])}; it must be a string")
     trained = "text" if kind == "text" else "completion"
     if not fields[trained]:
         raise InputError(f"{where}: {trained} is empty, so there is nothing to train on; write some or remove the line")

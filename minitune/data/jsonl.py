@@ -52,7 +52,7 @@ def read_jsonl(path: str | Path, *, max_line: int = MAX_LINE) -> Iterator[tuple[
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8").rstrip(" \t\r\n")      # else a fault at the end would be in column 1 of a next line
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 (byte {line[error.start]:#04x} at byte {error.start + 1} of the line); "
                          "save the file as UTF-8") from error
@@ -61,8 +61,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         if _MAY_BE_SURROGATE.search(line):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}; "
-                         "write one JSON object a line") from error
+        raise InputError(f"{where}: not valid JSON: {_fault(error, text)}; {_advice(text)}") from error
     except RecursionError as error:
         raise InputError(f"{where}: nested too deeply to be a sample") from error
     except UnicodeEncodeError as error:
@@ -71,9 +70,21 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
     if not isinstance(value, dict):
-        hint = "; a JSON array must be written as one object a line" if isinstance(value, list) else ""
-        raise InputError(f"{where}: holds {_JSON_NAMES.get(type(value), 'a number')}, not a JSON object{hint}")
+        kind = _JSON_NAMES.get(type(value), "a number")
+        raise InputError(f"{where}: holds {kind}, not a JSON object; {_advice(text)}")
     return value
+
+
+def _fault(error: json.JSONDecodeError, text: str) -> str:
+    if error.pos >= len(text):
+        return "the line ends before its JSON does"
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+
+
+def _advice(text: str) -> str:
+    if text.lstrip().startswith("["):
+        return "a JSON array must be written as one object a line"
+    return "write one JSON object a line"
 
 
 _JSON_NAMES = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minitune.config import check_whole, short
 from minitune.data.batch import IGNORED, Batch
 from minitune.data.document import Document
 from minitune.errors import InputError
+from minitune.model.memory import free_bytes
 
 FILLER_ID = 0
 """The token of a row's filler document. It is never trained and nothing attends to it from outside."""
+TOKEN_BYTES = 33
+"""Host memory for each token of a row while its Batch is made, as measured."""
 
 
 def best_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -23,28 +28,30 @@ def best_fit(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     Documents longer than tokens / 8 come first, the longest at the head, since they are what leaves room over; the
     others follow in the given order. (All of them by length would leave no more room over, but fill whole rows, and so
     whole steps, with documents of one length: far from a random sample.) Each goes into the fullest row with room for
-    it. O(n log n), and a bit set of `tokens` bits is shifted once a document. Every length must be between 1 and
-    `tokens`.
+    it, the youngest of those that are equally full. Time and memory depend on the documents alone, whatever `tokens`
+    is: O(n log n), and a sorted list of the different amounts of room. Every length must be between 1 and `tokens`.
     """
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(tokens + 1)]
-    some_room = 0  # bit f: there is a row with exactly f tokens free
+    with_room: dict[int, list[int]] = {}    # free tokens -> the rows with exactly so many
+    rooms: list[int] = []                   # its keys, sorted
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i] if 8 * lengths[i] > tokens else 0):
         length = lengths[index]
-        fitting = some_room >> length
-        if fitting:
-            free = length + (fitting & -fitting).bit_length() - 1
+        place = bisect_left(rooms, length)
+        if place < len(rooms):
+            free = rooms[place]
             row = with_room[free].pop()
             if not with_room[free]:
-                some_room ^= 1 << free
+                del with_room[free], rooms[place]
             rows[row].append(index)
         else:
             free, row = tokens, len(rows)
             rows.append([index])
         left = free - length
         if left:
+            if left not in with_room:
+                with_room[left] = []
+                insort(rooms, left)
             with_room[left].append(row)
-            some_room |= 1 << left
     return rows
 
 
@@ -55,6 +62,8 @@ def pack(documents: Iterable[Document | Sequence[Any] | Tensor], tokens: int) ->
     ``labels[t]`` is ``ids[t + 1]`` or -100. Documents with nothing trained are packed as they are. If any document has
     a weight, all batches have weights. Raises InputError for an empty document and for one longer than `tokens`.
     """
+    if isinstance(documents, str) or not isinstance(documents, Iterable):
+        raise InputError(f"pack: documents is {short(documents)}; give a list of documents or of lists of token ids")
     found = [_as_document(document, f"documents[{place}]") for place, document in enumerate(documents)]
     check_lengths(found, tokens)
     weighted = any(document.weight is not None for document in found)
@@ -63,9 +72,12 @@ def pack(documents: Iterable[Document | Sequence[Any] | Tensor], tokens: int) ->
 
 
 def check_lengths(documents: Sequence[Document], tokens: int) -> None:
-    """InputError if `tokens` is no row length, or for the first document that does not fit into a row."""
-    if tokens < 1:
-        raise InputError(f"packing: tokens is {tokens}; a row needs at least 1")
+    """InputError if `tokens` is no row length, or for the first document that does not fit into a row of so many."""
+    check_whole("packing", "tokens", tokens)
+    needed, free = TOKEN_BYTES * tokens, free_bytes(torch.device("cpu"))
+    if needed > free:       # a system that lends more memory than it has would end the process without a word
+        raise InputError(f"packing: tokens is {tokens}; a row of so many takes {needed / 1e9:,.1f} GB of memory, and "
+                         f"{free / 1e9:,.1f} GB are free; lower tokens")
     for place, document in enumerate(documents):
         if len(document) > tokens:
             longest = max(map(len, documents))
@@ -117,7 +129,7 @@ def _integers(value: Any, where: str) -> array[int]:
     """`value` (a sequence of integers or an integer tensor [n]) as int64."""
     try:
         return array("q", value.tolist() if isinstance(value, Tensor) else value)
-    except (TypeError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where}: must be a Document, token ids, or a pair (ids, labels) ({error})") from error
 
 

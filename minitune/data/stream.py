@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minitune.config import check_seed, check_whole, short
 from minitune.data.batch import Batch
 from minitune.data.document import Document
 from minitune.data.formats import read_documents
@@ -28,8 +29,8 @@ class Stream:
 
     def __init__(self, documents: list[Document], tokens: int, *, epochs: int = 1, seed: int = 0,
                  shuffle: bool = True) -> None:
-        if epochs < 1:
-            raise InputError(f"stream: epochs is {epochs}; it must be at least 1")
+        check_whole("stream", "epochs", epochs)
+        check_seed("stream", seed)
         check_lengths(documents, tokens)
         self.documents = documents
         self.tokens, self.epochs, self.seed, self.shuffle = tokens, epochs, seed, shuffle
@@ -94,8 +95,9 @@ def stream(path: str | Path, tokenizer: Tokenizer, *, tokens: int, epochs: int =
     Each Batch has exactly `tokens` positions. The encoded data set is kept in host memory, 5 bytes a token. Raises
     InputError that names file:line for a bad sample and for one longer than `tokens`.
     """
-    if tokens < 2:
-        raise InputError(f"stream: tokens is {tokens}; a row must hold at least 2")
+    check_whole("stream", "tokens", tokens, low=2)      # the last token of a row is never trained
+    if not isinstance(path, str | Path):
+        raise InputError(f"stream: path is {short(path)}; give the path of a JSONL file")
     return Stream(list(read_documents(path, tokenizer)), tokens, epochs=epochs, seed=seed, shuffle=shuffle)
 
 

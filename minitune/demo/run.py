@@ -39,17 +39,19 @@ class State:
 def run(out: str | Path, *, device: str | torch.device | None = None) -> bool:
     """Fine-tune the shipped base on minitune's own facts and print before beside after -> whether every check holds.
 
-    Writes train.jsonl, adapter/, metrics.jsonl and loss.png into `out`. The checks: each greedy answer lacks its key
-    phrase before and contains it after; the held-out loss rises by at most HELD_OUT_RISE; the adapter, loaded again,
-    answers the same. Raises InputError where the shipped files are missing.
+    Writes train.jsonl, adapter/, metrics.jsonl and loss.png into `out`, over those of an earlier demo. The checks: each
+    greedy answer lacks its key phrase before and contains it after; the held-out loss rises by at most HELD_OUT_RISE;
+    the adapter, loaded again, answers the same. Raises InputError, and writes nothing, where the shipped files or the
+    device are missing, and where `out` holds anything else.
     """
     out = Path(out)
     base = EXAMPLES / "base"
     if not (base / "model.safetensors").is_file():
         raise InputError(f"{base}: the demo's base model is missing; build it with: make base")
+    check_out(out)
+    model = load(base, device=device, lora=LORA)
     out.mkdir(parents=True, exist_ok=True)
     data = write_training_file(out / "train.jsonl")
-    model = load(base, device=device, lora=LORA)
     print(f"base: {base} on {model.device}; training data: {data}", flush=True)
     before = examine(model)
     record = train(model, data, training=TRAINING, observers=(
@@ -64,6 +66,23 @@ def run(out: str | Path, *, device: str | torch.device | None = None) -> bool:
     print(f"\n{record.tokens_per_second:,.0f} tokens/s; adapter in {adapter}; loss curve in {out / 'loss.png'}; "
           f"every step in {out / 'metrics.jsonl'}\n")
     return report(checks(table, before.held_out, after.held_out, reloaded))
+
+
+def check_out(out: Path) -> None:
+    """InputError unless `out` is free, empty, or an earlier demo's, which its training file tells."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out}: is a file; name a folder (--out)")
+    if any(out.iterdir()) and not _is_demos(out / "train.jsonl"):
+        raise InputError(f"{out}: holds files that are no earlier demo's; name another folder (--out), or empty it")
+
+
+def _is_demos(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return QUESTIONS[0].text.encode() in file.readline(1000)
 
 
 def write_training_file(path: Path) -> Path:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minitune.config import check_seed, check_whole, short
 from minitune.errors import InputError
 from minitune.model import half
 from minitune.model.attention_half import AttentionHalf
@@ -20,20 +22,36 @@ from minitune.ops.documents import Documents
 
 WORTH_PREPARING = 16
 """From so many new tokens on, laying the weights out for decoding on a CPU costs less than it saves."""
+ROOM = 256
+"""New tokens that a cache has room for at first. When full it doubles, so a high limit costs nothing until then."""
 
 Choose = Callable[[Tensor], Tensor]
 """Logits fp32 [n, vocab_size] -> the next token of each row, int64 [n]."""
 
 
 class Cache:
-    """Rotated keys and values of every layer, [n, kv_heads, capacity, head_dim], and how much of each row is filled."""
+    """Rotated keys and values of every layer, [n, kv_heads, capacity, head_dim], and how much of each row is filled.
 
-    def __init__(self, network: Llama, n: int, capacity: int):
+    It begins with `capacity` and grows up to `limit`.
+    """
+
+    def __init__(self, network: Llama, n: int, capacity: int, limit: int):
         config = network.config
         shape = (n, config.n_kv_heads, capacity, config.head_dim)
         self.keys, self.values = ([torch.zeros(shape, dtype=network.dtype, device=network.device)
                                    for _ in range(config.n_layers)] for _ in range(2))
-        self.lengths = [0] * n
+        self.lengths, self.capacity, self.limit = [0] * n, capacity, limit
+
+    def make_room(self) -> None:
+        """Room for one more token in each row; tensor by tensor, so that no more than one lies there twice."""
+        if max(self.lengths) < self.capacity:
+            return
+        self.capacity = min(2 * self.capacity, self.limit)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                n, kv_heads, filled, head_dim = old.shape
+                tensors[layer] = old.new_zeros(n, kv_heads, self.capacity, head_dim)
+                tensors[layer][:, :, :filled] = old
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write one key and one value [n, kv_heads, head_dim] behind what each row holds; `lengths` is left alone."""
@@ -57,8 +75,9 @@ def generate(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: i
     new: list[list[int]] = [[] for _ in prompts]
     if max_new_tokens == 0:
         return new
-    cache = Cache(network, len(prompts), max(map(len, prompts)) + max_new_tokens)
-    network.check_length(max(map(len, prompts)) + max_new_tokens)
+    longest = max(map(len, prompts))
+    cache = Cache(network, len(prompts), longest + min(ROOM, max_new_tokens), longest + max_new_tokens)
+    network.check_length(longest + max_new_tokens)
     hidden = prefill(network, prompts, cache)
     size = sum(math.prod(shape) for _, shape, _, _ in network.dense_weights()) * network.dtype.itemsize
     prepare = (max_new_tokens >= WORTH_PREPARING and network.device.type == "cpu"
@@ -84,8 +103,7 @@ def _grow(network: Llama, hidden: Tensor, cache: Cache, new: list[list[int]], ma
 
 
 def _check(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    if max_new_tokens < 0:
-        raise InputError(f"generate: max_new_tokens is {max_new_tokens}; it must be at least 0")
+    check_whole("generate", "max_new_tokens", max_new_tokens, low=0)
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"generate: prompt {i} is empty; give at least one token, for example the tokenizer's BOS")
@@ -122,6 +140,7 @@ def prefill(network: Llama, prompts: Sequence[Sequence[int]], cache: Cache) -> T
 def decode(network: Llama, tokens: Sequence[int], cache: Cache) -> Tensor:
     """One more token in each row, int [n] -> hidden [n, d_model]. The adapters are those of `prefill`."""
     device = network.device
+    cache.make_room()
     cos, sin = rope.step_tables(network.config, cache.lengths, device)
     context = half.Context(cos, sin, Documents.from_lengths((1,) * len(tokens)))
     x, branch = F.embedding(torch.tensor(tokens, device=device), network.embedding).to(network.dtype), None
@@ -159,15 +178,17 @@ def sampler(temperature: float = 0.0, top_k: int | None = None, top_p: float | N
             seed: int | None = None, device: torch.device | str = "cpu") -> Choose:
     """Greedy at temperature 0; else a draw from softmax(logits / temperature), cut to the `top_k` likeliest tokens and
     then to the fewest whose probabilities reach `top_p` (Holtzman et al. 2020, arXiv:1904.09751)."""
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise InputError(f"generate: temperature is {temperature!r}; it must be 0 (greedy) or a positive number")
-    if top_k is not None and (type(top_k) is not int or top_k < 1):
-        raise InputError(f"generate: top_k is {top_k!r}; it must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"generate: top_p is {top_p!r}; it must be above 0 and at most 1")
+    if not _is_number(temperature) or not 0 <= temperature <= sys.float_info.max:
+        raise InputError(f"generate: temperature is {short(temperature)}; it must be 0 (greedy) or a positive number")
+    if top_k is not None:
+        check_whole("generate", "top_k", top_k)
+    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
+        raise InputError(f"generate: top_p is {short(top_p)}; it must be a number above 0 and at most 1")
+    if seed is not None:
+        check_seed("generate", seed)
     if temperature == 0:
         return lambda logits: logits.argmax(-1)
-    generator = torch.Generator(device)
+    temperature, generator = float(temperature), torch.Generator(device)
     if seed is None:
         generator.seed()
     else:
@@ -183,3 +204,7 @@ def sampler(temperature: float = 0.0, top_k: int | None = None, top_p: float | N
         return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
     return draw
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

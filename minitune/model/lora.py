@@ -177,6 +177,10 @@ class Projection(nn.Module):
         """An adapter for each part that `lora.targets` names."""
         for path, count in self.parts.items():
             if targeted(lora, path):
+                rank, most = int(pick(lora.rank_pattern, path, lora.rank)), max(count, self.n_columns)
+                if rank > most:
+                    raise InputError(f"LoRA: rank is {rank} for {path}, which is {count} x {self.n_columns}; more than "
+                                     f"{most} adds nothing, take a smaller one (8 to 64 are usual)")
                 adapter = Adapter(path, self.n_columns, count, lora, seed, self.weight.device)
                 self.adapters[_key(path)] = adapter
 
@@ -300,9 +304,13 @@ def check_targets(lora: LoRA, paths: list[str]) -> None:
              "alpha_pattern": lora.alpha_pattern}
     for kind, names in named.items():
         for name in names:
-            if not any(matches(name, path) for path in paths):
-                raise InputError(f"LoRA: {kind} has {name!r}, which names no linear of this model; its linears are "
-                                 f'{", ".join(LINEAR_NAMES)}, in full for example {paths[0]!r}')
+            if any(matches(name, path) for path in paths):
+                continue
+            if matches(name, "lm_head"):
+                raise InputError(f"LoRA: {kind} has {name!r}; adapters on lm_head are not part of this version; leave "
+                                 'it out, or train the head itself: train="head"')
+            raise InputError(f"LoRA: {kind} has {name!r}, which names no linear of this model; its linears are "
+                             f'{", ".join(LINEAR_NAMES)}, in full for example {paths[0]!r}')
 
 
 def frozen(value: Tensor) -> nn.Parameter:

@@ -12,7 +12,8 @@ from minitune.training.run import Observer, Run, RunInfo, StepRecord
 
 
 class MetricsFile(Observer):
-    """Writes `path` anew. Keys of a line: step, loss, lr, grad_norm, n_trained, n_tokens, seconds, tokens_per_second.
+    """Writes `path` anew. Keys of a line: step, loss, lr, grad_norm, n_trained, n_tokens, seconds, n_filler,
+    tokens_per_second (without the filler).
 
     A number that is not finite is null. The file of an earlier run is replaced in one go when this one starts.
     """

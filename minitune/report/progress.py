@@ -83,8 +83,14 @@ def numbers(record: StepRecord) -> str:
 
 
 def summary(run: Run) -> str:
-    """The run in one line, with both rates: overall, and the median step without the first."""
-    return (f"{run.end}: {len(run.records)} steps, {run.n_tokens:,} tokens ({run.n_trained:,} trained) in "
+    """The run in one line, with both rates: overall, and the median step without the first. How full the rows were is
+    told because the device works for the filler, too, which the rates leave out."""
+    n_steps = f"{len(run.records)} step{'' if len(run.records) == 1 else 's'}"
+    done = run.end in ("finished", "out of data")
+    end = f"{run.end}: {n_steps}" if done else f"{run.end} after {n_steps}, what was trained is not saved"
+    n_real = run.n_tokens - run.n_filler
+    full = f", rows {n_real / run.n_tokens:.0%} full" if run.n_tokens else ""
+    return (f"{end}; {n_real:,} tokens ({run.n_trained:,} trained{full}) in "
             f"{clock(run.seconds)}; {run.tokens_per_second:,.0f} tokens/s overall, "
             f"{run.steady_tokens_per_second:,.0f} steady; final loss {run.final_loss:.4f}")
 

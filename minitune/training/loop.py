@@ -67,6 +67,9 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
         if not run.records:
             raise InputError("training: the data has no trained token (no batch, or all labels are -100)")
         run.end = "finished" if len(run.records) == total_steps else "out of data"
+    except KeyboardInterrupt:
+        run.end = "interrupted"
+        raise
     finally:
         model.train(was_training)
         _tell(observers, "on_end", run)
@@ -116,16 +119,29 @@ def _stream(batches: Iterable[Batch]) -> Iterator[Batch]:
             return
 
 
-def _groups(batches: Iterable[Batch], size: int, limit: int | None, device: torch.device) -> Iterator[list[Batch]]:
-    """The micro-batches of each step, on the device. Drawn while the device is still busy with the step before."""
+def _groups(batches: Iterable[Batch], size: int, limit: int | None,
+            device: torch.device) -> Iterator[tuple[list[Batch], int]]:
+    """The micro-batches of each step, on the device, and how much of them is filler. Drawn while the device is still
+    busy with the step before."""
     group: list[Batch] = []
+    n_filler = 0
     for batch in islice(_stream(batches), limit):
+        n_filler += _filler(batch)
         group.append(_to(batch, device))
         if len(group) >= size and any(b.n_trained for b in group):
-            yield group
-            group = []
+            yield group, n_filler
+            group, n_filler = [], 0
     if any(b.n_trained for b in group):
-        yield group
+        yield group, n_filler
+
+
+def _filler(batch: Batch) -> int:
+    """The length of the last document if nothing in it is trained: what packing left of the row. 0 for a batch that is
+    on a device already, which is not asked."""
+    if not batch.n_trained or batch.trained.device.type != "cpu":
+        return 0
+    last = batch.documents.lengths[-1]
+    return last if int(batch.trained[-1]) < batch.n_tokens - last else 0
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
@@ -134,16 +150,16 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     return (pin() if pin is not None else batch).to(device)
 
 
-def _steps(model: Any, groups: Iterator[list[Batch]], optimizer: FlatOptimizer, objective: Objective,
+def _steps(model: Any, groups: Iterator[tuple[list[Batch], int]], optimizer: FlatOptimizer, objective: Objective,
            observers: Sequence[Observer], run: Run) -> None:
     training, total, device = run.info.training, run.info.total_steps, torch.device(run.info.device)
     lag = 0 if device.type == "cpu" else 1
     waiting: deque[_Launched] = deque()
     before = _Mark(device)
-    for index, group in enumerate(groups):
+    for index, (group, n_filler) in enumerate(groups):
         lr = learning_rate(index, total, training)
         result = train_step(model, group, optimizer, lr, training.clip, objective)
-        waiting.append(_Launched(index + 1, lr, result, device))
+        waiting.append(_Launched(index + 1, lr, result, n_filler, device))
         if len(waiting) > lag:
             before = _settle(waiting.popleft(), before, observers, run)
     while waiting:
@@ -176,8 +192,8 @@ class _Mark:
 class _Launched:
     """A step whose work is queued: its numbers are on their way to the host, behind them a mark."""
 
-    def __init__(self, step: int, lr: float, result: StepResult, device: torch.device) -> None:
-        self.step, self.lr, self.result = step, lr, result
+    def __init__(self, step: int, lr: float, result: StepResult, n_filler: int, device: torch.device) -> None:
+        self.step, self.lr, self.result, self.n_filler = step, lr, result, n_filler
         values = torch.stack([result.loss.float(), result.grad_norm.to(result.loss.device)])
         # Into pinned memory, and never read before the mark has passed: `.item()` would wait for the next step, too.
         self.values: Tensor = values.to("cpu", non_blocking=True)
@@ -190,16 +206,22 @@ def _settle(launched: _Launched, before: _Mark, observers: Sequence[Observer], r
     loss, norm = launched.values.tolist()
     record = StepRecord(step=launched.step, loss=loss, lr=launched.lr, grad_norm=norm,
                         n_trained=launched.result.n_trained, n_tokens=launched.result.n_tokens,
-                        seconds=launched.mark.since(before))
+                        seconds=launched.mark.since(before), n_filler=launched.n_filler)
     run.records.append(record)
     finite = math.isfinite(loss) and math.isfinite(norm)
     if _is_told(record.step, run.info) or not finite:
         _tell(observers, "on_step", record)
     if not finite:
         raise TrainingDiverged(
-            f"step {record.step}: loss {loss}, gradient norm {norm}, lr {record.lr:.3g}. This step has spoilt the "
-            "trained weights: start again from the last saved ones, with a lower lr, a longer warmup, or a clip of 1")
+            f"step {record.step}: loss {loss}, gradient norm {norm}, lr {record.lr:.3g}. The trained weights are "
+            f"spoilt, and a run saves none on its way: begin it anew, {_gentler(run.info.training)}")
     return launched.mark
+
+
+def _gentler(training: Training) -> str:
+    clip = "1" if training.clip == 0 or training.clip > 1 else f"{training.clip / 10:g}"
+    return (f"with a lower lr (it is {training.lr:g}), a longer warmup (it is {training.warmup:g}) or a clip of {clip} "
+            f"(it is {training.clip:g}{', which does not clip' if training.clip == 0 else ''})")
 
 
 def _is_told(step: int, info: RunInfo) -> bool:

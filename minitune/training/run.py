@@ -25,7 +25,8 @@ class StepRecord:
     """One finished step, in plain numbers. ``step`` counts from 1; ``grad_norm`` is the norm before clipping.
 
     ``loss`` is the mean over the step's trained tokens (nats), before the update. ``seconds`` run from the end of the
-    step before to the end of this one, data included; ``n_tokens`` counts all positions, fillers included.
+    step before to the end of this one, data included; ``n_tokens`` counts all positions. ``n_filler`` of them are what
+    packing left of the rows: work for the device, but no token of the data, so the rates leave them out.
     """
 
     step: int
@@ -35,23 +36,24 @@ class StepRecord:
     n_trained: int
     n_tokens: int
     seconds: float
+    n_filler: int = 0
 
     @property
     def tokens_per_second(self) -> float:
-        return self.n_tokens / self.seconds if self.seconds > 0 else 0.0
+        return (self.n_tokens - self.n_filler) / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass(kw_only=True)
 class Run:
     """A training run: every step's record and how it ended.
 
-    ``end`` is "finished" when all planned steps were done, "out of data" when the data ended before, "failed" when an
-    exception stopped it. ``adapter`` is where the caller saved the result, if it did.
+    ``end`` is "finished" when all planned steps were done, "out of data" when the data ended before, "interrupted" when
+    Ctrl-C stopped it, "failed" when another exception did. ``adapter`` is where the caller saved the result, if it did.
     """
 
     info: RunInfo
     records: list[StepRecord] = field(default_factory=list)
-    end: Literal["finished", "out of data", "failed"] = "failed"
+    end: Literal["finished", "out of data", "interrupted", "failed"] = "failed"
     adapter: Path | None = None
 
     @property
@@ -68,6 +70,10 @@ class Run:
         return sum(r.n_tokens for r in self.records)
 
     @property
+    def n_filler(self) -> int:
+        return sum(r.n_filler for r in self.records)
+
+    @property
     def n_trained(self) -> int:
         return sum(r.n_trained for r in self.records)
 
@@ -78,8 +84,8 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """Overall: all tokens by all seconds, the slow first step included."""
-        return self.n_tokens / self.seconds if self.seconds > 0 else 0.0
+        """Overall: all tokens but filler by all seconds, the slow first step included."""
+        return (self.n_tokens - self.n_filler) / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def trained_tokens_per_second(self) -> float:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -62,6 +64,7 @@ def fakes(lora: LoRA, paths: list[str]) -> dict[str, Fake]:
 @pytest.fixture(scope="module")
 def llama() -> Any:
     """A function that makes a tiny random Llama of transformers, always the same."""
+    pytest.importorskip("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -106,6 +109,7 @@ CASES: dict[str, tuple[LoRA, list[str]]] = {
 def test_peft_loads_ours(case: str, linears: list[str] | None, llama: Any, tmp_path: Path) -> None:
     import warnings
 
+    pytest.importorskip("peft")
     from peft import PeftModel
 
     lora, paths = CASES[case]
@@ -170,6 +174,7 @@ def test_reads_back_its_own(case: str, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_reads_what_peft_writes(options: dict[str, Any], llama: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(llama(), LoraConfig(r=4, task_type="CAUSAL_LM", **options))
@@ -234,6 +239,11 @@ def adapter_folder(folder: Path, change: dict[str, Any] | None = None, **tensors
         ({"alpha_pattern": {"[z-a]x": 2}}, "no regular expression"),
         ({"alpha_pattern": {"a" * 201: 2}}, "201 characters"),
         ({"target_modules": [3]}, "target_modules"),
+        ({"target_modules": []}, "target_modules"),
+        ({"target_modules": ["nope"]}, r"is \['nope'\]; but .* adapts model.layers.0.self_attn.q_proj; fetch"),
+        ({"target_modules": ["proj"]}, r"is \['proj'\]; but .* adapts"),
+        ({"target_modules": ["q_proj", "mlp.up_proj"]}, r"has no tensor of 'mlp.up_proj'; fetch"),
+        ({"target_modules": "q_proj"}, "'q_proj'; a text must match whole paths; write a list"),
     ],
 )
 def test_refuses_fields(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -241,6 +251,19 @@ def test_refuses_fields(change: dict[str, Any], message: str, tmp_path: Path) ->
     with pytest.raises(InputError, match=message) as error:
         read_adapter(adapter_folder(tmp_path, change))
     assert str(tmp_path) in str(error.value) and time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("change", [
+    {"target_modules": ["q_proj", "query_key_value"]},      # peft lets a name stand that fits nothing
+    {"target_modules": ["self_attn.q_proj"]},
+    {"target_modules": [module_path(0, "q_proj")]},
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
+    {"target_modules": r".*\.q_proj"},
+    {"target_modules": None},
+])
+def test_accepts_targets_that_the_tensors_bear_out(change: dict[str, Any], tmp_path: Path) -> None:
+    lora, _ = read_adapter(adapter_folder(tmp_path, change))
+    assert lora.targets in (("q_proj",), (module_path(0, "q_proj"),))
 
 
 def test_accepts_defaults_of_unknown_fields(tmp_path: Path) -> None:
@@ -273,7 +296,7 @@ def test_refuses_nan_pickle_and_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="pickle"):
         read_adapter(tmp_path)
     (tmp_path / "adapter_model.bin").unlink()
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match=r"no such file; copy it from where adapter_config\.json comes"):
         read_adapter(tmp_path)
 
 
@@ -300,6 +323,20 @@ def test_match_adapter_lists_everything() -> None:
     assert torch.equal(ours[LINEARS[1]].A, before)
 
 
+def test_an_adapter_of_another_model_names_both_and_the_right_base(tmp_path: Path) -> None:
+    """A few lines tell it: which adapter, which base, which base it was trained on, and some of what differs."""
+    adapters = fakes(LoRA(rank=2), LINEARS)
+    for name, said in (("a", "meta-llama/Llama-2-7b-hf"), ("b", None)):
+        write_adapter(tmp_path / name, adapters, LoRA(rank=2), said)
+        _, tensors = read_adapter(tmp_path / name)
+        with pytest.raises(InputError) as error:
+            match_adapter(tensors, fakes(LoRA(rank=2), LINEARS[:14]), tmp_path / name, Path("my-base"))
+        first, *lines = str(error.value).splitlines()
+        assert first.startswith(f"{tmp_path / name}: does not fit my-base: 70 faults; ") and len(lines) == 5
+        assert ("says that it was trained on 'meta-llama/Llama-2-7b-hf': load that base" in first) is (said is not None)
+        assert "another adapter" in first
+
+
 def test_write_refuses(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="dora"):
         write_adapter(tmp_path, fakes(LoRA(), LINEARS[:1]), LoRA(dora=True), None)
@@ -315,6 +352,7 @@ KEYS = ["q_proj", "layers.1.self_attn.q_proj", "^model.layers.11.mlp.up_proj", r
 
 @pytest.mark.parametrize("keys", [*itertools.permutations(KEYS, 2), tuple(KEYS), tuple(KEYS[::-1])])
 def test_patterns_match_as_in_peft(keys: tuple[str, ...]) -> None:
+    pytest.importorskip("peft")
     from peft.utils.other import get_pattern_key
 
     table = {key: i for i, key in enumerate(keys)}

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -148,6 +150,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def theirs(family: str, **values: Any) -> Any:
+    pytest.importorskip("transformers")
     import transformers
 
     kind = getattr(transformers, ARCHITECTURES[family].replace("ForCausalLM", "Config"))
@@ -171,6 +174,7 @@ def meaning(config: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize("varied", [False, True])
 def test_round_trip_with_transformers(family: str, rope: str, varied: bool, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
     from transformers import AutoConfig
 
     config = theirs(family, rope_parameters=dict(ROPES[rope]), dtype="bfloat16", **VARIANTS[family] if varied else {})
@@ -192,6 +196,7 @@ def test_round_trip_with_transformers(family: str, rope: str, varied: bool, tmp_
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_defaults_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
     from transformers import AutoConfig
 
     sizes = {**TINY, "hidden_size": 4096, "num_attention_heads": 32, "model_type": family}
@@ -218,6 +223,9 @@ def test_generation_config_adds_end_tokens(tmp_path: Path) -> None:
     put(tmp_path, LLAMA_3_8B)
     put(tmp_path, {"eos_token_id": [128001, 128009], "temperature": 0.6}, "generation_config.json")
     assert read_config(tmp_path).eos_ids == (128001, 128009)
+    put(tmp_path, {"eos_token_id": [128001, 128256]}, "generation_config.json")
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id is 128256; .* end at 128255"):
+        read_config(tmp_path)
     put(tmp_path, {"eos_token_id": "x"}, "generation_config.json")
     with pytest.raises(InputError, match="generation_config"):
         read_config(tmp_path)
@@ -270,6 +278,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA_2_7B, {"dtype": "bfloat16"}, "but dtype is 'bfloat16'"),
     (LLAMA_2_7B, {"eos_token_id": [2, "3"]}, "eos_token_id is '3'"),
     (LLAMA_2_7B, {"eos_token_id": -1}, "eos_token_id is -1"),
+    (LLAMA_2_7B, {"eos_token_id": 32000}, "eos_token_id is 32000; but the ids of this model end at 31999"),
     (LLAMA_2_7B, {"bos_token_id": 1.0}, "bos_token_id"),
     (LLAMA_2_7B, {"model_type": "gemma"}, "model_type is 'gemma'; supported: llama"),
     (LLAMA_2_7B, {"model_type": "qwen2"}, "but model_type is 'qwen2'"),

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -79,7 +81,7 @@ BAD: dict[str, tuple[Any, bytes, str]] = {
     "overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12), "overlaps"),
     "the same bytes": ({"a": entry(), "b": entry()}, bytes(8), "overlaps"),
     "trailing": ({"a": entry()}, bytes(9), "1 bytes follow"),
-    "truncated data": ({"a": entry()}, bytes(7), "truncated"),
+    "truncated data": ({"a": entry()}, bytes(7), "truncated; fetch the file again"),
     "metadata no strings": ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
     "metadata no object": ({"__metadata__": []}, b"", "__metadata__"),
     "a list": (b"[]", b"", "start with"),
@@ -106,7 +108,9 @@ def test_refuses(fault: str, tmp_path: Path) -> None:
         (b"\x01\x00", "truncated"),
         ((100_000_001).to_bytes(8, "little"), "100,000,001"),
         (b"\xff" * 8, "format allows"),
-        ((50).to_bytes(8, "little") + b"{}", "truncated"),
+        (b"<!DOCTYPE html>", "is it safetensors. If so, fetch the file again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer.*git lfs pull"),
+        ((50).to_bytes(8, "little") + b"{}", "truncated: fetch the file again"),
     ],
 )
 def test_refuses_lengths(raw: bytes, message: str, tmp_path: Path) -> None:

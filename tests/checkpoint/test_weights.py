@@ -53,12 +53,28 @@ def test_all_faults_in_one_message(tmp_path: Path) -> None:
         load_weights(Checkpoint.open(tmp_path), views, tied_head=False)
     message = str(error.value)
     assert "4 tensors do not fit" in message and str(tmp_path) in message
+    assert "the weights have 8 layers, config.json says 1 (num_hidden_layers)" in message.splitlines()[0]
     assert "model.norm.weight is missing" in message
     assert f"{EMBEDDING} has shape [11, 6], but config.json needs [10, 6]" in message
     assert "'model.layers.7.mlp.up_proj.weight' is not part of this model" in message
     assert "k_proj.weight is torch.uint8" in message
     assert "inv_freq" not in message
     assert fused.count_nonzero() == 0  # nothing was read
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape"])
+def test_what_to_do_is_said_first(fault: str, tmp_path: Path) -> None:
+    source = values()
+    if fault == "missing":
+        del source["model.norm.weight"]
+    else:
+        source["model.norm.weight"] = torch.ones(7)
+    save_file(source, tmp_path / SINGLE)
+    with pytest.raises(InputError) as error:
+        load_weights(Checkpoint.open(tmp_path), network()[0], tied_head=False)
+    assert str(error.value).splitlines()[0] == (
+        f"{tmp_path}: 1 tensors do not fit; config.json and the weights are not of one model, or not whole: fetch both "
+        "again, from one place:")
 
 
 def test_long_lists_are_cut(tmp_path: Path) -> None:
@@ -138,6 +154,7 @@ def test_failed_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_reads_ours_and_we_read_theirs(tied: bool, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

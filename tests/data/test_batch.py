@@ -32,6 +32,14 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("name", ["tokens", "labels", "cu_seqlens", "weights"])
+def test_lists_are_no_tensors(name):
+    fields = {"tokens": torch.tensor([1, 2]), "labels": torch.tensor([2, -100]), "weights": torch.ones(2),
+              "cu_seqlens": torch.tensor([0, 2], dtype=torch.int32)}
+    with pytest.raises(mt.InputError, match=rf"Batch: {name} is \[1, 2\]; it must be a flat .* tensor; mt.data.pack"):
+        mt.Batch(**fields | {name: [1, 2]})
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_a_broken_contract_is_named(case):
     tokens, labels, bounds, rest, word = WRONG[case]

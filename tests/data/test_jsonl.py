@@ -15,12 +15,16 @@ from minitune.errors import InputError
 
 GOOD = b'{"text": "ok"}\n'
 BAD = {
-    b"{": "not valid JSON",
-    b'{"text": "a"': "not valid JSON",
+    b"{": "not valid JSON: the line ends before its JSON does; write one JSON object a line",
+    b'{"text": "a"': "not valid JSON: the line ends before its JSON does",
+    b'{"text": "a" ': "not valid JSON: the line ends before its JSON does",
+    b'{"text": "a': "not valid JSON: Unterminated string starting at column 10;",
+    b"[": "the line ends before its JSON does; a JSON array must be written as one object a line",
+    b'[{"text": "a"},': "the line ends before its JSON does; a JSON array must be",
     b"{'text': 'a'}": "not valid JSON",
     b'{"text": "a",}': "not valid JSON",
     b'{"text": "a"} {"text": "b"}': "Extra data",
-    b'{"text": "a\tb"}': "Invalid control character",
+    b'{"text": "a\tb"}': "Invalid control character at column 12",
     b'{"text": "\\x"}': "not valid JSON",
     b"hello": "not valid JSON",
     b"\x00\x00": "not valid JSON",

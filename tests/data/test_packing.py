@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minitune.data import packing
 from minitune.data.batch import IGNORED, Batch
 from minitune.data.document import Document
 from minitune.data.packing import best_fit, pack
@@ -83,6 +85,14 @@ def slow_best_fit(lengths: list[int], tokens: int) -> list[int]:
     return rows
 
 
+def test_packing_costs_what_the_documents_cost_whatever_tokens_is() -> None:
+    tracemalloc.start()
+    assert best_fit([2], 2**31 - 1) == [[0]]
+    assert best_fit([2**31 - 1, 5, 2**31 - 6], 2**31 - 1) == [[0], [2, 1]]
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+
+
 def test_chats_leave_little_filler_and_packing_is_fast() -> None:
     shuffler = random.Random(0)
     lengths = [min(16384, max(8, int(shuffler.lognormvariate(6, 1)))) for _ in range(100_000)]
@@ -114,13 +124,14 @@ def test_weights() -> None:
     assert batch.tokens.tolist() == [3, 4, 5, 1, 2, 0, 0] and batch.labels.tolist()[:5] == [4, 5, IGNORED, 2, IGNORED]
 
 
-def test_refused_documents() -> None:
+def test_refused_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"train.jsonl:7: 9 tokens do not fit into a row of 8; raise tokens .* has 12"):
         pack([Document([1] * 9, [1] * 9, where="train.jsonl:7"), [1] * 12], 8)
     for documents, message in [
         ([[1], []], r"documents\[1\]: has no tokens"),
         ([[1, -1]], "-1 is no token id"),
         ([[1, 2**40]], "below"),
+        ([b"abc"], r"documents\[0\]: must be a Document"),
         (["text"], r"documents\[0\]: must be a Document"),
         ([([1, 2], [1, 2])], "label 0 is 1; labels are already shifted, so it must be the next token, 2, or -100"),
         ([([1, 1], [1, 1])], r"label 1 is 1; .* \(there is none\)"),
@@ -128,8 +139,16 @@ def test_refused_documents() -> None:
     ]:
         with pytest.raises(InputError, match=message):
             pack(documents, 8)
-    with pytest.raises(InputError, match="tokens is 0"):
-        pack([[1]], 0)
+    for tokens in (0, "8", 2.5, None, True, 2**31):
+        with pytest.raises(InputError, match=rf"packing: tokens is {tokens!r}; it must be a whole number from 1 to"):
+            pack([[1]], tokens)
+    monkeypatch.setattr(packing, "free_bytes", lambda device: 1_000_000)
+    assert len(pack([[1]], 30_000)) == 1
+    with pytest.raises(InputError, match=r"tokens is 31000; a row of so many takes 0.0 GB of memory, and 0.0 GB are"):
+        pack([[1]], 31_000)
+    for documents in (None, 3, "text"):
+        with pytest.raises(InputError, match=f"pack: documents is {documents!r}; give a list"):
+            pack(documents, 8)
     with pytest.raises(InputError, match="2 ids but 1 trained"):
         Document([1, 2], [1])
     with pytest.raises(InputError, match="weight is nan"):

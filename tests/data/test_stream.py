@@ -84,7 +84,12 @@ def test_weights_reach_every_batch(tmp_path: Path, tokenizer: Tokenizer) -> None
 
 
 def test_bad_settings_and_long_samples(path: Path, tokenizer: Tokenizer) -> None:
-    for tokens, epochs, message in ((1, 1, "tokens is 1"), (100, 0, "epochs is 0"),
+    with pytest.raises(InputError, match="seed is 'a'"):
+        data.stream(path, tokenizer, tokens=100, seed="a")
+    with pytest.raises(InputError, match="path is 3; give"):
+        data.stream(3, tokenizer, tokens=100)
+    for tokens, epochs, message in ((1, 1, "tokens is 1"), ("8", 1, "tokens is '8'"), (100, 0, "epochs is 0"),
+                                    (100, 1.5, "epochs is 1.5"),
                                     (8, 1, rf"{path}:\d+: \d+ tokens do not fit into a row of 8; raise tokens")):
         with pytest.raises(InputError, match=message):
             data.stream(path, tokenizer, tokens=tokens, epochs=epochs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from minitune.demo import run as demo
 from minitune.demo.questions import QUESTIONS
@@ -63,6 +64,32 @@ def test_a_missing_base_is_said_with_the_command_that_builds_it(tmp_path, monkey
     with pytest.raises(InputError, match="make base"):
         demo.run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_device_leaves_nothing_behind(tmp_path) -> None:
+    with pytest.raises(InputError, match="sees no GPU"):
+        demo.run(tmp_path / "out", device="cuda")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_an_earlier_demo_is_overwritten(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "load", lambda *_, **__: pytest.fail("it was begun"))
+    for name, content in (("notes.txt", "mine"), ("train.jsonl", '{"text": "mine"}\n'), ("train.jsonl", "")):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(InputError, match=f"{folder}: holds files that are no earlier demo's; name another folder"):
+            demo.run(folder)
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, content)]
+    with pytest.raises(InputError, match=r"notes\.txt: is a file; name a folder"):
+        demo.run(tmp_path / "0" / "notes.txt")
+    earlier = tmp_path / "earlier"
+    for _ in range(2):      # empty, then with what the demo begins with
+        earlier.mkdir(exist_ok=True)
+        demo.check_out(earlier)
+        demo.write_training_file(earlier / "train.jsonl")
+    demo.check_out(tmp_path / "new")
 
 
 @pytest.mark.timeout(900)

@@ -12,7 +12,7 @@ import pytest
 from minitune.config import Training
 from minitune.report.metrics import MetricsFile
 from minitune.report.plot import LossPlot, running_mean
-from minitune.report.progress import ProgressBar, ProgressLines, clock, progress
+from minitune.report.progress import ProgressBar, ProgressLines, clock, progress, summary
 from minitune.report.tables import Answer, clean, print_answers, print_table
 from minitune.training.run import Run, RunInfo, StepRecord
 
@@ -105,8 +105,20 @@ def test_plain_progress_says_what_matters():
     assert lines[0] == "training 1,234,567 parameters on cpu, 200 steps"
     assert lines[1].startswith("step   1/200  loss  3.0000  lr 1.00e-04     2,000 tokens/s  left ")
     assert len(lines) == 1 + 21 + 1 and lines[-2].startswith("step 200/200")
-    assert lines[-1] == ("finished: 200 steps, 20,000 tokens (12,000 trained) in 0:10; 2,000 tokens/s overall, "
-                         "2,000 steady; final loss 0.0150")
+    assert lines[-1] == ("finished: 200 steps; 20,000 tokens (12,000 trained, rows 100% full) in 0:10; 2,000 tokens/s "
+                         "overall, 2,000 steady; final loss 0.0150")
+
+
+def test_the_summary_tells_filler_and_what_was_lost():
+    info = RunInfo(total_steps=30, n_parameters=1, device="cpu", training=Training())
+    record = StepRecord(step=1, loss=2.5, lr=0.1, grad_norm=1.0, n_trained=33, n_tokens=2048, n_filler=1985,
+                        seconds=0.5)
+    run = Run(info=info, records=[record], end="interrupted")
+    assert summary(run) == ("interrupted after 1 step, what was trained is not saved; 63 tokens (33 trained, rows 3% "
+                            "full) in 0:00; 126 tokens/s overall, 126 steady; final loss 2.5000")
+    run = Run(info=info, records=[record] * 30)
+    assert summary(run).startswith("failed after 30 steps, what was trained is not saved; 1,890 tokens (990 trained,")
+    assert summary(Run(info=info)).startswith("failed after 0 steps, what was trained is not saved; 0 tokens (")
 
 
 def test_bar_on_a_terminal_and_lines_without_rich(monkeypatch):
@@ -128,7 +140,7 @@ def test_a_bar_is_closed_when_the_run_fails_before_its_first_step():
     run = Run(info=RunInfo(total_steps=3, n_parameters=1, device="cpu", training=Training()))
     observer.on_start(run.info)
     observer.on_end(run)
-    assert "failed: 0 steps" in stream.getvalue()
+    assert "failed after 0 steps" in stream.getvalue()
 
 
 def test_clock():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minitune.config import Training
+from minitune.data.packing import pack
 from minitune.errors import InputError
 from minitune.training import loop
 from minitune.training.loop import TrainingDiverged, fit
@@ -174,11 +175,49 @@ def test_divergence_names_the_step_and_still_ends(fakes):
 
     listener, model = Listener(), fakes.TinyModel()
     model.eval()
-    with pytest.raises(TrainingDiverged, match=r"step 3: loss nan.*lower lr"):
+    with pytest.raises(TrainingDiverged, match=r"step 3: loss nan.*saves none.*a lower lr \(it is 0\.0002\)"):
         fit(model, data(fakes), Training(), objective, [listener])
     run = listener.heard[-1]
     assert isinstance(run, Run) and run.end == "failed" and len(run.records) == 3
     assert listener.heard[1:-1] == [1, 2, 3] and not model.training
+
+
+@pytest.mark.parametrize(("clip", "advice"), [
+    (0.0, r"a clip of 1 \(it is 0, which does not clip\)$"), (5.0, r"a clip of 1 \(it is 5\)$"),
+    (1.0, r"a clip of 0\.1 \(it is 1\)$"), (0.5, r"a clip of 0\.05 \(it is 0\.5\)$")])
+def test_divergence_advises_another_clip_than_there_was(fakes, clip, advice):
+    def objective(model, batch):
+        loss, n = model.loss_sum(batch)
+        return loss * float("nan"), n
+
+    with pytest.raises(TrainingDiverged, match=advice):
+        fit(fakes.TinyModel(), data(fakes), Training(clip=clip), objective)
+
+
+def test_an_interruption_is_told_as_one(fakes):
+    class Impatient(Listener):
+        def on_step(self, record):
+            super().on_step(record)
+            if record.step == 3:
+                raise KeyboardInterrupt
+
+    listener, model = Impatient(), fakes.TinyModel()
+    model.eval()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, data(fakes), Training(), fakes.objective, [listener])
+    run = listener.heard[-1]
+    assert run.end == "interrupted" and len(run.records) == 3 and not model.training
+
+
+def test_filler_is_counted_and_no_part_of_the_rates(fakes):
+    rows = pack([[1, 2, 3, 4, 5, 6], [1, 2, 3], [1, 2, 3, 4]], tokens=8)
+    assert [row.documents.lengths for row in rows] == [(6, 2), (4, 3, 1)]
+    full = fakes.make_batch(5, 3)
+    run = fit(fakes.TinyModel(), [*rows, full], Training(micro_batches=2, epochs=2), fakes.objective)
+    assert [(r.n_tokens, r.n_filler) for r in run.records] == [(16, 3), (16, 2), (16, 1)]
+    assert run.n_filler == 6 and run.tokens_per_second == pytest.approx(42 / run.seconds)
+    assert [r.tokens_per_second for r in run.records] == pytest.approx([n / r.seconds for n, r in
+                                                                        zip((13, 14, 15), run.records, strict=True)])
 
 
 def test_nothing_to_train_is_said_clearly(fakes):

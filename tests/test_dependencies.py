@@ -1,0 +1,25 @@
+"""pyproject.toml asks for what minitune imports, and for nothing else."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def _imported():
+    """The top-level packages that minitune imports, in functions too."""
+    for path in (ROOT / "minitune").glob("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield node.module.split(".")[0]
+
+
+def test_dependencies_are_what_minitune_imports():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    declared = {re.split(r"[><=;\[ ]", line)[0] for line in project["dependencies"]}
+    assert declared == set(_imported()) - sys.stdlib_module_names - {"minitune", "triton"}      # triton: an extra
