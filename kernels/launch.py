@@ -29,11 +29,12 @@ class Config(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def generation(device: torch.device) -> int:
-    """80 (A100), 89 (RTX 40, L4), 90 (H100, H200), 100 (B200), …; 90 for the interpreter on a CPU."""
+    """80 (A100), 89 (RTX 40, L4), 90 (H100, H200), 100 (B200), …; 90 for the interpreter on a CPU. RTX 50 (sm_120) has
+    the shared memory and the matrix unit of an 89."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return 89 if major == 12 else 10 * major + minor
 
 
 def pick(configs: Mapping[int, Config], device: torch.device) -> Config:

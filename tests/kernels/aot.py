@@ -90,6 +90,8 @@ def faults(row: Row, report: Report, arch: int) -> list[str]:
         found.append(f"{report.stack} bytes of stack")
     if report.shared > row.shared:
         found.append(f"{report.shared} bytes of shared memory, the budget is {row.shared}")
+    if arch == 90 and row.matrix and "serialized" in _assembler_says(report.ptx):
+        found.append("ptxas lets its matrix instructions wait for each other")
     found += [f"no {name}" for name in MATRIX[arch] if row.matrix and not report.instructions[name]]
     found += [f"{report.instructions[name]} {name}" for name in row.lacks if report.instructions[name]]
     if row.stores is not None and report.store_bits != {row.stores}:
@@ -99,6 +101,15 @@ def faults(row: Row, report: Report, arch: int) -> list[str]:
     if row.exact and ("div.full" in report.ptx or "div.approx" in report.ptx):
         found.append("inexact division")
     return found
+
+
+def _assembler_says(ptx: str) -> str:
+    """What ptxas remarks on code for sm_90; Triton does not show it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        return subprocess.run([str(TOOLS / "ptxas"), "-v", "--gpu-name=sm_90a", str(source), "-o", f"{source}.o"],
+                              check=True, capture_output=True, text=True).stderr
 
 
 def _bits(opcode: str) -> int:

@@ -1,0 +1,88 @@
+"""The whole step by our kernels: a network's losses and gradients equal those of the references, in every way."""
+
+import contextlib
+
+import pytest
+import torch
+
+from minitune.config import LoRA, ModelConfig
+from minitune.model.llama import Llama, init_weights
+from minitune.ops import backends, tuned
+from minitune.ops.documents import Documents
+from tests.tolerance import relative
+
+LENGTHS = (19, 1, 12)
+BASE = {"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "d_ff": 40}
+SHAPES = {"llama": ModelConfig(**BASE), "qwen3, window": ModelConfig(**BASE, qk_norm=True, windows=(7, None)),
+          "biases": ModelConfig(**BASE, qkv_bias=True, o_bias=True, mlp_bias=True)}
+
+
+def _network(config, device):
+    network = Llama(config, dtype=torch.float32)
+    init_weights(network, seed=1, std=0.1)
+    network.add_adapters(LoRA(rank=3), seed=2)
+    for adapter in network.adapters().values():
+        adapter.B.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
+    return network.to(device)
+
+
+def _step(network, policy, device, twice=False):
+    """[losses, gradients of the adapters]; by every policy the kernels run in forward, recompute and backward."""
+    network.memory = policy
+    network._policies.clear()
+    documents = Documents.from_lengths(LENGTHS, device)
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(0, 61, (sum(LENGTHS),), generator=generator).to(device)
+    hidden = network(tokens, documents.positions().to(device), documents)
+    losses = network.token_losses(hidden, tokens.roll(1), 0.1)
+    parameters = [p for a in network.adapters().values() for p in (a.A, a.B)]
+    for _ in range(twice):
+        torch.autograd.grad(losses.sum(), parameters, retain_graph=True)
+    return [losses.detach(), *torch.autograd.grad(losses.sum(), parameters)]
+
+
+@pytest.mark.parametrize("policy", ["keep", "pointwise", "full"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_by_our_kernels_equals_the_references(shape, policy, device):
+    network = _network(SHAPES[shape], device)
+    with backends.use("reference"):
+        expected = _step(network, "keep", device)
+    with backends.use("triton"):
+        found = _step(network, policy, device)
+    for value, e in zip(found, expected, strict=True):
+        assert relative(value, e) < 1e-5
+
+
+def test_the_kernels_write_into_the_augmented_products_rows(device):
+    network = _network(SHAPES["llama"], device)
+    with backends.use("reference"):
+        expected = _step(network, "keep", device)
+    with tuned.forced(**dict.fromkeys(("lora_matmul_forward", "lora_matmul_input"), "augmented"), attention="triton"):
+        for projection in network.projections():
+            projection.lay_out()
+        with _triton_where_it_is_not_measured():
+            found = _step(network, "pointwise", device)
+    for value, e in zip(found, expected, strict=True):
+        assert relative(value, e) < 1e-5
+
+
+@contextlib.contextmanager
+def _triton_where_it_is_not_measured():
+    """What a GPU takes by itself; the interpreter has to be asked."""
+    choose = backends.choose
+
+    def chosen(op, device, measured=None):
+        return measured or "reference" if op in backends.MEASURED else "reference" if op == "nf4" else "triton"
+
+    backends.choose = chosen
+    try:
+        yield
+    finally:
+        backends.choose = choose
+
+
+def test_a_kept_graph_is_not_overwritten(device):
+    network = _network(SHAPES["llama"], device)
+    with backends.use("triton"):
+        once, again = _step(network, "pointwise", device), _step(network, "pointwise", device, twice=True)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
