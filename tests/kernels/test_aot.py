@@ -10,17 +10,16 @@ from tests.kernels.aot import Row, compile_for, faults
 MODULES = (rows_attention, rows_lora_matmul, rows_losses, rows_nf4, rows_optimizers, rows_pointwise)
 ROWS = [row for module in MODULES for row in module.ROWS]
 RARE = ("16384", "apply", "without h", "fp16", "any length", "first scaled", "nf4_dequantize fp32", "fp32 4096", "x 80",
-        "rank behind")
+        "rank behind", "x80", "R 48 bias", "dy·b R 48", "dB R 48")
 """Second shapes of a configuration that another row compiles already: too long for CI, `make test-all` has them."""
 
 
-def _cases():
-    for row in ROWS:
-        marks = [pytest.mark.slow] if any(word in row.name for word in RARE) else []
-        yield from (pytest.param(row, arch, marks=marks, id=f"{row.name} sm_{arch}") for arch in row.arches)
+def _case(row: Row, arch: int):
+    marks = [pytest.mark.slow] if any(word in row.name for word in RARE) else []
+    return pytest.param(row, arch, marks=marks, id=f"{row.name} sm_{arch}")
 
 
-@pytest.mark.parametrize(("row", "arch"), _cases())
+@pytest.mark.parametrize(("row", "arch"), [_case(row, arch) for row in ROWS for arch in row.arches])
 def test_a_kernel_keeps_its_budget(row: Row, arch: int) -> None:
     found = faults(row, compile_for(row, arch), arch)
     assert not found, f"{row.name} on sm_{arch}: {'; '.join(found)}"
