@@ -1,4 +1,4 @@
-"""Packed causal attention by each of torch's backends, forward and backward: checked, then timed.
+"""Packed causal attention by our kernel and each of torch's backends, forward and backward: checked, then timed.
 
 ``python -m benchmarks.gpu_attention --device cuda`` prints a row of JSON a figure. q [T, H, D], k and v [T, H_kv, D],
 all documents of a case end to end; no document sees another. A backend that a device or a torch lacks is a row with the
@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu_timing import emit, error, matrix_rate, reason, timed
+from minitune.ops.backends import kernel, missing
+from minitune.ops.documents import Documents
 
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
         "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -202,16 +204,43 @@ class AtenEfficient:
         return dq.squeeze(0), dk, dv
 
 
+class Ours:
+    """minitune's Triton kernel; its backward is deterministic as it comes."""
+
+    def __init__(self, case: Case) -> None:
+        reason_why = missing("triton", case.q.device)
+        if reason_why:
+            raise RuntimeError(reason_why)
+        self.case, self.kernel = case, kernel("attention")
+        self.spans = Documents(case.cu, case.lengths).spans
+        self.saved: tuple[Tensor, ...] = ()
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        c = self.case
+        self.saved = self.kernel.forward(c.q, c.k, c.v, self.spans[0], None)
+        return self.saved[0]
+
+    @torch.no_grad()
+    def backward(self) -> tuple[Tensor, ...]:
+        c = self.case
+        if not self.saved:
+            self.forward()
+        found: tuple[Tensor, ...] = self.kernel.backward(c.do, c.q, c.k, c.v, *self.saved, *self.spans, None)
+        return found
+
+
 def backends(case: Case) -> Iterator[tuple[str, Callable[[], Backend]]]:
     """(name, maker) of every way; those that are likelier to break the device come last."""
     manner = "batch" if len(set(case.lengths)) == 1 else "call a document"
+    yield "minitune", lambda: Ours(case)
     yield "varlen_attn", lambda: varlen(case)
     yield "aten flash, cu_seqlens", lambda: AtenFlash(case)
     yield "aten efficient, cu_seqlens", lambda: AtenEfficient(case)
-    for name, kernel in SDPA.items():
+    for name, sdpa_backend in SDPA.items():
         expand = case.grouped and name == "efficient"  # it knows no groups
         yield (f"sdpa {name}, one {manner}{', kv repeated' if expand else ''}",
-               lambda kernel=kernel, expand=expand: sdpa(case, kernel, expand))  # type: ignore[misc]
+               lambda backend=sdpa_backend, expand=expand: sdpa(case, backend, expand))  # type: ignore[misc]
 
 
 # ---- check and time -------------------------------------------------------------------------------------------------

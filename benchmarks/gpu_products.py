@@ -1,4 +1,4 @@
-"""The price of LoRA in the four products of a 7B layer: bare, separate addmm, augmented product; checked, then timed.
+"""The price of LoRA in the four products of a 7B layer: bare, addmm, augmented product, Triton; checked, then timed.
 
 ``python -m benchmarks.gpu_products --device cuda`` prints a row of JSON a figure. Names as in DESIGN: X [T, K] input, W
 [N, K] base weight, A [r, K] and B [N, r] adapters with the scaling folded into B, S = X·Aᵀ, Y = X·Wᵀ + S·Bᵀ; backward
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_timing import emit, error, matrix_rate, reason, timed
+from minitune.ops.backends import kernel, missing
 
 RANK = 16
 ROW_BYTES = 128
@@ -111,8 +112,14 @@ def forward_variants(p: Product) -> Iterator[tuple[str, Callable[[], None]]]:
         x_rows.copy_(p.x)
         augmented_tail()
 
+    def triton() -> None:
+        ours = kernel("lora_matmul")
+        ours.forward(p.x, p.w, ours.thin(p.x, p.a, transposed=True), p.b, None, out=p.y)
+
     yield from {"bare": bare, "addmm": addmm, "augmented, tail by the producer": augmented,
                 "augmented, S as a product": augmented_tail, "augmented, X copied": augmented_copy}.items()
+    if not missing("triton", p.x.device):
+        yield "Triton", triton
 
 
 def backward_variants(p: Product) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -144,8 +151,16 @@ def backward_variants(p: Product) -> Iterator[tuple[str, Callable[[], None]]]:
         dy_rows.copy_(p.dy)
         augmented_tail()
 
+    def triton() -> None:
+        ours = kernel("lora_matmul")
+        ds = ours.thin(p.dy, p.b, transposed=False)
+        ours.backward_input(p.dy, p.w, ds, p.a, out=p.dx)
+        p.da, p.db = ours.backward_adapters(p.dy, p.x, p.s, ds)
+
     yield from {"bare": bare, "addmm": addmm, "augmented, tail by the producer": augmented,
                 "augmented, dS as a product": augmented_tail, "augmented, dY copied": augmented_copy}.items()
+    if not missing("triton", p.x.device):
+        yield "Triton", triton      # last: its dA and dB are fp32
 
 
 @dataclass
