@@ -38,7 +38,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-gpu:                            ## on a GPU machine, with the python and torch that it has: tests, then timings
+gpu:                            ## on a GPU machine, with the python, torch and nvcc that it has: build in place, tests, timings
 	$(PYTHON) -m benchmarks.gpu
 
 bench: $(VENV)/.test            ## minitune beside transformers + PEFT on this CPU; an hour, on a quiet machine

@@ -1,7 +1,12 @@
-"""What `make gpu` runs on a GPU machine: the tests there, then products, attention, a step, NF4; raw JSON out.
+"""What `make gpu` runs on a GPU machine: the build, the tests there, then the timings part by part; raw JSON out.
 
-``PARTS="tests products attention step nf4" python -m benchmarks.gpu``. Each part is a process of its own with its own
-time limit; one that fails or is cut off loses only what it had not printed yet. The whole stays under 10 minutes.
+``PARTS="build tests products attention ops step nf4" python -m benchmarks.gpu``; PARTS="peers" measures whole 7B steps
+beside the others' and takes 5 minutes more. Each part is a process of its own with its own time limit; one that fails
+or is cut off loses only what it had not printed yet. Without PARTS the whole stays under 8 minutes.
+
+Nothing is installed and no network is needed: the extension is built in place with the compiler, nvcc and setuptools
+that are there. A rival that is not installed (bitsandbytes, Liger, Unsloth) is named as not measured; bring its wheel
+along and say `pip install --no-index --no-deps FILE.whl` to have it measured.
 Without a GPU it runs tiny shapes and marks the file "device": "cpu". Exit code 1: a part failed or a figure was wrong.
 """
 
@@ -24,8 +29,12 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.harness import ROOT, machine, save
 
-LIMITS = {"tests": 200, "products": 70, "attention": 100, "step": 80, "nf4": 120}
-"""Seconds of each part; 570 in all."""
+LIMITS = {"build": 70, "tests": 120, "products": 40, "attention": 55, "ops": 50, "step": 45, "nf4": 80, "peers": 300}
+"""Seconds of each part; 460 in all without the one that has to be asked for."""
+ASKED = ("peers",)
+"""Parts that run only where PARTS names them."""
+WORKERS, THREADS = 6, 2
+"""Of the tests, and of each of their processes."""
 
 
 def device() -> str:
@@ -35,11 +44,12 @@ def device() -> str:
     return "cuda" if asked.stdout.strip() == "True" else "cpu"
 
 
-def run_bounded(words: list[str], seconds: float) -> tuple[str, str, int | None]:
+def run_bounded(words: list[str], seconds: float, root: Path = ROOT,
+                **variables: str) -> tuple[str, str, int | None]:
     """Run `words` from the root; (stdout, last of stderr, exit code or None when cut off). All its children end too."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err, stdin=subprocess.DEVNULL,
-                                   start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        process = subprocess.Popen(words, cwd=root, stdout=out, stderr=err, stdin=subprocess.DEVNULL,
+                                   start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **variables})
         code: int | None = None
         try:
             code = process.wait(seconds)
@@ -67,13 +77,37 @@ def parse_rows(text: str) -> tuple[list[dict[str, Any]], bool]:
     return (rows[:-1] if ended else rows), ended
 
 
-def run_tests(seconds: float) -> dict[str, Any]:
-    """The whole test suite, in parallel where pytest-xdist is there; counts, and one line a failure."""
+def run_build(where: str, seconds: float, root: Path = ROOT) -> dict[str, Any]:
+    """The extension in place; on a GPU both its halves must load, or what follows would measure something else."""
+    begun, words = time.monotonic(), [sys.executable, "setup.py", "build_ext", "--inplace"]
+    out, err, code = run_bounded(words, seconds, root, **({"MINITUNE_CUDA": "1"} if where == "cuda" else {}))
+    question = ("import os, sys, torch; from minitune.ops import backends; "
+                "why = backends.missing('native', torch.device(sys.argv[1])); "
+                "here = why or os.path.dirname(sys.modules['minitune._C'].__file__) == os.path.realpath('minitune'); "
+                "print(why or ('available' if here else 'what is found was not built here'))")
+    answer, failure, _ = run_bounded([sys.executable, "-c", question, where],
+                                     max(5, seconds - (time.monotonic() - begun)), root)
+    native = (answer.strip().splitlines() or failure.splitlines() or ["no answer"])[-1]
+    left_out = [line for line in out.splitlines() if line.startswith("minitune: ")]
+    row: dict[str, Any] = {"what": "build", "native": native, "left_out": left_out}
+    if where == "cuda":
+        row["right"] = code == 0 and native == "available"
+    passed = code == 0 and row.get("right", True)
+    return {"status": "cut off" if code is None else "passed" if passed else "failed", "rows": [row],
+            **({} if passed else {"stderr": f"{out[-6000:]}\n{err}".strip()})}
+
+
+def run_tests(where: str, seconds: float) -> dict[str, Any]:
+    """The whole test suite, in parallel where pytest-xdist is there; counts, and one line a failure. On a GPU the
+    kernels' tests run compiled, and are not interpreted on a CPU once more."""
     words = [sys.executable, "-m", "pytest", "tests", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-rfE",
-             "--tb=line"]
-    if importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= 8:
-        words += ["-n", "6"]
-    out, err, code = run_bounded([*words, *os.environ.get("PYTEST_ARGS", "").split()], seconds)
+             "--tb=line", "--continue-on-collection-errors"]
+    if where == "cuda":
+        words += ["--ignore", "tests/kernels/test_interpreter.py"]
+    if importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= WORKERS * THREADS:
+        words += ["-n", str(WORKERS)]
+    out, err, code = run_bounded([*words, *os.environ.get("PYTEST_ARGS", "").split()], seconds,
+                                 OMP_NUM_THREADS=str(THREADS))
     return {"status": {0: "passed", None: "cut off"}.get(code, "failed"), "rows": [pytest_row(out)],
             **({"stderr": err} if err else {})}
 
@@ -96,8 +130,10 @@ def pytest_row(out: str) -> dict[str, Any]:
 def run_part(name: str, where: str, seconds: float) -> dict[str, Any]:
     """One part's rows, its status (passed, failed, cut off) and how long it took."""
     begun = time.monotonic()
-    if name == "tests":
-        part = run_tests(seconds)
+    if name == "build":
+        part = run_build(where, seconds)
+    elif name == "tests":
+        part = run_tests(where, seconds)
     else:
         out, err, code = run_bounded([sys.executable, "-m", f"benchmarks.gpu_{name}", "--device", where], seconds)
         rows, ended = parse_rows(out)
@@ -110,7 +146,8 @@ def run_part(name: str, where: str, seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(LIMITS),
-                        default=os.environ.get("PARTS", " ".join(LIMITS)).split(), help="default: $PARTS, else all")
+                        default=os.environ.get("PARTS", " ".join(n for n in LIMITS if n not in ASKED)).split(),
+                        help=f"default: $PARTS, else all but {', '.join(ASKED)}")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
     parser.add_argument("--out", type=Path, help="folder of the raw file, default benchmarks/results")
     told = parser.parse_args()

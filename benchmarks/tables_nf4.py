@@ -15,6 +15,10 @@ OF_OUR_LORA = 0.9
 MEMORY = {"16x2048": 0.5}
 GPU_STEP_GB = 6.5
 """What a QLoRA step of Llama-2-7B may take on a GPU with memory "full", at the most."""
+GPU_OF_COPY = 0.85
+"""Of a GPU's copy rate, what dequantising must reach."""
+GPU_LOAD_GB_PER_S, GPU_LOAD_OF_DISK = 2.0, 0.9
+"""GB of a file a second that loading to 4 bits must reach, or this share of the disk's rate where that is less."""
 _WHAT = {"dequantize": "dequantise into a reused buffer", "dequantize_fresh": "dequantise into fresh memory",
          "quantize": "quantise"}
 
@@ -65,7 +69,7 @@ def nf4_table(raw: Raw) -> list[str]:
 
 # ---- GPU ------------------------------------------------------------------------------------------------------------
 def gpu_nf4_tables(rows: list[Raw]) -> list[str]:
-    """What the nf4 part of `make gpu` found: kernels beside a copy, then loading and QLoRA steps."""
+    """What the nf4 part of `make gpu` found: kernels beside a copy, loading, QLoRA steps, each promise kept or not."""
     kernels = [row for row in rows if row.get("what") in ("dequantise", "quantise")]
     found = {row["backend"] for row in kernels if "unavailable" not in row}
     absent = {row["backend"]: row["unavailable"] for row in kernels if row["backend"] not in found}
@@ -75,22 +79,54 @@ def gpu_nf4_tables(rows: list[Raw]) -> list[str]:
     lines = [f"Copy rate: {copied:,.0f} GB/s, bytes read and written.", "", *markdown(
         ("what", "weight", "kind", "by", "ms", "GB/s", "of the copy rate", "bits of the CPU"), shown), ""]
     lines += [f"Not measured: {name}: {why}" for name, why in absent.items()] + [""] * bool(absent)
-    loads = [(f"{row['layers']} layers, {row.get('backend', '')}", _failed(row) or spread(row["load_s"], 2),
-              f"{row['gb_per_s']:.2f}" if "gb_per_s" in row else "", *_gb(row, "peak_bytes", "result_bytes",
-                                                                          "largest_bytes"), _yes(row.get("right")))
-             for row in rows if row.get("what") == "load"]
-    lines += [*markdown(("load to nf4-dq, page cache warm", "s", "GB/s of the file", "peak GB", "result GB",
-                         "largest tensor GB", "right"), loads), ""]
-    steps = []
+    return [*lines, *_loads(rows), "", *_steps(rows), "", *markdown(
+        ("promised of NF4 on a GPU", "figure", "target", "verdict"), _promises(rows, kernels, absent)), ""]
+
+
+def _loads(rows: list[Raw]) -> list[str]:
+    loads = []
     for row in rows:
-        if row.get("what") == "step":
+        if row.get("what") == "load":
+            rates = [f"{row[name]:.2f}" if name in row else "" for name in ("gb_per_s", "warm_gb_per_s")]
+            disk = f"{row['disk_gb_per_s']['median']:.2f}" if "disk_gb_per_s" in row else ""
+            loads.append((f"{row['layers']} of {row.get('of_layers', row['layers'])} layers, {row.get('backend', '')}",
+                          _failed(row) or spread(row["load_s"], 2), *rates, disk,
+                          *_gb(row, "peak_bytes", "result_bytes", "largest_bytes"), _yes(row.get("right"))))
+    return markdown(("load to nf4-dq, file not in the page cache", "s", "GB/s of the file", "GB/s, page cache warm",
+                     "GB/s, file read alone", "peak GB", "result GB", "largest tensor GB", "right"), loads)
+
+
+def _steps(rows: list[Raw]) -> list[str]:
+    steps = [(f"{row['case']}, {row['layers']} layers", _failed(row) or spread(row["tokens_per_s"]),
+              f"{row['share_of_rate']:.1%}" if "share_of_rate" in row else "", *_gb(row, "peak_bytes"),
+              _yes(row.get("right"))) for row in rows if row.get("what") == "step"]
+    return markdown(("step", "tokens/s", "of the matrix rate", "peak GB", "loss falls"), steps)
+
+
+def _promises(rows: list[Raw], kernels: list[Raw], absent: dict[str, str]) -> list[tuple[str, ...]]:
+    """A row a promise: the worst figure of the extension over all weights."""
+    timed: dict[str, dict[tuple[str, ...], Raw]] = {"native": {}, "bitsandbytes": {}}
+    for row in kernels:
+        if row["backend"] in timed and "ms" in row and "unavailable" not in row:
+            timed[row["backend"]][row["what"], row["weight"], row["kind"]] = row
+    found: list[tuple[str, ...]] = []
+    shares = [row["share_of_copy"] for (what, *_), row in timed["native"].items() if what == "dequantise"]
+    found.append(("dequantise: share of the copy rate", *verdict(min(shares, default=None), GPU_OF_COPY, True)))
+    for what in ("dequantise", "quantise"):
+        times = [timed["bitsandbytes"][key]["ms"]["median"] / row["ms"]["median"]
+                 for key, row in timed["native"].items() if key[0] == what and key in timed["bitsandbytes"]]
+        cells = verdict(min(times, default=None), 1.0, True)
+        why = next((f": {absent[name]}" for name in timed if name in absent), "") if not times else ""
+        found.append((f"{what}: times faster than bitsandbytes", *cells[:2], cells[2] + why))
+    for row in rows:
+        if row.get("what") == "load" and "gb_per_s" in row:
+            target = min(GPU_LOAD_GB_PER_S, GPU_LOAD_OF_DISK * row["disk_gb_per_s"]["median"])
+            found.append((f"load: GB/s, {GPU_LOAD_GB_PER_S:g} or {GPU_LOAD_OF_DISK:.0%} of the disk's",
+                          f"{row['gb_per_s']:.2f}", f"≥ {target:.2f}", "met" if row["promise"] else "short"))
+        if row.get("what") == "step" and row.get("memory") == "full":
             peak = row["peak_bytes"] / 1e9 if row.get("peak_bytes") else None
-            promise = verdict(peak, GPU_STEP_GB, False)[1:] if row["memory"] == "full" else ("", "")
-            steps.append((f"{row['case']}, {row['layers']} layers", _failed(row) or spread(row["tokens_per_s"]),
-                          f"{row['share_of_rate']:.1%}" if "share_of_rate" in row else "", *_gb(row, "peak_bytes"),
-                          *promise, _yes(row.get("right"))))
-    return [*lines, *markdown(("step", "tokens/s", "of the matrix rate", "peak GB", "target", "verdict", "loss falls"),
-                              steps), ""]
+            found.append((f"{row['case']}, {row['layers']} layers: peak GB", *verdict(peak, GPU_STEP_GB, False)))
+    return found
 
 
 def _kernel_cells(row: Raw) -> tuple[str, str, str, str]:
@@ -98,7 +134,7 @@ def _kernel_cells(row: Raw) -> tuple[str, str, str, str]:
     if "same_bits" in row:      # a rival's, which may be others
         bits = "yes" if row["same_bits"] else "others"
     if "ms" not in row:
-        return _failed(row) or str(row.get("unavailable", ""))[:60], "", "", bits
+        return _failed(row) or str(row.get("unavailable", row.get("untimed", "")))[:60], "", "", bits
     return f"{row['ms']['median']:.3f}", f"{row['gb_per_s']:,.0f}", f"{row['share_of_copy']:.0%}", bits
 
 

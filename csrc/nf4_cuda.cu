@@ -12,13 +12,22 @@
 namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kWords = 4;                  // words of 8 codes that a thread has in flight
+constexpr int kWords = 4;                  // words of 8 values that a thread has in flight
 constexpr int kTile = kThreads * kWords;   // words that a thread block does at a time
-constexpr int64_t kMaxGrid = 1 << 24;      // what is left of the work a thread block does in further rounds
-
-unsigned grid(int64_t wanted) { return unsigned(std::min(wanted, kMaxGrid)); }
+constexpr int64_t kBlocksPerSm = 8;        // as many of kThreads as are resident on most GPUs
+constexpr int64_t kMaxWords = 1u << 31;    // of the fast path: an index into words and a step beyond it fit 32 bits
 
 int64_t ceil_div(int64_t n, int64_t by) { return n / by + (n % by != 0); }
+
+// Thread blocks for `tiles`, which they go through in equally many rounds: what a block fills its tables for is then
+// worth it, and none is left over alone.
+unsigned grid(int64_t tiles) {
+  int device = 0, processors = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess || processors < 1)
+    processors = 1;
+  return unsigned(ceil_div(tiles, ceil_div(tiles, kBlocksPerSm * processors)));
+}
 
 bool aligned(const void* address, uintptr_t to) { return reinterpret_cast<uintptr_t>(address) % to == 0; }
 
@@ -72,29 +81,33 @@ __device__ __forceinline__ void put8(float* out, const float (&x)[8]) {
   reinterpret_cast<float4*>(out)[1] = make_float4(x[4], x[5], x[6], x[7]);
 }
 
-// The fast path: columns and pitch are multiples of 8, out lies at a multiple of 16 bytes. A tile is within one row.
+// The fast path: columns and pitch are multiples of 8, out lies at a multiple of 16 bytes, n words of 8 values in all.
 template <typename T, bool kNested>
-__global__ void __launch_bounds__(kThreads) dequantize_words(const Nf4Dequantize work, int64_t words, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads) dequantize_words(const Nf4Dequantize work, uint32_t n) {
   __shared__ Tables<kNested> tables;
   const float offset = load(tables, work);
-  for (int64_t tile = blockIdx.x; tile < tiles * work.rows; tile += gridDim.x) {
-    const int64_t row = work.rows == 1 ? 0 : tile / tiles;
-    const int64_t first = (tile - row * tiles) * kTile + threadIdx.x;      // word in the row
-    const uint32_t* packed = reinterpret_cast<const uint32_t*>(work.packed) + row * words;
-    T* out = static_cast<T*>(work.out) + row * work.pitch;
+  const uint32_t* packed = reinterpret_cast<const uint32_t*>(work.packed);
+  const uint32_t words = uint32_t(work.columns >> 3);          // of a row
+  const int64_t gap = work.pitch - work.columns;
+  for (uint32_t first = blockIdx.x * kTile + threadIdx.x; first < n; first += gridDim.x * kTile) {
     uint32_t word[kWords];
+    float scale[kWords];
 #pragma unroll
-    for (int k = 0; k < kWords; ++k) word[k] = first + k * kThreads < words ? __ldg(packed + first + k * kThreads) : 0;
+    for (int k = 0; k < kWords; ++k) {     // past the end the last word is read again, and not written
+      const uint32_t at = min(first + k * kThreads, n - 1);
+      word[k] = __ldg(packed + at);
+      scale[k] = scale_of(tables, work, offset, at >> (work.block_shift - 3));
+    }
 #pragma unroll
     for (int k = 0; k < kWords; ++k) {
-      const int64_t at = first + k * kThreads;
-      if (at >= words) break;
-      const float scale = scale_of(tables, work, offset, (row * words + at) >> (work.block_shift - 3));
+      const uint32_t at = first + k * kThreads;
+      if (at >= n) break;
+      const uint32_t row = work.rows == 1 ? 0 : at / words;
       float x[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i)          // within a byte the high half comes first
-        x[i] = __fmul_rn(tables.levels[(word[k] >> (8 * (i / 2) + (i % 2 ? 0 : 4))) & 15], scale);
-      put8(out + 8 * at, x);
+        x[i] = __fmul_rn(tables.levels[(word[k] >> (8 * (i / 2) + (i % 2 ? 0 : 4))) & 15], scale[k]);
+      put8(static_cast<T*>(work.out) + 8 * int64_t(at) + row * gap, x);
     }
   }
 }
@@ -116,12 +129,12 @@ __global__ void __launch_bounds__(kThreads) dequantize_values(const Nf4Dequantiz
 
 template <typename T, bool kNested>
 void dequantize(const Nf4Dequantize& work, cudaStream_t stream) {
-  if (work.columns % 8 == 0 && work.pitch % 8 == 0 && aligned(work.out, 16) && aligned(work.packed, 4)) {
-    const int64_t words = work.columns / 8, tiles = ceil_div(words, kTile);
-    dequantize_words<T, kNested><<<grid(tiles * work.rows), kThreads, 0, stream>>>(work, words, tiles);
-  } else {
-    dequantize_values<T, kNested><<<grid(ceil_div(work.rows * work.columns, kThreads)), kThreads, 0, stream>>>(work);
-  }
+  const int64_t n = work.rows * work.columns, words = n / 8;
+  if (work.columns % 8 == 0 && work.pitch % 8 == 0 && aligned(work.out, 16) && aligned(work.packed, 4) &&
+      words <= kMaxWords)
+    dequantize_words<T, kNested><<<grid(ceil_div(words, kTile)), kThreads, 0, stream>>>(work, uint32_t(words));
+  else
+    dequantize_values<T, kNested><<<grid(ceil_div(n, kThreads)), kThreads, 0, stream>>>(work);
 }
 
 // ---- quantise ------------------------------------------------------------------------------------------------------
@@ -132,9 +145,9 @@ __device__ __forceinline__ float value_of(__nv_bfloat16 x) { return __bfloat162f
 // As integers: a NaN is larger than every number, so it is handed on.
 __device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
-__device__ __forceinline__ uint32_t largest_of_warp(uint32_t x) {
-#pragma unroll
-  for (int lane = 16; lane; lane >>= 1) x = max(x, __shfl_xor_sync(0xffffffffu, x, lane));
+// Of `lanes` neighbours, a power of two.
+__device__ __forceinline__ uint32_t largest_of(int lanes, uint32_t x) {
+  for (int lane = lanes / 2; lane; lane >>= 1) x = max(x, __shfl_xor_sync(0xffffffffu, x, lane));
   return x;
 }
 
@@ -152,21 +165,75 @@ __device__ __forceinline__ uint32_t code_of(float x, const float* midpoints) {
   return code;
 }
 
-// A warp does a block. A last block that is not full is divided, and its absmax stored as it divides.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) quantize_blocks(const Nf4Quantize work, int64_t blocks) {
-  __shared__ float midpoints[16];
-  const int thread = threadIdx.x, lane = thread % 32;
-  if (thread < 16) midpoints[thread] = between(work.table[max(thread, 1) - 1], work.table[thread]);
+__device__ __forceinline__ void fill(float (&midpoints)[16], const float* table) {
+  const int i = threadIdx.x;
+  if (i < 16) midpoints[i] = between(table[max(i, 1) - 1], table[i]);
   __syncthreads();
-  for (int64_t block = int64_t(blockIdx.x) * kWarps + thread / 32; block < blocks;
+}
+
+// Eight values by loads of 16 bytes.
+template <typename T>
+__device__ __forceinline__ void get8(float (&x)[8], const T* from) {
+  union { uint4 loaded; T values[8]; } eight = {__ldg(reinterpret_cast<const uint4*>(from))};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = value_of(eight.values[i]);
+}
+__device__ __forceinline__ void get8(float (&x)[8], const float* from) {
+  const float4* halves = reinterpret_cast<const float4*>(from);
+  const float4 low = __ldg(halves), high = __ldg(halves + 1);
+  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
+// The fast path: full blocks, of values that lie at a multiple of 16 bytes. A lane has 8 values, so 2^lanes_shift lanes
+// do a block; those larger than a warp's 256 values take rounds, and are read twice.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) quantize_full(const Nf4Quantize work, int64_t blocks) {
+  __shared__ float midpoints[16];
+  fill(midpoints, work.table);
+  const int lanes_shift = min(work.block_shift - 3, 5), lane = threadIdx.x & ((1 << lanes_shift) - 1);
+  const int rounds = 1 << (work.block_shift - 3 - lanes_shift);
+  const int at_once = kThreads >> lanes_shift;           // blocks that a thread block does at a time
+  for (int64_t begin = int64_t(blockIdx.x) * at_once; begin < blocks; begin += int64_t(gridDim.x) * at_once) {
+    const int64_t block = begin + (threadIdx.x >> lanes_shift);
+    const bool there = block < blocks;     // a lane without a block takes part in the exchange all the same
+    const int64_t first = (block << work.block_shift) + 8 * lane;
+    const T* values = static_cast<const T*>(work.values) + first;
+    float x[8];
+    uint32_t most = 0;
+    for (int round = 0; there && round < rounds; ++round) {
+      get8(x, values + 256 * round);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) most = max(most, magnitude(x[i]));
+    }
+    const float absmax = __uint_as_float(largest_of(1 << lanes_shift, most));
+    const float inverse = __fdiv_rn(1.0f, at_least_tiny(absmax));
+    for (int round = 0; there && round < rounds; ++round) {
+      if (rounds > 1) get8(x, values + 256 * round);
+      uint32_t word = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i)          // within a byte the high half comes first
+        word |= code_of<16>(__fmul_rn(x[i], inverse), midpoints) << (8 * (i / 2) + (i % 2 ? 0 : 4));
+      reinterpret_cast<uint32_t*>(work.packed)[(first >> 3) + 32 * round] = word;
+    }
+    if (there && lane == 0) work.absmax[block] = absmax;
+  }
+}
+
+// Blocks from `begin` on, wherever they lie; a warp does one. A last block that is not full is divided, and its absmax
+// stored as it divides.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) quantize_any(const Nf4Quantize work, int64_t begin, int64_t blocks) {
+  __shared__ float midpoints[16];
+  fill(midpoints, work.table);
+  const int lane = threadIdx.x % 32;
+  for (int64_t block = begin + int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; block < blocks;
        block += int64_t(gridDim.x) * kWarps) {
     const int64_t first = block << work.block_shift;
     const int whole = 1 << work.block_shift, size = int(min(int64_t(whole), work.n - first));
     const T* values = static_cast<const T*>(work.values) + first;
     uint32_t most = 0;
     for (int i = lane; i < size; i += 32) most = max(most, magnitude(value_of(values[i])));
-    const float absmax = __uint_as_float(largest_of_warp(most)), divisor = at_least_tiny(absmax);
+    const float absmax = __uint_as_float(largest_of(32, most)), divisor = at_least_tiny(absmax);
     const float inverse = __fdiv_rn(1.0f, divisor);
     const auto code = [&](int i) -> uint32_t {
       if (i >= size) return code_of<16>(0.0f, midpoints);
@@ -176,6 +243,16 @@ __global__ void __launch_bounds__(kThreads) quantize_blocks(const Nf4Quantize wo
     for (int i = 2 * lane; i < size; i += 64) work.packed[(first + i) >> 1] = uint8_t(code(i) << 4 | code(i + 1));
     if (lane == 0) work.absmax[block] = size == whole ? absmax : divisor;
   }
+}
+
+template <typename T>
+void quantize(const Nf4Quantize& work, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(work.n, int64_t(1) << work.block_shift);
+  const int64_t full = aligned(work.values, 16) && aligned(work.packed, 4) ? work.n >> work.block_shift : 0;
+  const int at_once = kThreads >> std::min(work.block_shift - 3, 5);
+  if (full) quantize_full<T><<<grid(ceil_div(full, at_once)), kThreads, 0, stream>>>(work, full);
+  if (full < blocks)
+    quantize_any<T><<<grid(ceil_div(blocks - full, kWarps)), kThreads, 0, stream>>>(work, full, blocks);
 }
 
 // A thread block does a nested block, a thread a value.
@@ -188,7 +265,7 @@ __global__ void __launch_bounds__(kThreads) quantize_absmax(const Nf4QuantizeAbs
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const int64_t i = (block << kNf4NestedShift) + thread;
     const float centred = i < work.n ? __fsub_rn(work.absmax[i], offset) : 0.0f;
-    const uint32_t of_warp = largest_of_warp(magnitude(centred));
+    const uint32_t of_warp = largest_of(32, magnitude(centred));
     __syncthreads();                       // the midpoints are written, the last round's `most` is read
     if (thread % 32 == 0) most[thread / 32] = of_warp;
     __syncthreads();
@@ -214,11 +291,9 @@ int nf4_cuda_dequantize(const Nf4Dequantize* work, void* on) {
 
 int nf4_cuda_quantize(const Nf4Quantize* work, void* on) {
   const auto stream = static_cast<cudaStream_t>(on);
-  const int64_t blocks = ceil_div(work->n, int64_t(1) << work->block_shift);
-  const unsigned size = grid(ceil_div(blocks, kWarps));
-  if (work->dtype == NF4_F32) quantize_blocks<float><<<size, kThreads, 0, stream>>>(*work, blocks);
-  if (work->dtype == NF4_F16) quantize_blocks<__half><<<size, kThreads, 0, stream>>>(*work, blocks);
-  if (work->dtype == NF4_BF16) quantize_blocks<__nv_bfloat16><<<size, kThreads, 0, stream>>>(*work, blocks);
+  if (work->dtype == NF4_F32) quantize<float>(*work, stream);
+  if (work->dtype == NF4_F16) quantize<__half>(*work, stream);
+  if (work->dtype == NF4_BF16) quantize<__nv_bfloat16>(*work, stream);
   return int(cudaGetLastError());
 }
 

@@ -1,19 +1,31 @@
-"""Settings of every test: two threads at most, no network for the oracles, GPU tests only where a GPU is."""
+"""Settings of every test: two threads at most, no network for the oracles, GPU tests only where a GPU is, and first."""
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))      # of the processes that tests start, too
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
 
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+    if torch.cuda.is_available():
+        items.sort(key=lambda item: "gpu" not in item.keywords)     # a run that is cut off has lost the others alone
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """-q shows skips as letters alone; that the CUDA file went uncompiled has to be seen."""
+    missed = [report for report in terminalreporter.stats.get("skipped", []) if "needs nvcc" in str(report.longrepr)]
+    if missed:
+        terminalreporter.write_line(f"NOT COMPILED: csrc/nf4_cuda.cu; {len(missed)} tests skipped, there is no nvcc")
 
 
 @pytest.fixture(autouse=True)

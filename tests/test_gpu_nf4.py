@@ -4,6 +4,9 @@ The backend is chosen by MINITUNE_BACKEND, since a backward on a GPU runs in thr
 """
 
 import math
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +91,14 @@ def test_rows_may_lie_apart(rows, columns, pitch, start, dtype, double_quant, ba
     _check_decode(_quantized((rows, columns), double_quant), dtype, room, room[start:].view(rows, pitch)[:, :columns])
 
 
+def test_more_than_all_blocks_do_in_one_round(backend):
+    """9 million values: the extension's grid is no larger than the GPU, so each block comes round again."""
+    rows, columns, pitch = 2200, 4104, 4168
+    room = torch.empty(rows * pitch, dtype=torch.bfloat16, device="cuda")
+    _check_decode(_quantized((rows, columns), True), torch.bfloat16, room, room.view(rows, pitch)[:, :columns])
+    _check_encode(_values((rows, columns), torch.bfloat16), True)
+
+
 @pytest.mark.parametrize("blocksize", [32, 128, 4096])
 @pytest.mark.parametrize("shape", [(6, 1024), (5, 1031)], ids=str)
 def test_other_blocks(shape, blocksize, backend):
@@ -109,6 +120,58 @@ def test_parts_below_each_other_in_one_buffer(double_quant, backend):
     assert torch.equal(_bits(room[:, :64].contiguous()), _bits(expected)) and bool(room[:, 64:].isnan().all())
     with fused.decoded() as whole:
         assert torch.equal(_bits(whole), _bits(expected))
+
+
+SCALES = (math.nan, math.inf, -math.inf, 1e-40, -1e-45, 0.0, -0.0, 65504.0, 65519.9, 65520.0, 6e-5, 5.9e-8, 3.4e38,
+          3.3895e38, 1.1754944e-38, 9.2e-41)
+"""Products with these are NaN, infinite, denormal, zero, or lie at the edge of fp16."""
+
+
+def _same_bits_but_for_nan(found, expected):
+    """A NaN is one, but torch's own casts write it in several ways."""
+    nan = expected.isnan()
+    assert torch.equal(found.cpu().isnan(), nan)
+    assert torch.equal(_bits(found.cpu().masked_fill(nan, 0)), _bits(expected.masked_fill(nan, 0)))
+
+
+@pytest.mark.parametrize("columns", [512, 504 + 7], ids=["wide stores", "narrow stores"])
+@pytest.mark.parametrize("dtype", nf4.DTYPES, ids=str)
+def test_dequantize_any_scale(dtype, columns, backend):
+    n = len(SCALES) * columns
+    packed = torch.arange(256, dtype=torch.uint8).repeat(len(SCALES))[: -(-n // 2)]     # every pair of codes under each
+    scales = torch.tensor(SCALES).repeat_interleave(8)[: -(-n // 64)].contiguous()
+    weight = nf4.NF4Weight(packed, scales, None, None, None, 64, (len(SCALES), columns), torch.float32)
+    with _on_cpu():
+        expected = weight.dequantize(dtype)
+    _same_bits_but_for_nan(weight.to("cuda").dequantize(dtype), expected)
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize("dtype", nf4.DTYPES, ids=str)
+def test_the_extension_quantizes_what_is_not_finite_as_the_reference_does(dtype, blocksize):
+    """`nf4.quantize` refuses it, by what the kernel says of absmax."""
+    if backends.missing("native", torch.device("cuda")):
+        pytest.skip("the extension is missing")
+    for start, n in ((0, 8192), (1, 8192), (0, 5003)):      # wide loads, narrow ones, a last block that is not full
+        values = torch.randn(start + n)
+        for i, value in enumerate((math.nan, math.inf, -math.inf, 3e38, 1e-39, 0.0)):
+            values[64 * i + 3 : 64 * i + 64 : 7] = value
+        values = values.to(dtype)
+        expected, scales = nf4.quantize_reference(values[start:], blocksize)
+        on_gpu = values.to("cuda")[start:]
+        packed, absmax = torch.ops.minitune.nf4_quantize(on_gpu, nf4.table(on_gpu.device), blocksize)
+        assert torch.equal(packed.cpu(), expected)
+        _same_bits_but_for_nan(absmax, scales)
+
+
+def test_the_extension_is_there_where_nvcc_is():
+    """Else each case above that is named native would be skipped, unseen."""
+    if os.environ.get("MINITUNE_NATIVE") == "0" or os.environ.get("MINITUNE_CUDA") == "0":
+        pytest.skip("left out on request")
+    if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        pytest.skip("there is no nvcc")
+    missing = backends.missing("native", torch.device("cuda"))
+    assert missing is None, f"{missing}; build it: python setup.py build_ext --inplace"
 
 
 def _check_encode(values, double_quant, blocksize=64):

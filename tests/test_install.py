@@ -1,12 +1,15 @@
 """setup.py: an install without compiler or torch succeeds and says what is missing; wheel and sdist have it all."""
 
+import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,9 @@ ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for a .so")
 compiler = pytest.mark.skipif(not (shutil.which("g++") and shutil.which("gcc")), reason="needs a C++ compiler")
+# of torch's stable ABI, added after 2.11; most of it the headers hide by themselves, not all
+NEWER = (r"\b(STABLE_TORCH_ERROR_CODE_CHECK|torch_exception_\w+|torch_library_def_with_tags|torch_\w*set_python_module|"
+         r"torch_tag_\w+|torch_\w*generator\w*|torch_stream_native_handle|torch_\w+_stable_ivalue|csrc/stable/generator)")
 CPU_TORCH = pytest.mark.skipif(bool(torch.version.cuda), reason="beside a torch with CUDA that half is built as well")
 
 
@@ -77,7 +83,27 @@ def test_a_compile_error_is_shown(tree):
     source.write_text(source.read_text() + "\nthis is no C++;\n")
     output = _setup(tree, "build_ext", "--build-lib", "lib", MINITUNE_CUDA="0")
     assert _said(output, "_C") and "this is no C++" in output
+    errors = re.findall(r"^(\S+): (?:fatal )?error:", output, re.MULTILINE)
+    last = len(source.read_text().splitlines())
+    assert errors and all(place.startswith(f"csrc/bindings.cpp:{last}:") for place in errors), output
     assert _libraries(tree) == []
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_that_the_cuda_file_was_not_compiled_is_said_at_the_end(missing):
+    said = []
+    reports = [SimpleNamespace(longrepr=("file", 3, "Skipped: needs nvcc" if missing else "Skipped: needs a GPU"))] * 2
+    reporter = SimpleNamespace(stats={"skipped": reports}, write_line=said.append)
+    importlib.import_module("tests.conftest").pytest_terminal_summary(reporter)
+    assert said == ["NOT COMPILED: csrc/nf4_cuda.cu; 2 tests skipped, there is no nvcc"] * missing
+
+
+def test_only_what_torch_2_11_has_is_called():
+    """The headers at hand are newer; what they added since would end the build beside torch 2.11."""
+    for path in (ROOT / "csrc").iterdir():
+        found = re.findall(NEWER, path.read_text())
+        assert not found, f"{path.name}: {found}"
+    assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in (ROOT / "setup.py").read_text()
 
 
 def test_no_torch(tree):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("peft")
+pytest.importorskip("transformers")
 import peft
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 import minitune as mt

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("transformers")
+
 import minitune as mt
 from tests.oracles import VARIANTS, make
 from tests.tolerance import relative

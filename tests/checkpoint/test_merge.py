@@ -3,6 +3,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+
+pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM
 
 import minitune as mt

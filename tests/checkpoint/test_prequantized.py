@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -144,6 +146,7 @@ def test_reads_what_bitsandbytes_saves(dtype: torch.dtype, nested: bool, tmp_pat
 
 def test_reads_what_transformers_saves(tmp_path: Path) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
+    pytest.importorskip("transformers")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
     # Rows of at least 64: narrower ones bitsandbytes 0.50 decodes wrongly on a CPU.
