@@ -1,6 +1,8 @@
 // rows_avx2.cpp: the loops of rows_kernels.h for CPUs with AVX2.
 #include "rows.h"
 
+#include <memory>
+
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
 

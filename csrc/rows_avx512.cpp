@@ -1,6 +1,8 @@
 // rows_avx512.cpp: the loops of rows_kernels.h for CPUs with AVX-512.
 #include "rows.h"
 
+#include <memory>
+
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 

@@ -58,7 +58,11 @@ inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 // Σ term(i) over [first, last): short runs in lanes, the runs in fp64, so that a long row loses nothing.
 template <typename Term>
 inline float summed(int64_t first, int64_t last, Term term) {
+#if defined(__AVX512F__)
+  constexpr int64_t kRun = 256;
+#else
   constexpr int64_t kRun = 64;
+#endif
   double total = 0.0;
   for (int64_t begin = first; begin < last; begin += kRun) {
     const int64_t end = last - begin < kRun ? last : begin + kRun;
@@ -180,34 +184,61 @@ void rope_row(const Rope& work, int64_t token, int64_t inner) {
   }
 }
 
+// Room for a row of fp32 values, one a thread.
+inline float* scratch(int64_t width) {
+  thread_local std::unique_ptr<float[]> room;
+  thread_local int64_t size = 0;
+  if (size < width) {
+    room.reset(new float[size_t(width)]);
+    size = width;
+  }
+  return room.get();
+}
+
+// e^(x - peak) of [first, last) into powers, and their sum. Runs of whole lanes, so that no value is worked on alone.
+template <typename T>
+inline float exponentials(const T* values, float peak, int64_t first, int64_t last, float* powers) {
+  return summed(first, last, [=](int64_t i) { return powers[i] = exponential(load(values + i) - peak); });
+}
+
 template <typename T>
 void losses_row(const Losses& work, int64_t token, int64_t) {
   const int64_t vocab = work.shape.width, label = work.labels[token];
   T* logits = static_cast<T*>(work.logits.data) + token * work.logits.pitch;
+  float* powers = scratch(vocab);
   const float peak = largest(logits, 0, vocab);
-  const float sum = summed(0, vocab, [=](int64_t i) { return exponential(load(logits + i) - peak); });
+  const float sum = exponentials(logits, peak, 0, vocab, powers);
   const float own = load(logits + label), smoothing = work.smoothing, each = smoothing / float(vocab);
   float all = 0.0f;      // about the label's, which may be large
   if (smoothing != 0.0f) all = summed(0, vocab, [=](int64_t i) { return load(logits + i) - own; });
   work.losses[token] = __builtin_logf(sum) + (peak - own) - each * all;
   if (!work.gradient) return;
+  const float inverse = 1.0f / sum;
 #pragma omp simd
-  for (int64_t i = 0; i < vocab; ++i) store(logits + i, exponential(load(logits + i) - peak) / sum - each);
-  store(logits + label, exponential(own - peak) / sum - 1.0f + smoothing - each);   // in fp32: 1 - p may be small
+  for (int64_t i = 0; i < vocab; ++i) store(logits + i, powers[i] * inverse - each);
+  store(logits + label, powers[label] * inverse - 1.0f + smoothing - each);   // in fp32: 1 - p may be small
 }
 
 template <typename T>
 void softmax_row(const Softmax& work, int64_t token, int64_t) {
+  constexpr int64_t kLanes = 16;
   const int64_t keys = work.shape.width, query = work.begin + token % work.queries;
   const int64_t last = query + 1 < keys ? query + 1 : keys;
   const int64_t first = work.window > 0 && query - work.window + 1 > 0 ? query - work.window + 1 : 0;
+  // Whole lanes around what is seen: -inf in those that are not, so that their power is 0.
+  const int64_t from = first / kLanes * kLanes, rounded = (last + kLanes - 1) / kLanes * kLanes;
+  const int64_t to = rounded < keys ? rounded : keys;
   T* scores = static_cast<T*>(work.scores.data) + token * work.scores.pitch;
-  const float peak = largest(scores, first, last);
-  const float sum = summed(first, last, [=](int64_t i) { return exponential(load(scores + i) - peak); });
+  float* powers = scratch(keys);
+  for (int64_t i = from; i < first; ++i) store(scores + i, -__builtin_inff());
+  for (int64_t i = last; i < to; ++i) store(scores + i, -__builtin_inff());
+  const float peak = largest(scores, from, to);
+  const float sum = exponentials(scores, peak, from, to, powers);
+  const float inverse = 1.0f / sum;
 #pragma omp simd
-  for (int64_t i = first; i < last; ++i) store(scores + i, exponential(load(scores + i) - peak) / sum);
-  for (int64_t i = 0; i < first; ++i) store(scores + i, 0.0f);
-  for (int64_t i = last; i < keys; ++i) store(scores + i, 0.0f);
+  for (int64_t i = from; i < to; ++i) store(scores + i, powers[i] * inverse);
+  __builtin_memset(scores, 0, size_t(from) * sizeof(T));
+  __builtin_memset(scores + to, 0, size_t(keys - to) * sizeof(T));
 }
 
 template <typename T>

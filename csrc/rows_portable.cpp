@@ -1,6 +1,8 @@
 // rows_portable.cpp: the loops of rows_kernels.h for any CPU.
 #include "rows.h"
 
+#include <memory>
+
 namespace rows {
 namespace {
 #include "rows_kernels.h"
