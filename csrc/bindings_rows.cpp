@@ -163,6 +163,8 @@ void softmax(const Tensor& scores, int64_t queries, int64_t begin, int64_t windo
   if (scores.dim() != 2) fail(op, ": scores has ", scores.dim(), " dimensions; it must have 2");
   if (queries < 1 || begin < 0 || window < 0 || begin > INT64_MAX - queries)
     fail(op, ": queries is ", queries, ", begin is ", begin, ", window is ", window, "; they must not be negative");
+  if (begin > work.shape.width - queries)
+    fail(op, ": query ", begin, " + ", queries, " - 1 lies beyond the ", work.shape.width, " columns of scores");
   work.scores = written(op, "scores", scores, work.shape);
   work.queries = queries;
   work.begin = begin;

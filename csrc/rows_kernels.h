@@ -53,7 +53,8 @@ inline float exponential(float x) {
   return x < -87.33f ? 0.0f : power;
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+// 0 where e^-x is no number any more, so that x · sigmoid(x) is 0 for any x.
+inline float sigmoid(float x) { return x < -88.0f ? 0.0f : 1.0f / (1.0f + exponential(-x)); }
 
 // Σ term(i) over [first, last): short runs in lanes, the runs in fp64, so that a long row loses nothing.
 template <typename Term>

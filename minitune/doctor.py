@@ -47,7 +47,7 @@ def tune(base: str, device: str | None, dtype: str | None, tokens: int, longest:
     """Time every way of the measured ops at the shapes of `base`, print them and write the table -> where it lies."""
     place = choose_device(device)
     if place.type != "cuda":
-        raise InputError("tune: there is nothing to choose without a GPU; on a CPU every op has one way")
+        raise InputError("tune: there is nothing to choose without a GPU; what a CPU takes is settled")
     if not 0 < longest <= tokens:
         raise InputError(f"tune: longest is {longest}; it must be between 1 and tokens ({tokens})")
     config = config_of(base)

@@ -87,7 +87,7 @@ class _Half(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor | None, half: Half, context: Context,
-                *parameters: Tensor) -> tuple[Tensor | None, Tensor | None]:
+                *parameters: Tensor) -> tuple[Tensor, Tensor | None]:
         weights = half.operands()
         y, kept = half.forward_keeping(x, branch, weights, context)
         total = kept["x"]
@@ -99,7 +99,7 @@ class _Half(torch.autograd.Function):
         ctx.others = {name: value for name, value in kept.items() if name not in tensors}
         ctx.half, ctx.weights, ctx.context = half, weights, context
         ctx.set_materialize_grads(False)
-        return (None if branch is None else total), y
+        return (total.view_as(total) if branch is None else total), y      # autograd takes no input for an output
 
     @staticmethod
     @once_differentiable
@@ -172,7 +172,7 @@ def run(half: Half, x: Tensor, branch: Tensor | None, context: Context) -> tuple
         return kept["x"], y
     if not half.needs_composed:
         total, y = _Half.apply(x, branch, half, context, *half.adapter_parameters())
-        return x if total is None else total, y
+        return total, y
     total = x if branch is None else x + branch
     if context.policy != "keep":       # plain autograd has no cheaper list to keep than none
         return total, checkpoint(half.composed, total, context, use_reentrant=False)

@@ -207,8 +207,9 @@ class Llama(nn.Module):
             projection.images = (images[2 * i], images[2 * i + 1])
         self._images.refresh(flat, [copy for projection in adapted for copy in projection.image_copies()])
         for projection in adapted:
-            if projection.around is not None and projection.images is not None:
-                projection.around.fill(*projection.images)
+            around = projection.laid_out()
+            if around is not None and projection.images is not None:
+                around.fill(*projection.images)
 
     # -- training base weights ----------------------------------------------------------------------------------------
 

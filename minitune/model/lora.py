@@ -154,12 +154,22 @@ class Projection(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Projection:
         """`to(device)` takes the weights in NF4 along; their dtypes stay."""
+        before = self.weight.device
         super()._apply(fn, recurse)
         if self.fused is not None and self.fused.device != self.weight.device:
             self.fused = self.fused.to(self.weight.device)
-        if self.around is not None:
-            self.lay_out()      # what it lay in was left behind
+        if self.weight.device != before:
+            self.lay_out()      # what it lay in was left behind, and another device may take another way
         return self
+
+    def laid_out(self) -> Augmented | None:
+        """What the weight lies in. Whoever copied the model, or put another tensor in the weight's place, tore the two
+        apart: then it is laid out anew."""
+        if self.around is not None and self.around.nf4 is None:
+            own = self.around.weight
+            if own.data_ptr() != self.weight.data_ptr() or own.stride() != self.weight.stride():
+                self.lay_out()
+        return self.around
 
     def lay_out(self) -> None:
         """Lay the frozen weight out for the augmented product, if that is the fastest here."""
@@ -222,7 +232,7 @@ class Projection(nn.Module):
         if self.cast is not None:
             return LoraWeights(*self.cast, a, b, self.packed)
         weight = self.weight if self.fused is None else self.fused if self.decoded is None else self.decoded
-        return LoraWeights(weight, self.bias, a, b, self.packed, self.around)
+        return LoraWeights(weight, self.bias, a, b, self.packed, self.laid_out())
 
     def adapter_parameters(self) -> list[Tensor]:
         """A and B of each adapter, in the order of `adapter_gradients`; none while they are switched off."""
@@ -256,7 +266,7 @@ class Projection(nn.Module):
             trained = name in names
             copy = value.to(torch.float32 if trained else value.dtype, copy=True)
             self.trained[_key(name)] = nn.Parameter(copy, requires_grad=trained)
-        self.weight = frozen(self.weight.new_empty(0, self.n_columns))
+        self.weight, self.around = frozen(self.weight.new_empty(0, self.n_columns)), None
         self.bias = None if self.bias is None else frozen(self.bias.new_empty(0))
 
     @property

@@ -47,7 +47,8 @@ class MlpHalf(nn.Module):
                         context: Context, need: Need = "both") -> tuple[Tensor | None, Kept]:
         rows, (w_gate_up, w_down) = len(x), weights
         normed, rstd, x = rms_norm.forward(x, self.norm, self.eps, branch, out=lora_matmul.input_rows(rows, w_gate_up))
-        gate_up, s_gate_up = lora_matmul.forward(normed, w_gate_up, out=lora_matmul.gradient_rows(rows, w_gate_up))
+        place = lora_matmul.gradient_rows(rows, w_gate_up)      # where its gradient may follow it; always there, since
+        gate_up, s_gate_up = lora_matmul.forward(normed, w_gate_up, out=place)      # a product's bits depend on it
         h = swiglu.forward(gate_up, out=lora_matmul.input_rows(rows, w_down))
         kept: Kept = {"x": x, "rstd": rstd, "normed": normed, "s_gate_up": s_gate_up, "gate_up": gate_up, "h": h}
         if need == "kept":
@@ -61,8 +62,8 @@ class MlpHalf(nn.Module):
         ds_down = lora_matmul.backward_s(dy, w_down)
         dh = lora_matmul.backward_input(dy, ds_down, w_down)
         want_h = "h" not in kept and kept["s_down"] is not None
-        d_gate_up, h = swiglu.backward(dh, kept["gate_up"], want_h=want_h, overwrite=way.overwrite,
-                                       out=lora_matmul.gradient_rows(len(dy), w_gate_up))
+        place = None if way.overwrite else lora_matmul.gradient_rows(len(dy), w_gate_up)
+        d_gate_up, h = swiglu.backward(dh, kept["gate_up"], want_h=want_h, overwrite=way.overwrite, out=place)
         gradients_down = self.down.adapter_gradients(dy, kept.get("h", h), kept["s_down"], ds_down, w_down)
         ds = lora_matmul.backward_s(d_gate_up, w_gate_up)
         normed = kept["normed"] if "normed" in kept else rms_norm.apply(kept["x"], kept["rstd"], self.norm)

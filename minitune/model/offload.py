@@ -35,7 +35,9 @@ class Parking:
 
     def park(self, x: Tensor) -> Ticket:
         """Begin to copy x to the host; its own memory is free once the copy is done and nobody else holds it."""
-        free = self._free.get((x.shape, x.dtype), [])
+        if (x.shape, x.dtype) not in self._free:        # a pass of another length: its buffers alone are kept
+            self._free = {(x.shape, x.dtype): []}
+        free = self._free[x.shape, x.dtype]
         host = free.pop() if free else torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")
         if x.device.type == "cuda":
             stream = self._stream(x.device)
@@ -63,7 +65,9 @@ class Parking:
             self._begin(before)
         if last:
             # Copies into this buffer and out of it share a stream, so the next one waits for the one under way.
-            self._free.setdefault((ticket.host.shape, ticket.host.dtype), []).append(ticket.host)
+            free = self._free.get((ticket.host.shape, ticket.host.dtype))
+            if free is not None:
+                free.append(ticket.host)
             ticket.host = None
         return back
 

@@ -87,12 +87,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
 
 
 def backend(q: Tensor, k: Tensor, longest: int, window: int | None) -> str:
-    """triton, or reference for the library's way: what was measured to be faster with these heads and this longest
-    document; where nothing was, the library if FlashAttention takes it."""
-    measured = tuned.way("attention", (q.shape[1], k.shape[1], q.shape[2], longest), q.device)
-    if measured is None and q.device.type == "cuda" and q.shape[2] <= 256 and not attention_library.flash(q, window):
+    """triton, or reference for the library's way: triton where FlashAttention does not take it, else what was measured
+    to be faster with these heads and this longest document, else the library."""
+    measured = tuned.way("attention", (q.shape[1], k.shape[1], q.shape[2], longest), q.device, q.dtype)
+    if q.device.type == "cuda" and q.shape[2] <= 256 and not attention_library.flash(q, window):
         measured = "triton"
-    return backends.choose("attention", q.device, measured)
+    return backends.choose("attention", q.device, measured, q.dtype)
 
 
 class _Attention(torch.autograd.Function):
@@ -109,7 +109,10 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         documents, window, graph = ctx.rest
         gradient = q.new_empty(len(q), q.shape[1] + 2 * k.shape[1], q.shape[2])
-        backward(dout.contiguous(), Saved(q, k, v, documents, window, graph, out, lse), gradient)
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        backward(dout.contiguous(), Saved(q, k, v, documents, window, graph, out, lse), gradient, again)
+        if not again:
+            ctx.rest = documents, window, None      # a loss that is still referenced must not keep it alive
         return *gradient.split((q.shape[1], k.shape[1], k.shape[1]), dim=1), None, None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minitune.ops.documents import Documents
+
+_SWITCH = threading.Lock()
 
 
 class Graph(NamedTuple):
@@ -54,6 +57,7 @@ def _deterministic() -> Iterator[None]:
     The flag alone: torch's public switch also rewrites the compiler's settings, which are the user's, and fills every
     new tensor. Around FlashAttention only: the library's products would ask for a workspace setting.
     """
+    _SWITCH.acquire()       # two GPUs' backwards run in threads of their own
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory      # type: ignore[attr-defined]
@@ -64,6 +68,7 @@ def _deterministic() -> Iterator[None]:
     finally:
         torch._C._set_deterministic_algorithms(before, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        _SWITCH.release()
 
 
 def flash(q: Tensor, window: int | None) -> bool:

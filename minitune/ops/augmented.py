@@ -72,7 +72,7 @@ def rows(n: int, columns: int, room: int, like: Tensor) -> Tensor:
 
 def tail(x: Tensor, room: int) -> Tensor | None:
     """The room [n, room] behind the rows of x [n, columns], if x was made by `rows`; else None."""
-    if x.stride(0) != x.shape[1] + room:
+    if len(x) < 2 or x.stride(0) != x.shape[1] + room:      # the stride of a single row says nothing
         return None
     return x.as_strided((len(x), room), (x.stride(0), 1), x.storage_offset() + x.shape[1])
 

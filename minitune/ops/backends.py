@@ -102,7 +102,7 @@ def _has(op: str, name: str, device: torch.device, dtype: torch.dtype | None) ->
     """Whether the op has this backend for such values, be it there or not."""
     if name == "native" and op in ROWS:
         return device.type == "cpu" and (dtype is None or dtype in ROWS_DTYPES)
-    return name in OPS[op]
+    return name in OPS[op] and not (name == "triton" and dtype == torch.float64)
 
 
 def _asked() -> str | None:
@@ -115,9 +115,10 @@ def _asked() -> str | None:
 def by_rows(op: str, x: Tensor) -> bool:
     """Whether the extension's row ops take `op` on x: fp32 or bf16 on a CPU, [T, d] or [T, heads, d] with heads and
     values side by side."""
-    if choose(op, x.device, dtype=x.dtype) != "native" or x.stride(-1) != 1:
+    if choose(op, x.device, dtype=x.dtype) != "native" or x.stride(-1) != 1 or x.dim() not in (2, 3):
         return False
-    return x.dim() == 2 or (x.dim() == 3 and (x.shape[1] < 2 or x.stride(1) == x.shape[2]))
+    heads = x.dim() == 2 or x.shape[1] < 2 or x.stride(1) == x.shape[2]
+    return heads and (len(x) < 2 or x.stride(0) >= x[0].numel())
 
 
 def missing(name: str, device: torch.device) -> str | None:
@@ -128,6 +129,8 @@ def missing(name: str, device: torch.device) -> str | None:
         return _native(device.type)
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton kernels need a GPU"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton kernels need a GPU of sm_80 or newer"
     return _no_triton()
 
 

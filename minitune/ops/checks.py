@@ -36,7 +36,7 @@ def run(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.devi
         with torch.enable_grad():
             results, plain, truth = (_results(function, operands, kind) for kind in ("ours", "plain", "truth"))
         for what, value in results.items():
-            yield _compare(op, what, backends.choose(op, device), value, plain[what], truth[what])
+            yield _compare(op, what, made.backend(op), value, plain[what], truth[what])
     yield _nf4(config, dtype, device)
 
 
@@ -77,6 +77,18 @@ class _Inputs:
         part = max(1, tokens // 5)
         self.documents = Documents.from_lengths(tuple(n for n in (part, 1, tokens - part - 1) if n > 0), device)
         self.generator = torch.Generator(device).manual_seed(0)
+
+    def backend(self, op: str) -> str:
+        """What the op takes at these shapes."""
+        if op == "attention":
+            q, k = (self.random(1, n, self.config.head_dim) for n in (self.config.n_heads, self.config.n_kv_heads))
+            return attention.backend(q, k, self.documents.max_seqlen, self.config.windows[0])
+        if op == "lora_matmul":
+            a = self.random(2 * self.rank, self.config.d_model)
+            weight = torch.empty(2 * self.config.d_ff, self.config.d_model, device="meta")
+            way = LoraWeights(weight, None, a, a).way("forward", self.tokens)
+            return "addmm" if way == "augmented" else way       # what is checked has no margins
+        return backends.choose(op, self.device, dtype=self.dtype)
 
     def random(self, *shape: int, scale: float = 1.0) -> Tensor:
         values = torch.randn(*shape, generator=self.generator, device=self.device) * scale

@@ -37,11 +37,11 @@ def _chunk(weight: Tensor) -> int:
 def losses_(logits: Tensor, labels: Tensor, losses: Tensor, smoothing: float, gradient: bool) -> None:
     """logits [n, V] and labels [n] -> losses fp32 [n]; with `gradient` each row of logits becomes the gradient of its
     loss, p - (1 - ε)·onehot - ε/V, formed in fp32: 1 - p may be far smaller than p."""
-    if backends.choose("linear_cross_entropy", logits.device) == "triton":
+    if backends.choose("linear_cross_entropy", logits.device, dtype=logits.dtype) == "triton":
         backends.kernel("linear_cross_entropy").losses_(logits, labels, losses, smoothing=smoothing, gradient=gradient)
         return
     if backends.by_rows("linear_cross_entropy", logits):
-        torch.ops.minitune.rows_losses(logits, labels, losses, smoothing, gradient)
+        torch.ops.minitune.rows_losses(logits, labels.contiguous(), losses, smoothing, gradient)
         return
     for rows in in_cache(len(logits), logits.shape[1], logits.device):
         part, label = logits[rows], labels[rows, None]

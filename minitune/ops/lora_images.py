@@ -21,6 +21,9 @@ class Images:
     def __init__(self) -> None:
         self._known: tuple[Any, Any] = (None, None)
 
+    def __reduce__(self) -> tuple[type[Images], tuple[()]]:
+        return Images, ()       # addresses mean nothing to a copy
+
     def refresh(self, flat: Tensor, copies: Sequence[tuple[Tensor, Tensor, float]]) -> None:
         """flat [n] in the compute dtype; what no copy names is left as it is."""
         if not copies:

@@ -2,7 +2,7 @@
 
 Three ways give the same: thin products beside the library's (addmm); the library's product over operands that hold the
 adapters in their margins (augmented, `ops/augmented.py`); our Triton kernel, whose loop runs over K and then over the
-rank. addmm is the default; `minitune tune` measures which is the fastest at a shape.
+rank. A CPU takes the augmented one in bf16, all else addmm, until `minitune tune` measured another to be faster.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch import Tensor
 from minitune.ops import augmented, backends, few_rows, tuned
 from minitune.ops.augmented import Augmented
 from minitune.ops.nf4_linear import FusedNF4, nf4_linear
+
+CPU_ROWS = 256
+"""From so many rows on a CPU takes the augmented product by itself: fewer are generation's, which `few_rows` serves."""
 
 
 class LoraWeights(NamedTuple):
@@ -39,8 +42,9 @@ class LoraWeights(NamedTuple):
     def way(self, step: str, tokens: int) -> str:
         """addmm, augmented or triton; `step` is "forward", "input" or "adapters" (of the backward)."""
         assert self.a is not None
-        measured = tuned.way(f"lora_matmul {step}", (*self.weight.shape, len(self.a), tokens), self.a.device)
-        if measured is None and step != "adapters" and _fits_cpu(self.weight.shape, self.a):
+        shape = (*self.weight.shape, len(self.a), tokens)
+        measured = tuned.way(f"lora_matmul {step}", shape, self.a.device, self.a.dtype)
+        if measured is None and step != "adapters" and tokens >= CPU_ROWS and _fits_cpu(self.weight.shape, self.a):
             measured = "augmented"
         chosen = backends.choose("lora_matmul", self.a.device, measured)
         return "addmm" if chosen == "reference" else chosen
@@ -67,14 +71,15 @@ def _fits_cpu(shape: tuple[int, ...], like: Tensor) -> bool:
 
 def wants_margins(n_rows: int, columns: int, rank: int, like: Tensor) -> bool:
     """Whether the augmented product is the fastest at this weight and rank, for some number of rows."""
-    return _fits_cpu((n_rows, columns), like) or any("augmented" in tuned.ways(f"lora_matmul {step}", (n_rows, columns, rank), like.device)
-               for step in ("forward", "input"))
+    found = (tuned.ways(f"lora_matmul {step}", (n_rows, columns, rank), like.device, like.dtype)
+             for step in ("forward", "input"))
+    return _fits_cpu((n_rows, columns), like) or any("augmented" in ways for ways in found)
 
 
 def input_rows(tokens: int, w: LoraWeights) -> Tensor | None:
     """Where the op before should write x [T, K]: rows with room for S behind them, or None for anywhere."""
     around = w.margins()
-    if around is None or w.a is None or w.way("forward", tokens) != "augmented":
+    if around is None or w.a is None or w.packed is not None or w.way("forward", tokens) != "augmented":
         return None
     return augmented.rows(tokens, around.columns, around.room, w.a)
 

@@ -27,7 +27,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None = None,
     1/rms is what `backward` and `apply` want. Without a branch the sum is x itself. y lies in `out` where that is
     given, which may be x.
     """
-    if backends.choose("rms_norm", x.device) == "triton":
+    if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
         y, rstd, total = backends.kernel("rms_norm").forward(x, weight, eps, branch, out=out)
         return y, rstd, x if total is None else total
     y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
@@ -49,7 +49,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None = None,
 
 def apply(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     """y from x and its stored 1/rms, with the bits of `forward`: what recomputing costs."""
-    if backends.choose("rms_norm", x.device) == "triton":
+    if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
         return cast(Tensor, backends.kernel("rms_norm").apply(x, rstd, weight))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if backends.by_rows("rms_norm", x):
@@ -67,7 +67,7 @@ def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, past: Tensor |
     The weight is frozen here. With g = dy·weight: dx = rstd · (g - x · rstd² · mean(g·x)) + past. dx lies in `out`
     where that is given, which may be dy.
     """
-    if backends.choose("rms_norm", x.device) == "triton":
+    if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
         return cast(Tensor, backends.kernel("rms_norm").backward(dy, x, rstd, weight, past, out=out))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if backends.by_rows("rms_norm", x):

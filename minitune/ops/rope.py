@@ -70,7 +70,9 @@ def tables(config: ModelConfig, positions: Tensor, documents: Documents) -> tupl
     if config.rope.kind == "dynamic" and documents.max_seqlen > config.max_positions:
         known = {n: frequencies(config.rope, config.head_dim, config.max_positions, n)[0] for n in documents.lengths}
         rows = torch.stack([known[n] for n in documents.lengths])
-        return _angles(positions, rows.repeat_interleave(torch.tensor(documents.lengths), dim=0), 1.0)
+        rows = (rows.pin_memory() if positions.is_cuda else rows).to(positions.device, non_blocking=True)
+        lengths = documents.cu_seqlens.to(positions.device).diff()
+        return _angles(positions, rows.repeat_interleave(lengths, dim=0, output_size=documents.n_tokens), 1.0)
     return _angles(positions, *_static(config.rope, config.head_dim, config.max_positions, positions.device))
 
 
@@ -102,7 +104,7 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     """In place; ``back=True`` turns the other way, which is the backward of the rotation."""
-    if backends.choose("rope", x.device) == "triton":
+    if backends.choose("rope", x.device, dtype=x.dtype) == "triton":
         return cast(Tensor, backends.kernel("rope").rotate_(x, cos, sin, back=back))
     if backends.by_rows("rope", x):
         torch.ops.minitune.rows_rope(x, cos, sin, back)

@@ -19,7 +19,7 @@ def reference(gate_up: Tensor) -> Tensor:
 
 def forward(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """The same without autograd's book-keeping, in `out` [T, f] where that is given."""
-    if backends.choose("swiglu", gate_up.device) == "triton":
+    if backends.choose("swiglu", gate_up.device, dtype=gate_up.dtype) == "triton":
         return cast(Tensor, backends.kernel("swiglu").forward(gate_up, out=out))
     if backends.by_rows("swiglu", gate_up):
         h = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2) if out is None else out
@@ -36,7 +36,7 @@ def backward(dh: Tensor, gate_up: Tensor, *, want_h: bool = False, overwrite: bo
     d up = dh·silu(gate); d gate = dh·up·silu'(gate). `dh` serves as scratch: it must not be used afterwards. With
     ``overwrite`` the gradient may take gate_up's place; else it lies in `out` [T, 2·f] where that is given.
     """
-    if backends.choose("swiglu", dh.device) == "triton":
+    if backends.choose("swiglu", dh.device, dtype=dh.dtype) == "triton":
         gradient = backends.kernel("swiglu").backward(dh, gate_up, gradient=gate_up if overwrite else out,
                                                       h=dh if want_h else None)
         return gradient, dh if want_h else None

@@ -41,23 +41,32 @@ def forced(**ways: str) -> Iterator[None]:
         _forced.update(before)
 
 
-def way(op: str, shape: Shape, device: torch.device) -> str | None:
+def way(op: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> str | None:
     """The fastest way of `op` at `shape` on `device`, or None where nothing was measured."""
     if _forced and op.replace(" ", "_") in _forced:
         return _forced[op.replace(" ", "_")]
     if device.type != "cuda":
         return None
-    return _nearest(op, shape, torch.device("cuda", device.index or 0))
+    return _nearest(name_of(op, dtype), shape, _indexed(device))
 
 
-def ways(op: str, start: Shape, device: torch.device) -> set[str]:
+def ways(op: str, start: Shape, device: torch.device, dtype: torch.dtype) -> set[str]:
     """The fastest ways of `op` at all measured shapes that begin with `start`."""
     if _forced and op.replace(" ", "_") in _forced:
         return {_forced[op.replace(" ", "_")]}
     if device.type != "cuda":
         return set()
-    found = table(torch.device("cuda", device.index or 0)).get(op, {})
+    found = table(_indexed(device)).get(name_of(op, dtype), {})
     return {_fastest(ms) for shape, ms in found.items() if shape[: len(start)] == start}
+
+
+def name_of(op: str, dtype: torch.dtype) -> str:
+    """The op's name in the table: each dtype is measured for itself."""
+    return f"{op} {str(dtype).removeprefix('torch.')}"
+
+
+def _indexed(device: torch.device) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.lru_cache(maxsize=4096)

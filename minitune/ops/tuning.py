@@ -28,8 +28,9 @@ def measure(products: dict[str, tuple[int, int, int]], heads: tuple[int, int, in
     found: Table = {}
     for n, k, rank in set(products.values()):
         for step, ms in product_times(n, k, rank, tokens, dtype, device).items():
-            found.setdefault(f"lora_matmul {step}", {})[n, k, rank, tokens] = ms
-    found["attention"] = {(*heads, longest): attention_times(heads, tokens, longest, dtype, device)}
+            found.setdefault(tuned.name_of(f"lora_matmul {step}", dtype), {})[n, k, rank, tokens] = ms
+    times = attention_times(heads, tokens, longest, dtype, device)
+    found[tuned.name_of("attention", dtype)] = {(*heads, longest): times}
     return found
 
 
@@ -87,6 +88,8 @@ def in_turns(op: str, step: str, runs: Runs, device: torch.device) -> dict[str, 
             try:
                 with tuned.forced(**{name: way}):
                     ms = _milliseconds(run, device)
+            except getattr(torch, "AcceleratorError", ()):      # the device is lost: nothing more can be measured
+                raise
             except Exception as error:      # of the compiler, of the library: whatever it is, this way is no choice
                 warnings.warn(f"{op} {step}: {way} does not run here: {type(error).__name__}: {error}", stacklevel=2)
                 del runs[way]
@@ -101,13 +104,14 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
         begun = time.perf_counter()
         run()
         return (time.perf_counter() - begun) * 1e3
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(2_000_000)    # the launches of a short run are queued before its time begins
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
+    with torch.cuda.device(device):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(2_000_000)    # the launches of a short run are queued before its time begins
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
 
 
 def shapes(products: Table) -> list[tuple[str, Shape, str, dict[str, float]]]:

@@ -1,4 +1,4 @@
-"""Triton's interpreter made right for bf16: casts, arithmetic and tl.dot.
+"""Triton's interpreter made right for bf16 (casts, arithmetic and tl.dot) and for any numpy.
 
 The stock one (3.6 to 3.9) holds bf16 as numpy's uint16. It cuts fp32 off where it should round to nearest even, and
 adds and multiplies the 16-bit patterns as if they were integers. Here bf16 is widened to fp32, computed and rounded.
@@ -83,10 +83,22 @@ def _dot(stock: Callable[..., Any]) -> Callable[..., Any]:
     return dot
 
 
+def _count_with_any_numpy() -> None:
+    """`range` over a tensor asks for its number; numpy 2.4 no longer makes one of an array, as Triton 3.6 does it."""
+    stock = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, *rest: Any) -> None:
+        stock(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
 def install() -> None:
     """Once a process, before a kernel runs."""
     if hasattr(Builder, "get_bf16"):
         return
+    _count_with_any_numpy()
     for name in ("cast_impl", "create_fp_to_fp"):
         _repair(name, _cast)
     for name in ("binary_op", "unary_op"):

@@ -71,7 +71,7 @@ def _triton_where_it_is_not_measured():
     """What a GPU takes by itself; the interpreter has to be asked."""
     choose = backends.choose
 
-    def chosen(op, device, measured=None):
+    def chosen(op, device, measured=None, dtype=None):
         return measured or "reference" if op in backends.MEASURED else "reference" if op == "nf4" else "triton"
 
     backends.choose = chosen

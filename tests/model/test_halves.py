@@ -115,8 +115,8 @@ def test_bf16_errs_no_more_than_plain_autograd(shape):
 @pytest.fixture
 def augmented_everywhere(monkeypatch):
     """As if the augmented product had been measured to be the fastest at every shape."""
-    monkeypatch.setattr(tuned, "way", lambda op, shape, device: "augmented" if op.startswith("lora_matmul") else None)
-    monkeypatch.setattr(tuned, "ways", lambda op, start, device: {"augmented"})
+    monkeypatch.setattr(tuned, "way", lambda op, *_: "augmented" if op.startswith("lora_matmul") else None)
+    monkeypatch.setattr(tuned, "ways", lambda *_: {"augmented"})
 
 
 @pytest.mark.parametrize("lora", LORAS)

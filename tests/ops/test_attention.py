@@ -85,7 +85,7 @@ def test_determinism_is_more_than_a_wish_and_is_put_back():
 def test_the_kernel_of_ours_takes_what_flash_attention_does_not(monkeypatch):
     q, k = torch.empty(4, 8, 64, device="meta"), torch.empty(4, 2, 64, device="meta")
     asked = []
-    monkeypatch.setattr(attention.backends, "choose", lambda op, device, measured: asked.append(measured))
+    monkeypatch.setattr(attention.backends, "choose", lambda op, device, measured, dtype: asked.append(measured))
 
     class OnGpu:
         shape, device, dtype = q.shape, torch.device("cuda"), torch.float32

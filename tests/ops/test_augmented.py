@@ -13,8 +13,8 @@ T, N, K, R = 13, 40, 64, 5
 
 
 @pytest.fixture(autouse=True)
-def measured(monkeypatch):
-    monkeypatch.setattr(tuned, "way", lambda op, shape, device: "augmented")
+def measured(monkeypatch):      # whatever the number of rows
+    monkeypatch.setattr(tuned, "way", lambda *_: "augmented")
 
 
 def _weights(dtype, in_nf4=False, bias=False):

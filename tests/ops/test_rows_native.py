@@ -57,7 +57,7 @@ def test_rms_norm(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_swiglu(dtype):
     gate_up, dh = (torch.randn(7, 2 * 51) * 5).to(dtype), torch.randn(7, 51).to(dtype)
-    gate_up[0, :4] = torch.tensor([90.0, -90.0, 1e4, -1e4])
+    gate_up[0, :5] = torch.tensor([90.0, -90.0, 1e4, -1e4, -1e30])
 
     def reference(gate_up, dh):
         leaf = gate_up.clone().requires_grad_()
@@ -175,6 +175,13 @@ def test_wrong_tensors_are_refused(name):
         for wrong in wrongs:
             with pytest.raises(RuntimeError, match=f"rows_{name}: "):
                 getattr(OPS, f"rows_{name}")(*arguments[:i], wrong, *arguments[i + 1:])
+
+
+@pytest.mark.parametrize(("queries", "begin", "window"), [(1, 48, 1), (3, 2, 0), (0, 0, 0), (1, -1, 0), (1, 0, -1),
+                                                          (2**62, 2**62, 0)], ids=str)
+def test_queries_that_lie_outside_the_scores_are_refused(queries, begin, window):
+    with pytest.raises(RuntimeError, match="rows_softmax: "):
+        OPS.rows_softmax(torch.randn(6, 4), queries, begin, window)
 
 
 def test_a_label_outside_the_vocabulary_is_named():

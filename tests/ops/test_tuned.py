@@ -8,7 +8,7 @@ import torch
 import minitune as mt
 from minitune.ops import tuned
 
-GPU = torch.device("cuda")
+GPU, BF16 = torch.device("cuda", 0), torch.bfloat16
 
 
 @pytest.fixture
@@ -26,18 +26,19 @@ def _write(path, ops):
 
 
 def test_the_nearest_measured_shape_counts(table):
-    _write(table, {"attention": [{"shape": [32, 8, 128, 2048], "ms": {"triton": 1.0, "reference": 1.5}},
+    _write(table, {"attention bfloat16": [{"shape": [32, 8, 128, 2048], "ms": {"triton": 1.0, "reference": 1.5}},
                                  {"shape": [32, 8, 128, 16384], "ms": {"triton": 9.0, "reference": 8.0}}]})
-    assert tuned.way("attention", (32, 8, 128, 3000), GPU) == "triton"
-    assert tuned.way("attention", (32, 8, 128, 9000), GPU) == "reference"
-    assert tuned.way("attention", (32, 8, 64, 3000), GPU) is None
-    assert tuned.ways("attention", (32, 8), GPU) == {"triton", "reference"}
+    assert tuned.way("attention", (32, 8, 128, 3000), GPU, BF16) == "triton"
+    assert tuned.way("attention", (32, 8, 128, 9000), GPU, BF16) == "reference"
+    assert tuned.way("attention", (32, 8, 64, 3000), GPU, BF16) is None
+    assert tuned.way("attention", (32, 8, 128, 3000), GPU, torch.float32) is None
+    assert tuned.ways("attention", (32, 8), GPU, BF16) == {"triton", "reference"}
 
 
 def test_without_a_table_or_a_gpu_nothing_is_known(table):
-    assert tuned.way("attention", (32, 8, 128, 2048), GPU) is None
-    assert tuned.way("attention", (32, 8, 128, 2048), torch.device("cpu")) is None
-    assert tuned.ways("attention", (32,), torch.device("cpu")) == set()
+    assert tuned.way("attention", (32, 8, 128, 2048), GPU, BF16) is None
+    assert tuned.way("attention", (32, 8, 128, 2048), torch.device("cpu"), BF16) is None
+    assert tuned.ways("attention", (32,), torch.device("cpu"), BF16) == set()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"ops": 3}', '{"ops": {"a": [{"shape": [0], "ms": {"x": 1}}]}}',
@@ -46,7 +47,7 @@ def test_without_a_table_or_a_gpu_nothing_is_known(table):
 def test_a_broken_table_is_named(table, text):
     table.write_text(text)
     with pytest.raises(mt.InputError, match=r"tuned.json: is no table of `minitune tune`"):
-        tuned.way("a", (1,), GPU)
+        tuned.way("a", (1,), GPU, BF16)
 
 
 def test_tables_of_different_machines_lie_apart(monkeypatch, tmp_path):

@@ -11,14 +11,15 @@ CPU = torch.device("cpu")
 def test_every_way_that_is_there_is_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "ROUNDS", 1)
     found = tuning.measure({"o": (24, 16, 4), "same": (24, 16, 4)}, (4, 2, 8), 32, 16, torch.float32, CPU)
-    assert set(found) == {"attention", "lora_matmul forward", "lora_matmul input", "lora_matmul adapters"}
-    assert {"reference", "augmented"} <= set(found["lora_matmul forward"][24, 16, 4, 32])
+    assert set(found) == {f"{op} float32" for op in (
+        "attention", "lora_matmul forward", "lora_matmul input", "lora_matmul adapters")}
+    assert {"reference", "augmented"} <= set(found["lora_matmul forward float32"][24, 16, 4, 32])
     assert all(ms > 0 for shapes in found.values() for ways in shapes.values() for ms in ways.values())
     path = tmp_path / "cache" / "tuned.json"
     tuned.write(path, "a GPU", found)
     assert tuned.read(path) == found
-    tuned.write(path, "a GPU", {"attention": {(8, 8, 8, 16): {"reference": 1.0}}})
-    assert tuned.read(path)["attention"].keys() == {(4, 2, 8, 16), (8, 8, 8, 16)}
+    tuned.write(path, "a GPU", {"attention float32": {(8, 8, 8, 16): {"reference": 1.0}}})
+    assert tuned.read(path)["attention float32"].keys() == {(4, 2, 8, 16), (8, 8, 8, 16)}
 
 
 def test_a_way_that_does_not_run_is_left_out(monkeypatch):

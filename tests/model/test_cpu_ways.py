@@ -1,0 +1,95 @@
+"""What a CPU takes by itself in bf16, where every size is a multiple of 64: the augmented product, and its borders."""
+
+import copy
+
+import pytest
+import torch
+
+from minitune.config import LoRA, ModelConfig
+from minitune.model import half
+from minitune.model.generate import generate
+from minitune.model.llama import Llama, init_weights
+from minitune.ops import backends, lora_matmul, rope
+from minitune.ops.documents import Documents
+from tests.tolerance import relative
+
+CONFIG = ModelConfig(vocab_size=61, d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=16, d_ff=64,
+                     windows=(40, None))
+LENGTHS = (lora_matmul.CPU_ROWS - 30, 50)
+
+
+@pytest.fixture
+def network():
+    network = Llama(CONFIG, dtype=torch.bfloat16)
+    init_weights(network, seed=1, std=0.1)
+    network.add_adapters(LoRA(rank=4), seed=2)
+    for adapter in network.adapters().values():
+        adapter.B.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(3))
+    network.refresh_images()
+    return network
+
+
+def _step(network, policy="keep", times=1):
+    """[output, dx, gradients of the adapters], the last of `times` backwards over one graph."""
+    documents = Documents.from_lengths(LENGTHS)
+    context = half.Context(*rope.tables(CONFIG, documents.positions(), documents), documents, policy,
+                           network._parking if policy == "offload" else None)
+    generator = torch.Generator().manual_seed(4)
+    x, upstream = (torch.randn(sum(LENGTHS), 64, generator=generator).bfloat16() for _ in range(2))
+    network.refresh_images()
+    total, branch = x.requires_grad_(), None
+    for layer in network.blocks():
+        total, branch = layer(total, branch, context)
+    wanted = [x, *(p for a in network.adapters().values() for p in (a.A, a.B))]
+    for left in range(times - 1, -1, -1):
+        found = torch.autograd.grad(total + branch, wanted, upstream, retain_graph=left > 0)
+    return [(total + branch).detach(), *found]
+
+
+def test_it_is_the_augmented_product_and_equals_the_separate_ones(network):
+    weights = network.blocks()[0].mlp.gate_up.operands()
+    assert weights.around is not None and weights.way("forward", lora_matmul.CPU_ROWS) == "augmented"
+    found = _step(network)
+    with backends.use("reference"):
+        expected = _step(network)
+    assert all(relative(a, b) < 2e-2 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["pointwise", "full", "offload"])
+def test_policies_give_the_same_bits(network, policy):
+    for a, b in zip(_step(network), _step(network, policy), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_kept_graph_gives_its_gradients_again(network):
+    for a, b in zip(_step(network), _step(network, times=3), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_generation_with_an_adapter_reads_the_weight_as_it_lies(network):
+    weights = network.blocks()[0].mlp.gate_up.operands()
+    assert lora_matmul.input_rows(4, weights) is None and weights.way("forward", 4) == "addmm"
+    prompt = [list(range(3, 40)) * 8]
+    assert len(prompt[0]) > lora_matmul.CPU_ROWS
+    new = generate(network, prompt, 20, lambda logits: logits.argmax(-1), lambda row, ids: False)
+    assert len(new[0]) == 20
+
+
+def test_a_copied_model_keeps_weight_and_layout_together(network):
+    twin = copy.deepcopy(network)
+    for weight in twin.hf_weights().values():
+        weight.mul_(0.5)
+    other = Llama(CONFIG, dtype=torch.bfloat16)
+    for name, weight in other.hf_weights().items():
+        weight.copy_(twin.hf_weights()[name])
+    other.add_adapters(LoRA(rank=4), seed=2)
+    for path, adapter in other.adapters().items():
+        adapter.B.data.copy_(twin.adapters()[path].B.data)
+    for a, b in zip(_step(twin), _step(other), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(_step(network)[0], _step(twin)[0])
+
+
+def test_a_weight_that_is_trained_is_laid_out_no_longer(network):
+    network.unfreeze(["model.layers.0.mlp.*"])
+    assert network.blocks()[0].mlp.gate_up.around is None and network.blocks()[1].mlp.gate_up.around is not None
