@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minitune"
 LEVELS = [{"errors"}, {"config", "devices"}, {"kernels"}, {"ops"}, {"model"}, {"checkpoint", "data"},
-          {"training", "objectives"}, {"report"}, {"api"}, {"demo", "doctor"}, {"cli"}]
+          {"training", "objectives"}, {"report"}, {"api"}, {"demo", "doctor"}, {"commands"}, {"cli"}]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-ONLY_IN = {"rich": {"report", "cli"}, "tyro": {"cli"}, "matplotlib": {"report"}, "sentencepiece": {"data"},
+ONLY_IN = {"rich": {"report", "cli"}, "tyro": {"commands", "cli"}, "matplotlib": {"report"}, "sentencepiece": {"data"},
            "tokenizers": {"data"}, "triton": {"kernels"}, "minitune.kernels": {"ops", "kernels"}}
 FORBIDDEN = {"transformers", "peft", "bitsandbytes", "accelerate", "lightning"}
 FILES = [path for path in sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})     # kernels: a link

@@ -1,0 +1,145 @@
+"""load: a Model from a checkpoint folder; init: a folder with random weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from minitune.api.model import Model, as_path
+from minitune.checkpoint.adapter import match_adapter, read_adapter
+from minitune.checkpoint.hf_config import is_prequantized, read_config
+from minitune.checkpoint.reader import Checkpoint
+from minitune.checkpoint.weights import Quantized, load_weights
+from minitune.config import LoRA, MemoryPolicy, ModelConfig, Quant, check_seed, short
+from minitune.data.tokenizer import load_tokenizer
+from minitune.devices import DTYPES, choose_device, choose_dtype
+from minitune.errors import InputError
+from minitune.model.llama import Llama, init_weights
+from minitune.model.memory import reuse_freed_memory
+from minitune.model.shapes import shape
+
+
+def load(path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
+         quant: Quant | None = None, lora: LoRA | None = None, adapter: str | Path | None = None,
+         train: str | Sequence[str] | None = None, memory: MemoryPolicy = "auto", seed: int = 0) -> Model:
+    """A model from a Hugging Face folder: config.json, safetensors, and its tokenizer if it has one.
+
+    device: CUDA where there is one, else the CPU. dtype: the compute dtype, bfloat16 where the device is good at it,
+    else float32. quant: "nf4" or "nf4-dq" (double quantisation) keeps the layers' linears in 4 bits, quantised one by
+    one as they are read (they are no part of state_dict()); a checkpoint that bitsandbytes quantised to NF4 stays as it
+    is, without `quant`. lora: fresh adapters to train;
+    adapter: a PEFT adapter folder to go on from or to use; train: base weights to train ("full", "head", "norms",
+    "embedding", "last:4", or name patterns). With none of the three all is frozen. memory: what is kept for the
+    backward ("keep", "pointwise", "full", "offload"; "auto" decides by free memory). seed: for the adapters' start. On
+    a CPU it also tells malloc to keep freed memory, which saves a step's page faults.
+
+    Raises InputError for whatever is wrong with the folder or the arguments.
+    """
+    folder = as_path("load", "path", path)
+    _check_load(quant, lora, adapter, train, memory, seed)
+    place = choose_device(device)
+    compute = choose_dtype(dtype, place)
+    if compute == torch.float16 and (lora is not None or train is not None):
+        raise InputError("load: training in float16 loses small gradients, and loss scaling is not part of this "
+                         'version; say dtype="bfloat16" or "float32"')
+    if place.type == "cpu":
+        reuse_freed_memory()
+    network = _read_network(folder, compute, place, memory, quant)
+    config = network.config
+    tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
+    if tokenizer is not None:
+        tokenizer.check_vocab(config.vocab_size)
+    model = Model(network, tokenizer, folder)
+    if adapter is not None:
+        lora, tensors = read_adapter(Path(adapter))
+        network.add_adapters(lora, seed)
+        match_adapter(tensors, network.adapters(), Path(adapter), folder)
+    elif lora is not None:
+        network.add_adapters(lora, seed)
+    model.lora = lora
+    if train is not None:
+        network.unfreeze(train if isinstance(train, str) else tuple(train))
+    return model
+
+
+def _check_load(quant: Any, lora: Any, adapter: Any, train: Any, memory: Any, seed: Any) -> None:
+    """InputError for arguments of `load` that are wrong, or do not go together."""
+    if quant not in (None, *get_args(Quant)):
+        raise InputError(f"load: quant is {short(quant)}; say {', '.join(get_args(Quant))}, or leave it out")
+    if lora is not None and adapter is not None:
+        raise InputError(f"load: both lora and adapter are given; the adapter in {adapter} brings its own rank and "
+                         "targets, so leave lora=None")
+    if adapter is not None:
+        as_path("load", "adapter", adapter)
+    if lora is not None and not isinstance(lora, LoRA):
+        raise InputError(f"load: lora is {short(lora)}; give mt.LoRA(rank=16, …)")
+    if lora is not None and lora.dora:
+        raise InputError("load: LoRA(dora=True) is not part of this version; leave dora=False")
+    if train is not None and (lora is not None or adapter is not None):
+        raise InputError("load: an adapter and trained base weights together are not part of this version, since no "
+                         "file could hold both; give either lora or adapter, or train")
+    if memory not in get_args(MemoryPolicy):
+        raise InputError(f"load: memory is {short(memory)}; say {', '.join(get_args(MemoryPolicy))}")
+    if train is not None and not isinstance(train, str) and not (
+            isinstance(train, Sequence) and train and all(isinstance(name, str) for name in train)):
+        raise InputError(f'load: train is {short(train)}; say "full", "head", "norms", "embedding", "last:4", or give '
+                         'a list of name patterns such as ["*.q_proj.weight"]')
+    check_seed("load", seed)
+
+
+def _read_network(folder: Path, dtype: torch.dtype, device: torch.device, memory: MemoryPolicy,
+                  quant: str | None) -> Llama:
+    """The network of a checkpoint folder; in NF4 where `quant` says so or the checkpoint is."""
+    config, stored = read_config(folder), is_prequantized(folder)
+    if stored and quant is not None:
+        raise InputError(f"load: quant is {quant!r}, but {folder} is quantised already, as its config.json says; leave "
+                         "quant out")
+    checkpoint = Checkpoint.open(folder)
+    in_4bit = stored or quant is not None
+    if _too_large(config, checkpoint):      # its missing tensors are named before memory is taken for them
+        empty = Llama(config, dtype=dtype, device="meta", quantized=in_4bit)
+        _fill(checkpoint, empty, quant, stored)
+    network = Llama(config, dtype=dtype, device=device, memory=memory, quantized=in_4bit)
+    _fill(checkpoint, network, quant, stored)
+    return network
+
+
+def _fill(checkpoint: Checkpoint, network: Llama, quant: str | None, stored: bool) -> None:
+    shapes = network.nf4_shapes()
+    slots = Quantized(shapes, network.put_nf4, network.device, network.dtype, quant == "nf4-dq", stored)
+    load_weights(checkpoint, network.hf_weights(), network.config.tied_head, slots if shapes else None)
+
+
+def init(name: str, folder: str | Path, *, tokenizer: str | Path | None = None, seed: int = 0) -> None:
+    """Write a checkpoint folder with random weights in a named shape, its tokenizer copied from another folder."""
+    config = shape(name)
+    target = as_path("init", "folder", folder)
+    check_seed("init", seed)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"init: {target} exists already; name another folder, or remove it")
+    network = Llama(config, dtype=DTYPES[config.dtype])
+    init_weights(network, seed)
+    words = None if tokenizer is None else load_tokenizer(tokenizer)
+    if words is not None:
+        words.check_vocab(config.vocab_size)
+    Model(network, words, None if tokenizer is None else Path(tokenizer)).save(folder)
+
+
+def _too_large(config: ModelConfig, checkpoint: Checkpoint) -> bool:
+    """Whether config.json asks for more weights than the checkpoint holds. InputError if by far."""
+    names = checkpoint.names()
+    if config.n_layers > len(names):
+        raise InputError(f"{checkpoint.path(names[0]).parent if names else 'the checkpoint'}: config.json says "
+                         f"{config.n_layers} layers, and the checkpoint holds {len(names)} tensors in all; fetch "
+                         "config.json and the weights of one and the same model")
+    infos = [checkpoint.info(name) for name in names]
+    held = sum(math.prod(info.shape) * (2 if info.dtype == torch.uint8 else 1) for info in infos)   # two to a byte
+    return config.n_layers * config.d_model * config.d_ff * 3 + config.vocab_size * config.d_model > held
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))

@@ -1,0 +1,224 @@
+"""Model: a network with its tokenizer; its losses, what is trained, its files, and what it writes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from minitune.checkpoint.adapter import write_adapter
+from minitune.checkpoint.hf_config import write_config
+from minitune.checkpoint.merge import Onto, base_tensors, merged_tensors
+from minitune.checkpoint.reader import Checkpoint
+from minitune.checkpoint.weights import save_weights
+from minitune.config import LoRA, ModelConfig, short
+from minitune.data.batch import IGNORED, Batch
+from minitune.data.ending import Ending
+from minitune.data.ids import as_prompts, flat_integers
+from minitune.data.tokenizer import Tokenizer, copy_tokenizer
+from minitune.devices import DTYPES
+from minitune.errors import InputError
+from minitune.model.generate import generate, sampler
+from minitune.model.llama import Llama
+from minitune.objectives import sft
+
+
+def as_path(owner: str, name: str, value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise InputError(f"{owner}: {name} is {short(value)}; give a path")
+    return Path(value)
+
+
+class Model(nn.Module):
+    """A network with its tokenizer (None if the checkpoint has none) and the folder it came from."""
+
+    def __init__(self, network: Llama, tokenizer: Tokenizer | None, path: Path | None = None):
+        super().__init__()
+        self.network, self.path = network, path
+        self._tokenizer = tokenizer
+        self.lora: LoRA | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """InputError if the checkpoint folder has none."""
+        if self._tokenizer is None:
+            raise InputError(f"{self.path}: no tokenizer.json or tokenizer.model in the folder; text needs one, put it "
+                             "beside config.json")
+        return self._tokenizer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
+        """`to(device)` and its kin. InputError for another dtype: what is trained stays fp32, and all else has the
+        compute dtype, which more than the weights follows."""
+        for dtype in (torch.float32, self.network.dtype):
+            made = fn(torch.empty(0, dtype=dtype)).dtype
+            if made != dtype:
+                raise InputError(f"the model cannot be cast to {made}; load it in the dtype to compute in: "
+                                 'mt.load(…, dtype="float32")')
+        super()._apply(fn, recurse)
+        return self
+
+    # -- losses ------------------------------------------------------------------------------------------------------
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """[T, d_model] on the model's device, after the final norm."""
+        if batch.highest_token >= self.config.vocab_size:
+            raise InputError(f"the batch holds the token id {batch.highest_token}; the vocabulary ends at "
+                             f"{self.config.vocab_size - 1}")
+        self.network.check_length(batch.longest_trained)
+        batch = batch.to(self.device)
+        out: Tensor = self.network(batch.tokens, batch.positions, batch.documents)
+        return out
+
+    def losses_at(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]."""
+        return self.network.token_losses(hidden, labels, label_smoothing)
+
+    def logits(self, tokens: Tensor | Sequence[int], cu_seqlens: Tensor | None = None) -> Tensor:
+        """tokens int64 [T], one document or those that cu_seqlens int32 [n + 1] bounds -> fp32 [T, vocab_size]."""
+        ids = flat_integers("logits", "tokens", tokens)
+        bounds = flat_integers("logits", "cu_seqlens", [0, ids.numel()] if cu_seqlens is None else cu_seqlens)
+        batch = Batch(tokens=ids, labels=torch.full_like(ids, IGNORED), cu_seqlens=bounds.to(torch.int32))
+        return self.network.logits(self.hidden(batch))
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """fp32 [T]: negative log-likelihood at trained positions, without their weights, and 0 elsewhere."""
+        batch = batch.to(self.device)
+        losses = sft.token_losses(self, batch)
+        return losses.new_zeros(batch.n_tokens).index_put((batch.trained,), losses)
+
+    def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
+        """(sum over trained tokens of weight · loss, fp32 scalar; number of trained tokens)."""
+        return sft.sft(self, batch.to(self.device))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean of weight · loss over the trained tokens, fp32 scalar. InputError if no token is trained."""
+        if batch.n_trained == 0:
+            raise InputError("loss: the batch trains no token (all labels are -100), so its mean is not defined")
+        total, n = self.loss_sum(batch)
+        return total / n
+
+    # -- what is trained ---------------------------------------------------------------------------------------------
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Every parameter that gets a gradient, fp32, in a fixed order. InputError if all is frozen."""
+        found = [p for p in self.network.parameters() if p.requires_grad]
+        if not found:
+            raise InputError("the model has nothing to train; load it with lora=mt.LoRA(…), adapter=… or train=…")
+        return found
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Optimizer groups; with LoRA+ (Hayou et al. 2024, arXiv:2402.12354) the B matrices at lr · lr_ratio."""
+        ratio = 1.0 if self.lora is None else self.lora.lr_ratio
+        if ratio == 1.0:
+            return [{"params": self.trainable_parameters(), "lr": lr, "lr_ratio": 1.0}]
+        up = {id(adapter.B) for adapter in self.network.adapters().values()}
+        parts = ([p for p in self.trainable_parameters() if id(p) not in up],
+                 [p for p in self.trainable_parameters() if id(p) in up])
+        return [{"params": params, "lr": lr * r, "lr_ratio": r}
+                for params, r in zip(parts, (1.0, ratio), strict=True) if params]
+
+    @contextlib.contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Within it the model answers as its base does."""
+        before = [projection.enabled for projection in self.network.projections()]
+        try:
+            for projection in self.network.projections():
+                projection.enabled = False
+            yield
+        finally:
+            for projection, enabled in zip(self.network.projections(), before, strict=True):
+                projection.enabled = enabled
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """A PEFT adapter folder (adapter_config.json, adapter_model.safetensors); peft, vLLM, transformers load it."""
+        if self.lora is None:
+            raise InputError("save_adapter: the model has no adapter; load it with lora=mt.LoRA(…) or adapter=…")
+        base = None if self.path is None else str(self.path)
+        linears = [path for projection in self.network.projections() for path in projection.parts]
+        write_adapter(as_path("save_adapter", "folder", folder), self.network.adapters(), self.lora, base, linears)
+
+    def save_merged(self, folder: str | Path, onto: Onto = "loaded") -> None:
+        """The model with its adapter added into the weights, as a checkpoint folder that transformers and vLLM load.
+
+        onto: for a base in 4 bits, "loaded" merges into its decoded values, which the adapter was trained on, and
+        "original" into the 16-bit weights that were quantised. Tensors that nothing changed are the file's, bit for
+        bit. Written tensor by tensor: beside the model there is one of them in memory, in fp32.
+        """
+        target = as_path("save_merged", "folder", folder)
+        if target.exists() and not target.is_dir():
+            raise InputError(f"save_merged: {target} is a file; name a folder")
+        if self.path is not None and target.exists() and target.samefile(self.path):
+            raise InputError(f"save_merged: {target} is the folder of the base itself; name another one")
+        if self.path is None:
+            save_weights(target, merged_tensors(self.network, None, onto))
+        else:
+            with Checkpoint.open(self.path) as source:
+                save_weights(target, merged_tensors(self.network, source, onto))
+        write_config(target, self.config)
+        if self._tokenizer is not None and self.path is not None:
+            copy_tokenizer(self.path, target)
+
+    def save(self, folder: str | Path) -> None:
+        """The base weights as a checkpoint folder that transformers and minitune load, its tokenizer with it."""
+        if self.network.adapters():
+            raise InputError("save: the model carries an adapter, which a checkpoint cannot hold; use save_adapter(), "
+                             "or save_merged()")
+        if self.network.nf4_shapes():
+            raise InputError("save: the weights lie in 4 bits; save_merged() writes their decoded values")
+        target = as_path("save", "folder", folder)
+        target.mkdir(parents=True, exist_ok=True)
+        save_weights(target, base_tensors(self.network, DTYPES[self.config.dtype]))
+        write_config(target, self.config)
+        if self._tokenizer is not None and self.path is not None:
+            copy_tokenizer(self.path, target)
+
+    # -- generation --------------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, ids: Sequence[int], max_new_tokens: int, temperature: float = ..., top_k: int | None = ...,
+                 top_p: float | None = ..., stop: str | Sequence[str] | None = ...,
+                 seed: int | None = ...) -> list[int]: ...
+    @overload
+    def generate(self, ids: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = ...,
+                 top_k: int | None = ..., top_p: float | None = ..., stop: str | Sequence[str] | None = ...,
+                 seed: int | None = ...) -> list[list[int]]: ...
+    def generate(self, ids: Any, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
+                 top_p: float | None = None, stop: str | Sequence[str] | None = None, seed: int | None = None) -> Any:
+        """Continue one prompt (ids) or many (a list of them) -> the new ids alone, without EOS or the stop text.
+
+        Greedy at temperature 0, else sampled. Ends at EOS, at a stop text or after `max_new_tokens`.
+        """
+        single, prompts = as_prompts(ids)
+        choose = sampler(temperature, top_k, top_p, seed, self.device)
+        ending = Ending(self.eos_ids, self._tokenizer, stop)
+        answers = [ending.trim(new) for new in generate(self.network, prompts, max_new_tokens, choose, ending.reached)]
+        return answers[0] if single else answers
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends an answer, by config.json, generation_config.json and the tokenizer."""
+        known = set(self.config.eos_ids)
+        if self._tokenizer is not None:
+            known |= set(self._tokenizer.eos_ids)
+        return frozenset(known)
+
+    def complete(self, text: str, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
+                 top_p: float | None = None, stop: str | Sequence[str] | None = None, seed: int | None = None) -> str:
+        """What the model writes after `text`; control strings inside `text` stay text."""
+        ending = Ending(self.eos_ids, self.tokenizer, stop)
+        choose = sampler(temperature, top_k, top_p, seed, self.device)
+        (new,) = generate(self.network, [self.tokenizer.encode(text)], max_new_tokens, choose, ending.reached)
+        return ending.text(new)
