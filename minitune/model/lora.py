@@ -177,8 +177,6 @@ class Projection(nn.Module):
         rank = self.image_shapes()[0][0]
         if not rank or self.trained or not lora_matmul.wants_margins(self.n_rows, self.n_columns, rank, self.weight):
             return
-        if self.fused is not None and self.weight.device.type == "cpu":
-            return      # the margins would be written anew with each decoding
         self.around = Augmented(self.weight if self.fused is None else self.fused, rank, self.weight.dtype)
         if self.fused is None:
             self.weight.data = self.around.weight

@@ -9,7 +9,7 @@ from minitune.config import LoRA, ModelConfig
 from minitune.model import half
 from minitune.model.generate import generate
 from minitune.model.llama import Llama, init_weights
-from minitune.ops import backends, lora_matmul, rope
+from minitune.ops import backends, lora_matmul, nf4, rope
 from minitune.ops.documents import Documents
 from tests.tolerance import relative
 
@@ -20,8 +20,21 @@ LENGTHS = (lora_matmul.CPU_ROWS - 30, 50)
 
 @pytest.fixture
 def network():
-    network = Llama(CONFIG, dtype=torch.bfloat16)
+    return _network(quantized=False)
+
+
+@pytest.fixture(params=["dense", "nf4"])
+def each(request):
+    """The network with its linears in 16 bits, and in NF4."""
+    return _network(quantized=request.param == "nf4")
+
+
+def _network(quantized):
+    network = Llama(CONFIG, dtype=torch.bfloat16, quantized=quantized)
     init_weights(network, seed=1, std=0.1)
+    for i, (name, shape) in enumerate(network.nf4_shapes().items()):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(i)) * 0.1
+        network.put_nf4(name, nf4.quantize(weight.bfloat16()))
     network.add_adapters(LoRA(rank=4), seed=2)
     for adapter in network.adapters().values():
         adapter.B.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(3))
@@ -46,32 +59,32 @@ def _step(network, policy="keep", times=1):
     return [(total + branch).detach(), *found]
 
 
-def test_it_is_the_augmented_product_and_equals_the_separate_ones(network):
-    weights = network.blocks()[0].mlp.gate_up.operands()
+def test_it_is_the_augmented_product_and_equals_the_separate_ones(each):
+    weights = each.blocks()[0].mlp.gate_up.operands()
     assert weights.around is not None and weights.way("forward", lora_matmul.CPU_ROWS) == "augmented"
-    found = _step(network)
+    found = _step(each)
     with backends.use("reference"):
-        expected = _step(network)
+        expected = _step(each)
     assert all(relative(a, b) < 2e-2 for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("policy", ["pointwise", "full", "offload"])
-def test_policies_give_the_same_bits(network, policy):
-    for a, b in zip(_step(network), _step(network, policy), strict=True):
+def test_policies_give_the_same_bits(each, policy):
+    for a, b in zip(_step(each), _step(each, policy), strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_kept_graph_gives_its_gradients_again(network):
-    for a, b in zip(_step(network), _step(network, times=3), strict=True):
+def test_a_kept_graph_gives_its_gradients_again(each):
+    for a, b in zip(_step(each), _step(each, times=3), strict=True):
         assert torch.equal(a, b)
 
 
-def test_generation_with_an_adapter_reads_the_weight_as_it_lies(network):
-    weights = network.blocks()[0].mlp.gate_up.operands()
+def test_generation_with_an_adapter_reads_the_weight_as_it_lies(each):
+    weights = each.blocks()[0].mlp.gate_up.operands()
     assert lora_matmul.input_rows(4, weights) is None and weights.way("forward", 4) == "addmm"
     prompt = [list(range(3, 40)) * 8]
     assert len(prompt[0]) > lora_matmul.CPU_ROWS
-    new = generate(network, prompt, 20, lambda logits: logits.argmax(-1), lambda row, ids: False)
+    new = generate(each, prompt, 20, lambda logits: logits.argmax(-1), lambda row, ids: False)
     assert len(new[0]) == 20
 
 
