@@ -9,9 +9,6 @@ import pytest
 import torch
 
 import minitune as mt
-
-pytest.importorskip("tyro")
-from minitune import cli
 from minitune.cli import main
 
 
@@ -126,7 +123,7 @@ def test_wrong_flags_exit_with_2(args, capsys):
 
 
 def test_too_little_memory_ends_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "load", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr("minitune.commands.complete.load", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(SystemExit) as stop:
         main(["complete", "base", "text"])
     message = capsys.readouterr().err.strip().splitlines()[-1]
