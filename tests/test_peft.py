@@ -23,6 +23,11 @@ CASES = {
     "patterns": ("llama-biases", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj", "down_proj"],
                                   "rank_pattern": {"o_proj": 2}, "alpha_pattern": {"layers.1.self_attn.o_proj": 5}}),
     "tied head": ("llama-tied", {"r": 3, "lora_alpha": 6, "target_modules": ["k_proj", "up_proj"]}),
+    "lm_head": ("llama-2-gqa", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}),
+    "lm_head, tied": ("llama-tied", {"r": 4, "lora_alpha": 8, "target_modules": ["lm_head"]}),
+    "dora": ("llama-biases", {"r": 4, "lora_alpha": 8, "target_modules": ALL, "use_dora": True}),
+    "dora, some": ("qwen2", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj", "lm_head"],
+                             "use_dora": True, "use_rslora": True}),
 }
 
 

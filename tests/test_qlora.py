@@ -52,13 +52,14 @@ def _gradients(model, batch):
 
 
 @pytest.mark.parametrize("memory", ["keep", "pointwise", "full", "offload"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["halves", "composed"])
+@pytest.mark.parametrize("path", [{}, {"dropout": 0.2}, {"dora": True}, {"dora": True, "dropout": 0.2}],
+                         ids=["halves", "dropout", "dora", "dora-dropout"])
 @pytest.mark.parametrize("variant", ["llama-2-gqa", "llama-biases", "qwen3"])
 @pytest.mark.parametrize("quant", ["nf4", "nf4-dq"])
-def test_gradients_are_those_of_the_decoded_weights(tmp_path, quant, variant, dropout, memory):
+def test_gradients_are_those_of_the_decoded_weights(tmp_path, quant, variant, path, memory):
     make(variant, tmp_path / "base")
     dense = _decoded(tmp_path / "base", tmp_path / "dense", quant == "nf4-dq")
-    lora = mt.LoRA(rank=4, dropout=dropout)
+    lora = mt.LoRA(rank=4, **path)
     settings = {"device": "cpu", "dtype": "float32", "lora": lora, "memory": memory}
     ours, plain = mt.load(tmp_path / "base", quant=quant, **settings), mt.load(dense, **settings)
     (loss, gradients), (expected, truths) = _gradients(ours, _batch()), _gradients(plain, _batch())

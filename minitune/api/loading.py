@@ -10,7 +10,8 @@ from typing import Any, get_args
 import torch
 
 from minitune.api.model import Model, as_path
-from minitune.checkpoint.adapter import match_adapter, read_adapter
+from minitune.checkpoint.adapter import check_copies, match_adapter
+from minitune.checkpoint.adapter_reader import read_adapter
 from minitune.checkpoint.hf_config import is_prequantized, read_config
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import Quantized, load_weights
@@ -58,6 +59,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
         lora, tensors = read_adapter(Path(adapter))
         network.add_adapters(lora, seed)
         match_adapter(tensors, network.adapters(), Path(adapter), folder)
+        check_copies(Path(adapter), network.hf_weights(), config.tied_head)
     elif lora is not None:
         network.add_adapters(lora, seed)
     model.lora = lora
@@ -77,8 +79,6 @@ def _check_load(quant: Any, lora: Any, adapter: Any, train: Any, memory: Any, se
         as_path("load", "adapter", adapter)
     if lora is not None and not isinstance(lora, LoRA):
         raise InputError(f"load: lora is {short(lora)}; give mt.LoRA(rank=16, …)")
-    if lora is not None and lora.dora:
-        raise InputError("load: LoRA(dora=True) is not part of this version; leave dora=False")
     if train is not None and (lora is not None or adapter is not None):
         raise InputError("load: an adapter and trained base weights together are not part of this version, since no "
                          "file could hold both; give either lora or adapter, or train")

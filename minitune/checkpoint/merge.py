@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor
 from minitune.checkpoint.prequantized import find
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.writer import LazyTensor
+from minitune.config import ModelConfig
 from minitune.errors import InputError
+from minitune.model.adapter import HEAD, Adapter
 from minitune.model.llama import Llama
-from minitune.model.lora import Adapter
+from minitune.ops import dora
 
+EMBEDDING = "model.embed_tokens.weight"
 Onto = Literal["loaded", "original"]
 """Into what an adapter is merged: the base as it was loaded (in 4 bits: its decoded values, on which the adapter was
 trained), or the 16-bit weights of the checkpoint that were quantised."""
@@ -32,7 +36,8 @@ def _rounded(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def merged_tensors(network: Llama, checkpoint: Checkpoint | None, onto: Onto) -> dict[str, LazyTensor]:
-    """Hugging Face name -> what makes that tensor of the merged model: W + s·B·A, summed in fp32 and rounded once.
+    """Hugging Face name -> what makes that tensor of the merged model: W + s·B·A, summed in fp32 and rounded once; with
+    DoRA its rows brought to the lengths m.
 
     What was neither trained nor adapted nor quantised comes from the file, bit for bit and in its dtype; what the file
     has in 4 bits gets the dtype it was quantised from. InputError where there is no 16-bit weight to merge into.
@@ -54,7 +59,16 @@ def merged_tensors(network: Llama, checkpoint: Checkpoint | None, onto: Onto) ->
             values = functools.partial(_read, checkpoint, name, shape, dtype)
         adapter = adapters.get(name.removesuffix(".weight"))
         found[name] = LazyTensor(shape, dtype, functools.partial(_merge, name, values, adapter, dtype))
+        if name == EMBEDDING and network.config.tied_head and HEAD in adapters:
+            head = f"{HEAD}.weight"
+            found[head] = LazyTensor(shape, dtype, functools.partial(_merge, head, values, adapters[HEAD], dtype))
     return found
+
+
+def merged_config(network: Llama) -> ModelConfig:
+    """That of the merged model: a head that was tied to the embedding is one of its own once an adapter went into it.
+    """
+    return replace(network.config, tied_head=network.config.tied_head and HEAD not in network.adapters())
 
 
 def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -69,7 +83,10 @@ def _merge(name: str, values: Callable[[], Tensor], adapter: Adapter | None, dty
     if adapter is None:
         return base.to(dtype)
     whole = base.to(adapter.A.device, torch.float32, copy=True)
-    merged = whole.addmm_(adapter.B, adapter.A, alpha=adapter.scale).to(dtype)
+    whole.addmm_(adapter.B, adapter.A, alpha=adapter.scale)
+    if adapter.m is not None:
+        whole *= adapter.gain(dora.row_lengths(whole, None, None))[:, None]
+    merged = whole.to(dtype)
     if not bool(merged.isfinite().all()):
         raise InputError(f"merge: {name} with its adapter holds values that are not finite in {dtype}")
     return merged

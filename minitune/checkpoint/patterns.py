@@ -84,3 +84,17 @@ def compress(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
         if value != default:
             result[name if len(by_name[name]) == 1 else path] = value
     return result
+
+
+def short_name(path: str) -> str:
+    """The linear's own name: "q_proj"."""
+    return path.rpartition(".")[2]
+
+
+def same_in_every_layer(paths: list[str]) -> bool:
+    """Whether every module path that is numbered has the same siblings under each number that occurs."""
+    layers: dict[str, set[str]] = {}
+    for path in paths:
+        number_ = re.search(r"\.(\d+)\.", path)
+        layers.setdefault(number_[1] if number_ else "", set()).add(path[number_.end() :] if number_ else path)
+    return len({frozenset(each) for key, each in layers.items() if key}) <= 1

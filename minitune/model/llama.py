@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from minitune.config import LoRA, MemoryPolicy, ModelConfig
 from minitune.errors import InputError
 from minitune.model import half
+from minitune.model.adapter import HEAD, Adapter, check_targets, make_adapter, matches
 from minitune.model.attention_half import AttentionHalf
-from minitune.model.lora import Adapter, Projection, check_targets, frozen, matches
+from minitune.model.lora import Projection, frozen
 from minitune.model.memory import choose_policy
 from minitune.model.mlp_half import MlpHalf
 from minitune.model.offload import Parking
-from minitune.ops import few_rows, rope
+from minitune.ops import dora, few_rows, rope
 from minitune.ops.documents import Documents
 from minitune.ops.linear_cross_entropy import linear_cross_entropy
 from minitune.ops.lora_images import Images
@@ -53,6 +54,7 @@ class Llama(nn.Module):
     """
 
     head: nn.Parameter | None
+    head_adapter: Adapter | None
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu",
                  memory: MemoryPolicy = "auto", quantized: bool = False):
@@ -65,6 +67,8 @@ class Llama(nn.Module):
         self.norm = frozen(torch.empty(config.d_model, dtype=dtype, device=device))
         head = None if config.tied_head else frozen(torch.empty_like(self.embedding))
         self.register_parameter("head", head)
+        self.register_module("head_adapter", None)
+        self.head_enabled, self.head_lengths = True, torch.empty(0)
         self.dtype = dtype
         self.packed_head: Tensor | None = None
         self._policies: dict[int, MemoryPolicy] = {}
@@ -93,12 +97,23 @@ class Llama(nn.Module):
         """The memory policy of a pass over so many tokens, decided at the first one."""
         if tokens not in self._policies and torch.is_grad_enabled():
             composed = any(layer.attention.needs_composed or layer.mlp.needs_composed for layer in self.blocks())
+            if composed and not self._policies:
+                warnings.warn("dropout, DoRA and trained base weights take plain autograd through the layers, which is "
+                              "slower than the hand-written backward", stacklevel=4)
             self._policies[tokens] = choose_policy(self.config, tokens, self.memory, self.dtype, self.device, composed)
         return self._policies.get(tokens, "keep")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, d_model] -> fp32 [n, vocab_size]."""
-        return few_rows.product(hidden, self.head_weight.to(hidden.dtype), None, self.packed_head).float()
+        logits = few_rows.product(hidden, self.head_weight.to(hidden.dtype), None, self.packed_head)
+        return self._adapted(hidden, logits).float()
+
+    def _adapted(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """hidden [n, d_model] and the base's logits [n, vocab_size] -> those with the head's adapter, if it is on."""
+        if self.head_adapter is None or not self.head_enabled:
+            return logits
+        logits = logits + self.head_adapter(hidden)
+        return logits if self.head_adapter.m is None else logits * self.head_adapter.gain(self.head_lengths)
 
     @contextlib.contextmanager
     def weights_at_hand(self, rows: int) -> Iterator[None]:
@@ -117,7 +132,11 @@ class Llama(nn.Module):
 
     def token_losses(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]; logits are never whole."""
-        return linear_cross_entropy(hidden, self.head_weight, labels, label_smoothing)
+        head = None
+        if self.head_adapter is not None and self.head_enabled:
+            def head(h: Tensor) -> Tensor:
+                return self._adapted(h, F.linear(h, self.head_weight))
+        return linear_cross_entropy(hidden, self.head_weight, labels, label_smoothing, head)
 
     @property
     def device(self) -> torch.device:
@@ -182,14 +201,37 @@ class Llama(nn.Module):
 
     def adapters(self) -> dict[str, Adapter]:
         """Every adapter by the Hugging Face path of its linear."""
-        return {path: a for projection in self.projections() for path, a in projection.own_adapters().items()}
+        found = {path: a for projection in self.projections() for path, a in projection.own_adapters().items()}
+        return found if self.head_adapter is None else found | {HEAD: self.head_adapter}
+
+    def linears(self) -> list[str]:
+        """The Hugging Face paths of all linears that can be adapted."""
+        return [*(path for projection in self.projections() for path in projection.parts), HEAD]
 
     def add_adapters(self, lora: LoRA, seed: int) -> None:
         """Put an adapter on every linear that `lora.targets` names. InputError for a name that fits nothing."""
-        check_targets(lora, [path for projection in self.projections() for path in projection.parts])
+        check_targets(lora, self.linears())
         for projection in self.projections():
             projection.add_adapters(lora, seed)
             projection.lay_out()
+        self.head_adapter = make_adapter(HEAD, self.config.d_model, self.config.vocab_size, lora, seed, self.device)
+        if self.head_adapter is not None:
+            self.head_adapter.start_magnitude(dora.row_lengths(self.head_weight, None, None))
+
+    @contextlib.contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """Within it the network computes what its base does."""
+        projections, head = self.projections(), self.head_enabled
+        before = [projection.enabled for projection in projections]
+        try:
+            self.head_enabled = False
+            for projection in projections:
+                projection.enabled = False
+            yield
+        finally:
+            self.head_enabled = head
+            for projection, enabled in zip(projections, before, strict=True):
+                projection.enabled = enabled
 
     def refresh_images(self) -> None:
         """Copies of all adapters in the compute dtype, laid out for the products, made anew from the fp32 parameters.
@@ -210,6 +252,10 @@ class Llama(nn.Module):
             around = projection.laid_out()
             if around is not None and projection.images is not None:
                 around.fill(*projection.images)
+            projection.refresh_lengths()
+        if self.head_adapter is not None and self.head_adapter.m is not None:
+            a, b = self.head_adapter.A.detach(), self.head_adapter.B.detach() * self.head_adapter.scale
+            self.head_lengths = dora.row_lengths(self.head_weight, a.to(self.dtype), b.to(self.dtype))
 
     # -- training base weights ----------------------------------------------------------------------------------------
 

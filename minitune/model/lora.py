@@ -1,64 +1,21 @@
-"""Adapters and the fused projections that carry them."""
+"""Projection: several linears that share their input as one product, with their adapters."""
 
 from __future__ import annotations
 
-import fnmatch
-import math
-import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitune.config import LINEAR_NAMES, LoRA
-from minitune.errors import InputError
-from minitune.ops import few_rows, lora_matmul
+from minitune.config import LoRA
+from minitune.model.adapter import Adapter, make_adapter, matches
+from minitune.ops import dora, few_rows, lora_matmul
 from minitune.ops.augmented import Augmented
 from minitune.ops.lora_matmul import LoraWeights
 from minitune.ops.nf4 import NF4Weight
 from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4, nf4_linear
-
-T = TypeVar("T")
-
-
-class Adapter(nn.Module):
-    """One linear's adapter: A fp32 [rank, in], B fp32 [out, rank], and s, the factor of B·A.
-
-    A starts as PEFT's does (uniform within ±1/sqrt(in), He et al. 2015 with a = √5), B at zero; the values depend on
-    the seed and the linear's name alone, not on which other linears are adapted.
-    """
-
-    def __init__(self, path: str, in_features: int, out_features: int, lora: LoRA, seed: int, device: torch.device):
-        super().__init__()
-        self.path = path
-        self.rank = int(pick(lora.rank_pattern, path, lora.rank))
-        self.alpha = float(pick(lora.alpha_pattern, path, lora.alpha))
-        self.scale = self.alpha / (math.sqrt(self.rank) if lora.rslora else self.rank)
-        self.dropout = lora.dropout
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{path}".encode()))
-        a = torch.empty(self.rank, in_features).uniform_(-1, 1, generator=generator) / math.sqrt(in_features)
-        self.A = nn.Parameter(a.to(device))
-        self.B = nn.Parameter(torch.zeros(out_features, self.rank, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, in] -> s·(dropout(x)·Aᵀ)·Bᵀ [T, out] in x's dtype: the composed path."""
-        x = F.dropout(x, self.dropout, self.training)
-        return x @ self.A.mT.to(x.dtype) @ (self.B.mT * self.scale).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
-
-
-def pick(patterns: Mapping[str, T], path: str, default: T) -> T:
-    """The value of the first pattern that names `path`, else the default."""
-    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a name ("q_proj", "self_attn.q_proj") or a shell pattern ("model.layers.[01].*") names the module."""
-    return path == pattern or path.endswith("." + pattern) or fnmatch.fnmatchcase(path, pattern)
 
 
 class Projection(nn.Module):
@@ -83,6 +40,7 @@ class Projection(nn.Module):
         self.trained = nn.ParameterDict()
         self.enabled = True
         self.images: tuple[Tensor, Tensor] | None = None
+        self.lengths: Tensor | None = None
         self.cast: tuple[Tensor, Tensor | None] | None = None
         self.around: Augmented | None = None
         self.packed: Tensor | None = None
@@ -184,15 +142,42 @@ class Projection(nn.Module):
     # -- adapters --------------------------------------------------------------------------------------------------
 
     def add_adapters(self, lora: LoRA, seed: int) -> None:
-        """An adapter for each part that `lora.targets` names."""
+        """An adapter for each part that `lora.targets` names. DoRA's start from the weights, which must be there."""
         for path, count in self.parts.items():
-            if targeted(lora, path):
-                rank, most = int(pick(lora.rank_pattern, path, lora.rank)), max(count, self.n_columns)
-                if rank > most:
-                    raise InputError(f"LoRA: rank is {rank} for {path}, which is {count} x {self.n_columns}; more than "
-                                     f"{most} adds nothing, take a smaller one (8 to 64 are usual)")
-                adapter = Adapter(path, self.n_columns, count, lora, seed, self.weight.device)
+            adapter = make_adapter(path, self.n_columns, count, lora, seed, self.weight.device)
+            if adapter is not None:
                 self.adapters[_key(path)] = adapter
+        if self.has_magnitudes:
+            lengths = self._row_lengths()
+            for path, rows in self.rows():
+                if path in self.own_adapters():
+                    self.own_adapters()[path].start_magnitude(lengths[rows])
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether an adapter is one of DoRA's."""
+        return any(adapter.m is not None for adapter in self.own_adapters().values())
+
+    def _row_lengths(self) -> Tensor:
+        """fp32 [N]: the length of each row of W + s·B·A, with the images as they are; of W where there are none."""
+        a, b = self.images or (None, None)
+        if self.fused is None:
+            return dora.row_lengths(self.weight, a, b)
+        with self.fused.decoded() as weight:
+            return dora.row_lengths(weight, a, b)
+
+    @torch.no_grad()
+    def refresh_lengths(self) -> None:
+        """For DoRA: the lengths that go with the images."""
+        self.lengths = self._row_lengths() if self.enabled and self.has_magnitudes else None
+
+    def gain(self) -> Tensor | None:
+        """fp32 [N], what DoRA multiplies the rows of the output by, 1 for other parts; None without DoRA."""
+        if self.lengths is None or not self.enabled:
+            return None
+        adapters = self.own_adapters()
+        return torch.cat([adapters[path].gain(self.lengths[rows]) if path in adapters
+                          else torch.ones_like(self.lengths[rows]) for path, rows in self.rows()])
 
     def own_adapters(self) -> dict[str, Adapter]:
         """Path -> adapter, in the order of the parts; the order of A's rows and B's columns in the images."""
@@ -230,7 +215,9 @@ class Projection(nn.Module):
         if self.cast is not None:
             return LoraWeights(*self.cast, a, b, self.packed)
         weight = self.weight if self.fused is None else self.fused if self.decoded is None else self.decoded
-        return LoraWeights(weight, self.bias, a, b, self.packed, self.laid_out())
+        gain = self.gain()
+        return LoraWeights(weight, self.bias, a, b, self.packed, self.laid_out(),
+                           None if gain is None else gain.detach())
 
     def adapter_parameters(self) -> list[Tensor]:
         """A and B of each adapter, in the order of `adapter_gradients`; none while they are switched off."""
@@ -269,9 +256,9 @@ class Projection(nn.Module):
 
     @property
     def needs_composed(self) -> bool:
-        """Trained base weights and dropout take plain autograd instead of the hand-written halves."""
+        """Trained base weights, dropout and DoRA take plain autograd instead of the hand-written halves."""
         dropout = self.training and any(a.dropout for a in self.own_adapters().values())
-        return bool(self.trained) or dropout
+        return bool(self.trained) or dropout or (self.enabled and self.has_magnitudes)
 
     def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """(weight [N, K], bias [N] or None) of trained parts, cast to `dtype`."""
@@ -285,8 +272,20 @@ class Projection(nn.Module):
         self.cast = self.joined(dtype) if self.trained and not torch.is_grad_enabled() else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, K] -> [T, N] by plain autograd: the specification, and the path of the rare variants."""
-        weight, bias = self.joined(x.dtype) if self.trained else (self.weight, self.bias)
+        """x [T, K] -> [T, N] by plain autograd: the specification, and the path of the rare variants.
+
+        DoRA's factor meets the sum of base and adapter, the bias comes behind it. (PEFT gives the base a dropped x as
+        well where there is dropout; here the adapter alone sees it.)
+        """
+        gain = self.gain()
+        if gain is not None:
+            y = self._sum(x, None) * gain
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return self._sum(x, self.bias)
+
+    def _sum(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, K] -> the base's product and the adapters' terms [T, N]."""
+        weight, bias = self.joined(x.dtype) if self.trained else (self.weight, bias)
         y = F.linear(x, weight, bias) if self.fused is None else nf4_linear(x, self.fused, bias)
         if not self.enabled:
             return y
@@ -297,30 +296,6 @@ class Projection(nn.Module):
         terms = [adapters[path](x) if path in adapters else zero.expand(len(x), count)
                  for path, count in self.parts.items()]
         return y + torch.cat(terms, dim=-1)
-
-
-def targeted(lora: LoRA, path: str) -> bool:
-    """Whether `lora.targets` names the linear at this Hugging Face path."""
-    if lora.targets == "all-linear":
-        return True
-    names = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
-    return any(matches(name, path) for name in names)
-
-
-def check_targets(lora: LoRA, paths: list[str]) -> None:
-    """Every target and every pattern must name something, else it is a typo: InputError."""
-    targets = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
-    named = {"targets": () if lora.targets == "all-linear" else targets, "rank_pattern": lora.rank_pattern,
-             "alpha_pattern": lora.alpha_pattern}
-    for kind, names in named.items():
-        for name in names:
-            if any(matches(name, path) for path in paths):
-                continue
-            if matches(name, "lm_head"):
-                raise InputError(f"LoRA: {kind} has {name!r}; adapters on lm_head are not part of this version; leave "
-                                 'it out, or train the head itself: train="head"')
-            raise InputError(f"LoRA: {kind} has {name!r}, which names no linear of this model; its linears are "
-                             f'{", ".join(LINEAR_NAMES)}, in full for example {paths[0]!r}')
 
 
 def frozen(value: Tensor) -> nn.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from minitune.ops.chunks import in_cache
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Room for the fp32 logits of one chunk of tokens: at a vocabulary of 32,000 that is 524 tokens on a CPU, 4,194 on a
 GPU, which wants tall products."""
+
+Head = Callable[[Tensor], Tensor]
+"""hidden [n, d] -> logits [n, V], by plain autograd."""
 
 
 def reference(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -93,21 +97,23 @@ class _FrozenHead(torch.autograd.Function):
         return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None
 
 
-def _trained_head(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+def _composed(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, head: Head | None) -> Tensor:
     # The cast is in here, so that no chunk keeps a copy.
-    return reference(hidden, weight.to(hidden.dtype), labels, smoothing)
+    logits = hidden @ weight.to(hidden.dtype).mT if head is None else head(hidden)
+    return F.cross_entropy(logits.to(_wide(hidden)), labels, reduction="none", label_smoothing=smoothing)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float = 0.0,
+                         head: Head | None = None) -> Tensor:
     """hidden [n, d], head weight [V, d], labels int64 [n] without ignored ones -> negative log-likelihood fp32 [n],
     with label smoothing as in `reference`.
 
-    A frozen head gets no gradient and costs none. A trained one takes the reference chunk by chunk, its logits
-    computed again in the backward.
+    A frozen head gets no gradient and costs none. A trained one takes plain autograd chunk by chunk, its logits
+    computed again in the backward; so does a ``head`` with more to it than the weight (an adapter): hidden -> logits.
     """
-    if not (weight.requires_grad and torch.is_grad_enabled()):
+    if head is None and not (weight.requires_grad and torch.is_grad_enabled()):
         losses: Tensor = _FrozenHead.apply(hidden, weight.detach().to(hidden.dtype), labels, smoothing)
         return losses
-    parts = [checkpoint(_trained_head, h, weight, y, smoothing, use_reentrant=False)
+    parts = [checkpoint(_composed, h, weight, y, smoothing, head, use_reentrant=False)
              for h, y in zip(hidden.split(_chunk(weight)), labels.split(_chunk(weight)), strict=True)]
     return torch.cat(parts) if parts else hidden.new_empty(0, dtype=_wide(hidden))

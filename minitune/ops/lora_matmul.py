@@ -29,7 +29,7 @@ class LoraWeights(NamedTuple):
     a [R, K] holds the A of every adapted part below each other; b [N, R] holds s·B of each part in its own rows and
     columns and zeros elsewhere, so that one product serves them all. Both are None without an adapter. ``packed`` is
     the weight once more for generation on a CPU (`few_rows`); ``around`` is what the weight lies in where it was laid
-    out for the augmented product.
+    out for the augmented product. ``gain`` fp32 [N] is DoRA's factor of each row, in passes without a backward.
     """
 
     weight: Tensor | FusedNF4
@@ -38,6 +38,7 @@ class LoraWeights(NamedTuple):
     b: Tensor | None
     packed: Tensor | None = None
     around: Augmented | None = None
+    gain: Tensor | None = None
 
     def way(self, step: str, tokens: int) -> str:
         """addmm, augmented or triton; `step` is "forward", "input" or "adapters" (of the backward)."""
@@ -56,6 +57,9 @@ class LoraWeights(NamedTuple):
 
 def reference(x: Tensor, w: LoraWeights) -> Tensor:
     """x [T, K] -> y [T, N]: what it means, differentiable by autograd."""
+    if w.gain is not None:
+        y = reference(x, w._replace(gain=None, bias=None)) * w.gain
+        return (y if w.bias is None else y + w.bias).to(x.dtype)
     if isinstance(w.weight, FusedNF4):
         y = nf4_linear(x, w.weight, w.bias)
     else:
@@ -94,6 +98,10 @@ def gradient_rows(tokens: int, w: LoraWeights) -> Tensor | None:
 
 def forward(x: Tensor, w: LoraWeights, *, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """x [T, K] -> (y [T, N], S as of `forward_s`). y lies in `out` [T, N] where that is given."""
+    if w.gain is not None:
+        y, s = forward(x, w._replace(gain=None, bias=None), out=out)
+        y.mul_(w.gain)
+        return (y if w.bias is None else y.add_(w.bias)), s
     s = forward_s(x, w)
     if s is None or w.a is None or w.b is None:
         return _base(x, w, out), None

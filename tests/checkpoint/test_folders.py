@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minitune.checkpoint.adapter import read_adapter
+from minitune.checkpoint.adapter_reader import read_adapter
 from minitune.checkpoint.files import read_json_object
 from minitune.checkpoint.hf_config import read_config
 from minitune.checkpoint.reader import Checkpoint

@@ -1,0 +1,238 @@
+"""Reads PEFT's LoRA and DoRA adapters: adapter_config.json with adapter_model.safetensors, strictly.
+
+Field names and the rule by which patterns match follow peft 0.21 (tuners/lora/config.py, utils/other.py).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minitune.checkpoint.fields import flag, integer, mapping, number, only, refuse, same, text, texts
+from minitune.checkpoint.files import listing, read_json_object, show
+from minitune.checkpoint.folders import ADAPTER as CONFIG
+from minitune.checkpoint.folders import PICKLES, adapter_config
+from minitune.checkpoint.folders import WEIGHTS as TENSORS
+from minitune.checkpoint.patterns import Patterns, compress, same_in_every_layer, short_name
+from minitune.checkpoint.reader import FLOATS, Checkpoint
+from minitune.config import LINEAR_NAMES, LoRA
+from minitune.errors import InputError
+
+_NAME = re.compile(r"base_model\.model\.([A-Za-z0-9_.]{1,200})\."
+                   r"lora_(?:(?P<matrix>[AB])\.weight|(?P<m>m)agnitude_vector(?:\.weight)?)")
+_BASE = re.compile(r"base_model\.model\.(lm_head|model\.embed_tokens)(?:\.base_layer)?\.weight")
+
+
+class AdapterTensors(NamedTuple):
+    """fp32 on the CPU: A [r, in], B [out, r], and DoRA's m [out] or None."""
+
+    A: Tensor
+    B: Tensor
+    m: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What adapter_config.json may say in a field that is not read otherwise. ``only`` is None: anything."""
+
+    why: str
+    only: tuple[object, ...] | None = None
+
+
+_EMPTY: tuple[object, ...] = (None, False, "", [], {})
+_ANY_INIT = (None, True, False, "gaussian", "eva", "orthogonal")
+FIELDS: dict[str, _Rule] = {
+    **{name: _Rule("read") for name in ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")},
+    "use_rslora": _Rule("read"),
+    "target_modules": _Rule("read; the tensors themselves say which modules are adapted"),
+    "exclude_modules": _Rule("the tensors say which modules are adapted"),
+    "layers_to_transform": _Rule("the tensors say which modules are adapted"),
+    "layers_pattern": _Rule("the tensors say which modules are adapted"),
+    "peft_type": _Rule("other methods compute something else", ("LORA",)),
+    "task_type": _Rule("minitune trains causal language models", (None, "CAUSAL_LM")),
+    "bias": _Rule("trained biases are not supported", ("none",)),
+    "fan_in_fan_out": _Rule("linears are [out, in]", (None, False)),
+    "modules_to_save": _Rule("only low-rank adapters are read", (None, [])),
+    "use_dora": _Rule("read", (None, False, True)),
+    "init_lora_weights": _Rule("the other ways of starting change the base weights", _ANY_INIT),
+    "eva_config": _Rule("it only says how the training started"),
+    "base_model_name_or_path": _Rule("the caller names the base model"),
+    "revision": _Rule("the caller names the base model"),
+    "inference_mode": _Rule("the caller decides"),
+    "auto_mapping": _Rule("how peft finds the base model's class"),
+    "peft_version": _Rule("where the file comes from"),
+    "megatron_core": _Rule("unused without megatron_config", (None, "megatron.core")),
+    "qalora_group_size": _Rule("unused without use_qalora"),
+    "runtime_config": _Rule("peft ignores it in a file"),
+}
+"""Fields of adapter_config.json that are known. Any other may only be null, false or empty, which is peft's default."""
+
+
+def read_adapter(folder: str | Path) -> tuple[LoRA, dict[str, AdapterTensors]]:
+    """A PEFT LoRA or DoRA adapter: its LoRA and, by module path, its tensors.
+
+    Targets and patterns of the LoRA name exactly the modules that the tensors adapt: by short names where
+    adapter_config.json does so and all layers are alike, else by full paths. Raises InputError for every field or
+    tensor that would need something which minitune does not compute.
+    """
+    folder = Path(folder)
+    where = str(folder / CONFIG)
+    if not (folder / TENSORS).exists() and any((folder / f"adapter_model{end}").exists() for end in PICKLES):
+        raise InputError(f"{folder}: holds its adapter as a pickle, which can run code and is not read; convert it to "
+                         f"{TENSORS} with peft's save_pretrained(…, safe_serialization=True)")  # fmt: skip
+    raw = read_json_object(adapter_config(folder))
+    _check_fields(where, raw)
+    if not (folder / TENSORS).exists():
+        raise InputError(f"{folder / TENSORS}: there is no such file; copy it from where {CONFIG} comes")
+    with Checkpoint.open_file(folder / TENSORS) as checkpoint:
+        dora = flag(where, "use_dora", raw.get("use_dora", False) or False)
+        tensors = _read_tensors(checkpoint, folder / TENSORS, dora)
+    rank, alpha = integer(where, "r", raw.get("r", 8)), number(where, "lora_alpha", raw.get("lora_alpha", 8))
+    rank_of, alpha_of = _patterns(where, "rank_pattern", raw), _patterns(where, "alpha_pattern", raw)
+    ranks = {path: rank_of.find(path, rank) for path in tensors}
+    alphas = {path: alpha_of.find(path, alpha) for path in tensors}
+    faults = [
+        f"{path}: its tensors have rank {a.shape[0]}, but {CONFIG} says {ranks[path]}"
+        for path, (a, *_) in tensors.items()
+        if a.shape[0] != ranks[path]
+    ]
+    if faults:
+        raise InputError(f"{folder / TENSORS}: {len(faults)} modules do not fit; the two files are not of one "
+                         f"adapter, so fetch or copy both again:{listing(faults, 5)}")
+    dropout = number(where, "lora_dropout", raw.get("lora_dropout", 0.0), inclusive=True)
+    if dropout >= 1:
+        refuse(where, "lora_dropout", dropout, "it must be below 1")
+    lora = LoRA(
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        targets=_targets(where, raw, list(tensors)),
+        rslora=flag(where, "use_rslora", raw.get("use_rslora", False)),
+        dora=dora,
+        rank_pattern=compress(ranks, rank),
+        alpha_pattern=compress(alphas, alpha),
+    )
+    return lora, tensors
+
+
+def _check_fields(where: str, raw: dict[str, Any]) -> None:
+    only(where, "peft_type", raw.get("peft_type"), ("LORA",))
+    for name, value in raw.items():
+        rule = FIELDS.get(name)
+        if rule is None:
+            if not any(same(value, empty) for empty in _EMPTY):
+                refuse(where, show(name), value, "this field is not supported, so it must be null, false or empty")
+        elif rule.only is not None and not any(same(value, each) for each in rule.only):
+            refuse(where, name, value, f"{rule.why}; supported: {', '.join(map(repr, rule.only))}")
+
+
+def _read_tensors(checkpoint: Checkpoint, path: Path, dora: bool) -> dict[str, AdapterTensors]:
+    """By module path, after every name, dtype and shape was checked. Copies of the base's own embedding or head, which
+    PEFT puts beside an adapter on lm_head, are left to `base_copies`."""
+    parts: dict[str, dict[str, str]] = {}
+    faults = []
+    for name in checkpoint.names():
+        info, match = checkpoint.info(name), _NAME.fullmatch(name)
+        if match is None:
+            if not _BASE.fullmatch(name):
+                faults.append(f"{show(name)} is no LoRA tensor of a linear (base_model.model.….lora_A.weight or "
+                              "lora_B.weight)")
+            continue
+        part, kind = match["matrix"] or match["m"], "matrix" if match["matrix"] else "vector"
+        if len(info.shape) != (1 if part == "m" else 2) or 0 in info.shape or info.dtype not in FLOATS:
+            faults.append(f"{show(name)} is {info.dtype} {list(info.shape)}; it must be a float {kind}")
+        elif part in parts.setdefault(match[1], {}):
+            faults.append(f"{show(name)} stands there twice")
+        else:
+            parts[match[1]][part] = name
+    shapes = {module: {part: list(checkpoint.info(name).shape) for part, name in found.items()}
+              for module, found in parts.items()}
+    faults += [fault for module, found in shapes.items() for fault in _misfits(module, found, dora)]
+    if faults or not parts:
+        raise InputError(f"{path}: {len(faults)} of its tensors cannot be used:{listing(faults or ['it is empty'])}")
+    result = {}
+    for module, names in parts.items():
+        values = {part: torch.empty(shapes[module][part], dtype=torch.float32) for part in names}
+        for part, name in names.items():
+            checkpoint.read_into(name, values[part])
+        result[module] = AdapterTensors(values["A"], values["B"], values.get("m"))
+    return result
+
+
+def _misfits(module: str, shapes: dict[str, list[int]], dora: bool) -> list[str]:
+    """What is wrong with the tensors of one module."""
+    if not {"A", "B"} <= shapes.keys():
+        there = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}[next(iter(shapes))]
+        return [f"{module} has {there}, but not the other half"]
+    if shapes["A"][0] != shapes["B"][1]:
+        return [f"{module}: A is {shapes['A']} and B is {shapes['B']}; they must share the rank"]
+    if ("m" in shapes) != dora:
+        return [f"{module} {'has a' if 'm' in shapes else 'lacks its'} lora_magnitude_vector, but {CONFIG} says "
+                f"use_dora: {str(dora).lower()}"]
+    if dora and shapes["m"] != shapes["B"][:1]:
+        return [f"{module}: its lora_magnitude_vector is {shapes['m']}, and B is {shapes['B']}"]
+    return []
+
+
+def base_copies(folder: Path) -> dict[str, Tensor]:
+    """Hugging Face name -> the embedding or head that PEFT stored beside an adapter on lm_head, as the file has it."""
+    found = {}
+    with Checkpoint.open_file(folder / TENSORS) as checkpoint:
+        for name in checkpoint.names():
+            match = _BASE.fullmatch(name)
+            if match is not None:
+                info = checkpoint.info(name)
+                found[f"{match[1]}.weight"] = torch.empty(info.shape, dtype=info.dtype)
+                checkpoint.read_into(name, found[f"{match[1]}.weight"])
+    return found
+
+
+def _patterns(where: str, name: str, raw: dict[str, Any]) -> Patterns:
+    said = mapping(where, name, raw.get(name) or {})
+    for key, value in said.items():
+        field = f"{name}[{show(key)}]"
+        if name == "rank_pattern":
+            integer(where, field, value)
+        else:
+            number(where, field, value)
+    return Patterns(f"{where}: {name}", said)
+
+
+def _targets(where: str, raw: dict[str, Any], paths: list[str]) -> tuple[str, ...]:
+    said, names = raw.get("target_modules"), sorted({short_name(path) for path in paths})
+    if isinstance(said, str):
+        text(where, "target_modules", said)
+        if re.fullmatch(r"\w+", said) and said not in paths:     # other texts are a stranger's regular expressions
+            refuse(where, "target_modules", said, 'a text must match whole paths; write a list such as ["q_proj"]')
+    elif said is not None:
+        texts(where, "target_modules", said)
+        narrowed = any(raw.get(name) not in (None, [], "") for name in ("layers_to_transform", "exclude_modules"))
+        _check_targets(where, said, paths, narrowed)
+        if sorted(set(said)) == names and not narrowed and same_in_every_layer(paths):
+            return tuple(names)
+    return tuple(sorted(paths))
+
+
+def _check_targets(where: str, said: list[str], paths: list[str], narrowed: bool) -> None:
+    """Refuse a list that the tensors contradict, by peft's rule: a target is a path, or its end after a dot.
+
+    A name that no model here has may stand idle in the list, as in peft. One of a linear may not: its tensors are lost.
+    """
+    targets, ends = set(said), {path: _ends(path) for path in paths}
+    for path in paths:
+        if targets.isdisjoint(ends[path]):
+            refuse(where, "target_modules", said, f"but {TENSORS} adapts {path}; fetch or copy both files again")
+    adapted = set().union(*ends.values())
+    for target in said:
+        if short_name(target) in LINEAR_NAMES and target not in adapted and not narrowed:
+            refuse(where, "target_modules", said,
+                   f"but {TENSORS} has no tensor of {show(target)}; fetch or copy both files again")
+
+
+def _ends(path: str) -> list[str]:
+    return [path, *(path[dot.end():] for dot in re.finditer(r"\.", path))]
