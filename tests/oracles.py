@@ -40,6 +40,9 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "llama-3.1": LlamaConfig(**BASE, rope_parameters=_rope(
         "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)),
     "llama-yarn": LlamaConfig(**BASE, rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama-yarn-mscale": LlamaConfig(**BASE, rope_parameters=_rope(
+        "yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=0.4, beta_fast=16.0,
+        beta_slow=2.0, truncate=False)),
     "llama-biases": LlamaConfig(**BASE, attention_bias=True, mlp_bias=True),
     "llama-head-dim": LlamaConfig(**BASE, head_dim=20),
     "mistral": MistralConfig(**BASE, sliding_window=7),
@@ -47,6 +50,7 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**BASE),
     "qwen2-window": Qwen2Config(**BASE, use_sliding_window=True, sliding_window=7, max_window_layers=1),
     "qwen3": Qwen3Config(**BASE, head_dim=16),
+    "qwen3-window": Qwen3Config(**BASE, head_dim=16, use_sliding_window=True, sliding_window=7, max_window_layers=1),
     "qwen3-tied": Qwen3Config(**BASE | {"tie_word_embeddings": True}, head_dim=16),
 }
 
