@@ -25,7 +25,8 @@ import sentencepiece
 import torch
 
 import minitune as mt
-from minitune.model.llama import Llama, init_weights
+from minitune.model.init import init_weights
+from minitune.model.llama import Llama
 from minitune.report.progress import ProgressLines
 
 HERE = Path(__file__).parent

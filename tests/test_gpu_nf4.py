@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import minitune as mt
-from minitune.model.llama import Llama, init_weights
+from minitune.model.init import init_weights
+from minitune.model.llama import Llama
 from minitune.ops import backends, nf4
 from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4
 from tests.tolerance import relative

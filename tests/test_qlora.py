@@ -15,7 +15,8 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 import minitune as mt
-from minitune.model.llama import Llama, init_weights
+from minitune.model.init import init_weights
+from minitune.model.llama import Llama
 from minitune.ops import backends, nf4
 from tests.oracles import make
 from tests.tolerance import relative

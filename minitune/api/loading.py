@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -10,38 +11,42 @@ from typing import Any, get_args
 import torch
 
 from minitune.api.model import Model, as_path
-from minitune.checkpoint.adapter import check_copies, match_adapter
-from minitune.checkpoint.adapter_reader import read_adapter
+from minitune.checkpoint.adapter import check_copies, match_adapter, match_rows
+from minitune.checkpoint.adapter_reader import read_adapter, read_token_rows
 from minitune.checkpoint.hf_config import is_prequantized, read_config
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import Quantized, load_weights
 from minitune.config import LoRA, MemoryPolicy, ModelConfig, Quant, check_seed, short
-from minitune.data.tokenizer import load_tokenizer
+from minitune.data.tokenizer import Tokenizer, load_tokenizer
 from minitune.devices import DTYPES, choose_device, choose_dtype
 from minitune.errors import InputError
-from minitune.model.llama import Llama, init_weights
+from minitune.model.init import init_weights
+from minitune.model.llama import Llama
 from minitune.model.memory import reuse_freed_memory
 from minitune.model.shapes import shape
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
          quant: Quant | None = None, lora: LoRA | None = None, adapter: str | Path | None = None,
-         train: str | Sequence[str] | None = None, memory: MemoryPolicy = "auto", seed: int = 0) -> Model:
+         train: str | Sequence[str] | None = None, add_tokens: Sequence[str] = (), memory: MemoryPolicy = "auto",
+         seed: int = 0) -> Model:
     """A model from a Hugging Face folder: config.json, safetensors, and its tokenizer if it has one.
 
     device: CUDA where there is one, else the CPU. dtype: the compute dtype, bfloat16 where the device is good at it,
     else float32. quant: "nf4" or "nf4-dq" (double quantisation) keeps the layers' linears in 4 bits, quantised one by
     one as they are read (they are no part of state_dict()); a checkpoint that bitsandbytes quantised to NF4 stays as it
-    is, without `quant`. lora: fresh adapters to train;
-    adapter: a PEFT adapter folder to go on from or to use; train: base weights to train ("full", "head", "norms",
-    "embedding", "last:4", or name patterns). With none of the three all is frozen. memory: what is kept for the
-    backward ("keep", "pointwise", "full", "offload"; "auto" decides by free memory). seed: for the adapters' start. On
-    a CPU it also tells malloc to keep freed memory, which saves a step's page faults.
+    is, without `quant`. lora: fresh adapters to train; adapter: a PEFT adapter folder to go on from or to use, with the
+    tokenizer in it, if there is one; train: base weights to train ("full", "head", "norms", "embedding", "last:4", or
+    name patterns). With none of the three all is frozen. add_tokens: texts that become tokens of their own; with an
+    adapter their rows of embedding and head are trained beside it. memory: what is kept for the backward ("keep",
+    "pointwise", "full", "offload"; "auto" decides by free memory). seed: for the adapters' start. On a CPU it also
+    tells malloc to keep freed memory, which saves a step's page faults.
 
     Raises InputError for whatever is wrong with the folder or the arguments.
     """
     folder = as_path("load", "path", path)
     _check_load(quant, lora, adapter, train, memory, seed)
+    added = _added(add_tokens)
     place = choose_device(device)
     compute = choose_dtype(dtype, place)
     if compute == torch.float16 and (lora is not None or train is not None):
@@ -50,22 +55,68 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     if place.type == "cpu":
         reuse_freed_memory()
     network = _read_network(folder, compute, place, memory, quant)
-    config = network.config
-    tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
-    if tokenizer is not None:
-        tokenizer.check_vocab(config.vocab_size)
+    tokenizer = _tokenizer(folder, adapter, network.config.vocab_size, added)
     model = Model(network, tokenizer, folder)
     if adapter is not None:
         lora, tensors = read_adapter(Path(adapter))
         network.add_adapters(lora, seed)
         match_adapter(tensors, network.adapters(), Path(adapter), folder)
-        check_copies(Path(adapter), network.hf_weights(), config.tied_head)
+        check_copies(Path(adapter), network.hf_weights(), network.config.tied_head)
     elif lora is not None:
         network.add_adapters(lora, seed)
+    _train_rows(network, tokenizer, adapter, added)
     model.lora = lora
     if train is not None:
         network.unfreeze(train if isinstance(train, str) else tuple(train))
+    if added and lora is None and not network.embedding.requires_grad:
+        raise InputError("load: add_tokens needs rows of the embedding to train: give lora=mt.LoRA(…), or a train that "
+                         'names the embedding, such as "full"')
     return model
+
+
+def _added(tokens: Any) -> tuple[str, ...]:
+    if isinstance(tokens, str) or not isinstance(tokens, Sequence) or not all(isinstance(t, str) for t in tokens):
+        raise InputError(f'load: add_tokens is {short(tokens)}; give a list of texts such as ["<tool>"]')
+    return tuple(tokens)
+
+
+def _tokenizer(folder: Path, adapter: str | Path | None, vocab_size: int, added: tuple[str, ...]) -> Tokenizer | None:
+    """The base's tokenizer, or the one that lies beside the adapter: it was trained with that one, which may know more
+    tokens or another chat template. One with more tokens than the model and the adapter have rows for (a padding token
+    that was never used, in adapters of other trainers) gives way to the base's."""
+    if adapter is not None and _has_tokenizer(Path(adapter)):
+        rows = read_token_rows(Path(adapter))
+        tokenizer = load_tokenizer(Path(adapter), added)
+        if tokenizer.vocab_size - len(added) <= max(vocab_size, 0 if rows is None else rows.ids[-1] + 1):
+            return tokenizer
+        warnings.warn(f"{adapter}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, for which there are no "
+                      f"rows; the one of {folder} is used", stacklevel=3)
+    if not _has_tokenizer(folder):
+        if added:
+            raise InputError(f"{folder}: holds no tokenizer to add tokens to; put tokenizer.json or tokenizer.model "
+                             "there")
+        return None
+    tokenizer = load_tokenizer(folder)
+    tokenizer.check_vocab(vocab_size)
+    return load_tokenizer(folder, added) if added else tokenizer
+
+
+def _train_rows(network: Llama, tokenizer: Tokenizer | None, adapter: str | Path | None,
+                added: tuple[str, ...]) -> None:
+    """Make room for tokens that were added, here or in the adapter, and beside an adapter train their rows."""
+    stored = None if adapter is None else read_token_rows(Path(adapter))
+    ids = {number for token in added if tokenizer is not None and (number := tokenizer.id_of(token)) is not None}
+    ids |= set() if stored is None else set(stored.ids)
+    if ids and max(ids) >= network.config.vocab_size:
+        network.grow(max(ids) + 1)
+    if not ids or not network.adapters():
+        return
+    if stored is not None and adapter is not None:
+        network.train_tokens(stored.ids)
+        assert network.output.rows is not None
+        match_rows(stored, network.output.rows, Path(adapter))
+    if stored is None or ids > set(stored.ids):
+        network.train_tokens(sorted(ids))
 
 
 def _check_load(quant: Any, lora: Any, adapter: Any, train: Any, memory: Any, seed: Any) -> None:

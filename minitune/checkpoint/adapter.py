@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minitune.checkpoint.adapter_reader import AdapterTensors, base_copies
+from minitune.checkpoint.adapter_reader import AdapterTensors, TokenTensors, base_copies
 from minitune.checkpoint.files import json_bytes, listing, read_json_object, show, staged
 from minitune.checkpoint.folders import ADAPTER as CONFIG
 from minitune.checkpoint.folders import WEIGHTS as TENSORS
@@ -41,18 +41,31 @@ class Adapter(Protocol):
     def alpha(self) -> float: ...
 
 
+class Rows(Protocol):
+    """What a network's trained token rows show: ids, rising, and the rows [n, d_model] of embedding and head."""
+
+    @property
+    def ids(self) -> tuple[int, ...]: ...
+    @property
+    def embedding(self) -> Tensor: ...
+    @property
+    def head(self) -> Tensor | None: ...
+
+
 def write_adapter(
     folder: str | Path,
     adapters: Mapping[str, Adapter],
     lora: LoRA,
     base: str | None,
     linears: Collection[str] | None = None,
+    rows: Rows | None = None,
 ) -> None:
     """Write PEFT's two files, fp32, under temporary names and then renamed; peft, transformers and vLLM load them.
 
     ``adapters``: Hugging Face module path ("model.layers.0.self_attn.q_proj") -> adapter. ``linears`` are the paths of
     all of the network's linears, if the caller knows them: ``target_modules`` then holds short names wherever these
-    select exactly the adapted modules. Without it, short names are written only where ``lora.targets`` said so.
+    select exactly the adapted modules. ``rows``: trained rows of the vocabulary, which peft calls trainable tokens.
+    Without ``linears``, short names are written only where ``lora.targets`` said so.
     """
     if not adapters:
         raise InputError(f"{folder}: there is no adapter to write")
@@ -79,6 +92,7 @@ def write_adapter(
         "modules_to_save": None,
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
+        "trainable_token_indices": None if rows is None else _token_indices(rows),
     }
     tensors = {}
     for path, adapter in adapters.items():
@@ -86,11 +100,21 @@ def write_adapter(
             tensors[f"{PREFIX}{path}.lora_{letter}.weight"] = tensor.detach().float()
         if adapter.m is not None:
             tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = adapter.m.detach().float()
+    if rows is not None:
+        for name, values in (("model.embed_tokens", rows.embedding), ("lm_head", rows.head)):
+            if values is not None:
+                tensors[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = values.detach().float()
     with staged(Path(folder)) as staging:
         with staging.open(TENSORS) as file:
             write_safetensors(file, tensors)
         staging.write(CONFIG, json_bytes(config))
         staging.remove_first(CONFIG)  # an old alpha over new tensors would go unseen
+
+
+def _token_indices(rows: Rows) -> list[int] | dict[str, list[int]]:
+    """A list where the head is tied to the embedding, as peft has it."""
+    ids = list(rows.ids)
+    return ids if rows.head is None else {"embed_tokens": ids, "lm_head": ids}
 
 
 def _plain(value: float) -> float:
@@ -158,3 +182,14 @@ def _trained_on(folder: Path | None) -> str:
     if not isinstance(said, str) or not said:
         return "load the base that it was trained on, or another adapter"
     return f"{CONFIG} says that it was trained on {show(said)}: load that base, or another adapter"
+
+
+@torch.no_grad()
+def match_rows(found: TokenTensors, rows: Rows, folder: Path) -> None:
+    """Copy trained token rows into the network's. InputError where they are of another width."""
+    for name, source, out in (("embed_tokens", found.embedding, rows.embedding), ("lm_head", found.head, rows.head)):
+        if source is not None and out is not None:      # a head without rows of its own keeps the base's
+            if source.shape != out.shape:
+                raise InputError(f"{folder / TENSORS}: its token rows of {name} have {source.shape[1]} elements, the "
+                                 f"model's {out.shape[1]}; load the base that it was trained on")
+            out.copy_(source)

@@ -28,6 +28,17 @@ _NAME = re.compile(r"base_model\.model\.([A-Za-z0-9_.]{1,200})\."
 _BASE = re.compile(r"base_model\.model\.(lm_head|model\.embed_tokens)(?:\.base_layer)?\.weight")
 
 
+_ROWS = re.compile(r"base_model\.model\.(lm_head|model\.embed_tokens)\.token_adapter\.trainable_tokens_delta")
+
+
+class TokenTensors(NamedTuple):
+    """Trained rows of the vocabulary: their ids, rising, fp32 rows of the embedding [n, d], and of the head or None."""
+
+    ids: tuple[int, ...]
+    embedding: Tensor
+    head: Tensor | None
+
+
 class AdapterTensors(NamedTuple):
     """fp32 on the CPU: A [r, in], B [out, r], and DoRA's m [out] or None."""
 
@@ -55,6 +66,7 @@ FIELDS: dict[str, _Rule] = {
     "layers_pattern": _Rule("the tensors say which modules are adapted"),
     "peft_type": _Rule("other methods compute something else", ("LORA",)),
     "task_type": _Rule("minitune trains causal language models", (None, "CAUSAL_LM")),
+    "trainable_token_indices": _Rule("read"),
     "bias": _Rule("trained biases are not supported", ("none",)),
     "fan_in_fan_out": _Rule("linears are [out, in]", (None, False)),
     "modules_to_save": _Rule("only low-rank adapters are read", (None, [])),
@@ -139,7 +151,7 @@ def _read_tensors(checkpoint: Checkpoint, path: Path, dora: bool) -> dict[str, A
     for name in checkpoint.names():
         info, match = checkpoint.info(name), _NAME.fullmatch(name)
         if match is None:
-            if not _BASE.fullmatch(name):
+            if not _BASE.fullmatch(name) and not _ROWS.fullmatch(name):
                 faults.append(f"{show(name)} is no LoRA tensor of a linear (base_model.model.….lora_A.weight or "
                               "lora_B.weight)")
             continue
@@ -236,3 +248,45 @@ def _check_targets(where: str, said: list[str], paths: list[str], narrowed: bool
 
 def _ends(path: str) -> list[str]:
     return [path, *(path[dot.end():] for dot in re.finditer(r"\.", path))]
+
+
+def read_token_rows(folder: Path) -> TokenTensors | None:
+    """The rows of single tokens that were trained beside the adapter (PEFT's trainable_token_indices), if any."""
+    where = str(folder / CONFIG)
+    said = _token_ids(where, read_json_object(folder / CONFIG).get("trainable_token_indices"))
+    with Checkpoint.open_file(folder / TENSORS) as checkpoint:
+        names = {match[1].rpartition(".")[2]: name for name in checkpoint.names() if (match := _ROWS.fullmatch(name))}
+        extra = sorted(set(names) - set(said))
+        lacking = [name for name in said if name not in names and name != "lm_head"]    # a tied head has none
+        if extra or lacking:
+            raise InputError(f"{folder / TENSORS}: {'has' if extra else 'lacks'} trained rows of "
+                             f"{(extra or lacking)[0]}, but {CONFIG} says trainable_token_indices: "
+                             f"{show(str(said or None))}; fetch or copy both files again")
+        if not said:
+            return None
+        ids = next(iter(said.values()))
+        order = sorted(range(len(ids)), key=lambda place: ids[place])
+        rows = {}
+        for name, tensor in names.items():
+            info = checkpoint.info(tensor)
+            if len(info.shape) != 2 or info.shape[0] != len(ids) or info.dtype not in FLOATS:
+                raise InputError(f"{folder / TENSORS}: {tensor} is {info.dtype} {list(info.shape)}; it must be a float "
+                                 f"matrix of {len(ids)} rows, as many as {CONFIG} names tokens")
+            rows[name] = torch.empty(info.shape, dtype=torch.float32)
+            checkpoint.read_into(tensor, rows[name])
+    return TokenTensors(tuple(ids[place] for place in order), rows["embed_tokens"][order],
+                        rows["lm_head"][order] if "lm_head" in rows else None)
+
+
+def _token_ids(where: str, value: Any) -> dict[str, list[int]]:
+    """trainable_token_indices as module -> ids: a list means the embedding's."""
+    said = {"embed_tokens": value} if isinstance(value, list) and value else value or {}
+    accepted = 'a list of token ids, or {"embed_tokens": ids, "lm_head": the same ids}'
+    if not isinstance(said, dict) or not (said.keys() <= {"embed_tokens", "lm_head"}) or ("lm_head" in said and (
+            said.get("embed_tokens") != said["lm_head"])):
+        refuse(where, "trainable_token_indices", value, f"it must be {accepted}")
+    for ids in said.values():
+        if not isinstance(ids, list) or not ids or len(set(map(str, ids))) < len(ids) or any(
+                type(token) is not int or not 0 <= token < 2**31 for token in ids):
+            refuse(where, "trainable_token_indices", value, f"it must be {accepted}, each once")
+    return dict(said)

@@ -17,9 +17,10 @@ from minitune.config import ModelConfig
 from minitune.errors import InputError
 from minitune.model.adapter import HEAD, Adapter
 from minitune.model.llama import Llama
+from minitune.model.token_rows import TokenRows
 from minitune.ops import dora
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD_WEIGHT = "model.embed_tokens.weight", f"{HEAD}.weight"
 Onto = Literal["loaded", "original"]
 """Into what an adapter is merged: the base as it was loaded (in 4 bits: its decoded values, on which the adapter was
 trained), or the 16-bit weights of the checkpoint that were quantised."""
@@ -56,12 +57,12 @@ def merged_tensors(network: Llama, checkpoint: Checkpoint | None, onto: Onto) ->
         dtype, values = on_disk.get(name, dtype), make
         if checkpoint is not None and name in on_disk and name not in trained and (
                 name not in in_4bit or onto == "original"):
-            values = functools.partial(_read, checkpoint, name, shape, dtype)
-        adapter = adapters.get(name.removesuffix(".weight"))
-        found[name] = LazyTensor(shape, dtype, functools.partial(_merge, name, values, adapter, dtype))
-        if name == EMBEDDING and network.config.tied_head and HEAD in adapters:
-            head = f"{HEAD}.weight"
-            found[head] = LazyTensor(shape, dtype, functools.partial(_merge, head, values, adapters[HEAD], dtype))
+            values = functools.partial(_read, checkpoint, name, shape, dtype, make)
+        names = [name, HEAD_WEIGHT] if name == EMBEDDING and network.config.tied_head and HEAD in adapters else [name]
+        for written in names:       # a tied head with an adapter becomes one of its own
+            adapter, rows = adapters.get(written.removesuffix(".weight")), network.output.rows
+            rows = rows if written in (EMBEDDING, HEAD_WEIGHT) else None
+            found[written] = LazyTensor(shape, dtype, functools.partial(_merge, written, values, adapter, rows, dtype))
     return found
 
 
@@ -71,22 +72,26 @@ def merged_config(network: Llama) -> ModelConfig:
     return replace(network.config, tied_head=network.config.tied_head and HEAD not in network.adapters())
 
 
-def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    values = torch.empty(shape, dtype=dtype)
+def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype,
+          make: Callable[[], Tensor]) -> Tensor:
+    """The file's values; where the vocabulary has grown since, the new rows are the network's."""
+    stored = checkpoint.info(name).shape
+    values = torch.empty(stored, dtype=dtype)
     checkpoint.read_into(name, values)
-    return values
+    return values if stored == shape else torch.cat([values, make()[stored[0]:].to(values.device, dtype)])
 
 
 @torch.no_grad()
-def _merge(name: str, values: Callable[[], Tensor], adapter: Adapter | None, dtype: torch.dtype) -> Tensor:
+def _merge(name: str, values: Callable[[], Tensor], adapter: Adapter | None, rows: TokenRows | None,
+           dtype: torch.dtype) -> Tensor:
     base = values()
     if adapter is None:
-        return base.to(dtype)
+        return base.to(dtype) if rows is None else rows.written(base.to(dtype), name == HEAD_WEIGHT)
     whole = base.to(adapter.A.device, torch.float32, copy=True)
     whole.addmm_(adapter.B, adapter.A, alpha=adapter.scale)
     if adapter.m is not None:
         whole *= adapter.gain(dora.row_lengths(whole, None, None))[:, None]
-    merged = whole.to(dtype)
+    merged = whole.to(dtype) if rows is None else rows.written(whole.to(dtype), True)
     if not bool(merged.isfinite().all()):
         raise InputError(f"merge: {name} with its adapter holds values that are not finite in {dtype}")
     return merged

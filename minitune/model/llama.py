@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from minitune.config import LoRA, MemoryPolicy, ModelConfig
 from minitune.errors import InputError
 from minitune.model import half
-from minitune.model.adapter import HEAD, Adapter, check_targets, make_adapter, matches
+from minitune.model.adapter import HEAD, Adapter, check_targets, matches
 from minitune.model.attention_half import AttentionHalf
+from minitune.model.head import Head
 from minitune.model.lora import Projection, frozen
 from minitune.model.memory import choose_policy
 from minitune.model.mlp_half import MlpHalf
 from minitune.model.offload import Parking
-from minitune.ops import dora, few_rows, rope
+from minitune.model.token_rows import TokenRows
+from minitune.ops import few_rows, rope
 from minitune.ops.documents import Documents
-from minitune.ops.linear_cross_entropy import linear_cross_entropy
 from minitune.ops.lora_images import Images
 from minitune.ops.nf4 import NF4Weight
 from minitune.ops.nf4_linear import DecodeBuffer
@@ -54,7 +55,6 @@ class Llama(nn.Module):
     """
 
     head: nn.Parameter | None
-    head_adapter: Adapter | None
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu",
                  memory: MemoryPolicy = "auto", quantized: bool = False):
@@ -67,10 +67,8 @@ class Llama(nn.Module):
         self.norm = frozen(torch.empty(config.d_model, dtype=dtype, device=device))
         head = None if config.tied_head else frozen(torch.empty_like(self.embedding))
         self.register_parameter("head", head)
-        self.register_module("head_adapter", None)
-        self.head_enabled, self.head_lengths = True, torch.empty(0)
+        self.output = Head()
         self.dtype = dtype
-        self.packed_head: Tensor | None = None
         self._policies: dict[int, MemoryPolicy] = {}
         self._images, self._parking = Images(), Parking()
 
@@ -82,7 +80,7 @@ class Llama(nn.Module):
         cos, sin = rope.tables(self.config, positions, documents)
         policy = self._policy(len(tokens))
         context = half.Context(cos, sin, documents, policy, self._parking if policy == "offload" else None)
-        x, branch = F.embedding(tokens, self.embedding).to(self.dtype), None
+        x, branch = self.embed(tokens), None
         for layer in self.layers:
             x, branch = layer(x, branch, context)
         return rms_norm(x, self.norm, self.config.norm_eps, branch)
@@ -103,17 +101,14 @@ class Llama(nn.Module):
             self._policies[tokens] = choose_policy(self.config, tokens, self.memory, self.dtype, self.device, composed)
         return self._policies.get(tokens, "keep")
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [T] -> [T, d_model] in the compute dtype."""
+        x = F.embedding(tokens, self.embedding).to(self.dtype)
+        return x if self.output.rows is None or not self.output.enabled else self.output.rows.embed(x, tokens)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, d_model] -> fp32 [n, vocab_size]."""
-        logits = few_rows.product(hidden, self.head_weight.to(hidden.dtype), None, self.packed_head)
-        return self._adapted(hidden, logits).float()
-
-    def _adapted(self, hidden: Tensor, logits: Tensor) -> Tensor:
-        """hidden [n, d_model] and the base's logits [n, vocab_size] -> those with the head's adapter, if it is on."""
-        if self.head_adapter is None or not self.head_enabled:
-            return logits
-        logits = logits + self.head_adapter(hidden)
-        return logits if self.head_adapter.m is None else logits * self.head_adapter.gain(self.head_lengths)
+        return self.output.logits(hidden, self.head_weight)
 
     @contextlib.contextmanager
     def weights_at_hand(self, rows: int) -> Iterator[None]:
@@ -123,20 +118,16 @@ class Llama(nn.Module):
         try:
             for projection in projections:
                 projection.prepare(rows, self.dtype)
-            self.packed_head = few_rows.pack(self.head_weight.to(self.dtype)) if rows > 1 else None
+            self.output.packed = few_rows.pack(self.head_weight.to(self.dtype)) if rows > 1 else None
             yield
         finally:
             for projection in projections:
                 projection.packed = projection.decoded = None
-            self.packed_head = None
+            self.output.packed = None
 
     def token_losses(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]; logits are never whole."""
-        head = None
-        if self.head_adapter is not None and self.head_enabled:
-            def head(h: Tensor) -> Tensor:
-                return self._adapted(h, F.linear(h, self.head_weight))
-        return linear_cross_entropy(hidden, self.head_weight, labels, label_smoothing, head)
+        return self.output.losses(hidden, self.head_weight, labels, label_smoothing)
 
     @property
     def device(self) -> torch.device:
@@ -202,7 +193,7 @@ class Llama(nn.Module):
     def adapters(self) -> dict[str, Adapter]:
         """Every adapter by the Hugging Face path of its linear."""
         found = {path: a for projection in self.projections() for path, a in projection.own_adapters().items()}
-        return found if self.head_adapter is None else found | {HEAD: self.head_adapter}
+        return found if self.output.adapter is None else found | {HEAD: self.output.adapter}
 
     def linears(self) -> list[str]:
         """The Hugging Face paths of all linears that can be adapted."""
@@ -214,22 +205,41 @@ class Llama(nn.Module):
         for projection in self.projections():
             projection.add_adapters(lora, seed)
             projection.lay_out()
-        self.head_adapter = make_adapter(HEAD, self.config.d_model, self.config.vocab_size, lora, seed, self.device)
-        if self.head_adapter is not None:
-            self.head_adapter.start_magnitude(dora.row_lengths(self.head_weight, None, None))
+        self.output.add_adapter(lora, seed, self.head_weight)
+
+    @torch.no_grad()
+    def grow(self, vocab_size: int) -> None:
+        """Give the embedding, and a head of its own, rows for a larger vocabulary. The new rows are the mean of the old
+        ones, from which a model's guesses change least (Hewitt 2021, "Initializing new word embeddings")."""
+        for name in ("embedding", "head"):
+            old = getattr(self, name)
+            if old is not None:
+                more = old.float().mean(0).to(old.dtype).expand(vocab_size - len(old), -1)
+                setattr(self, name, nn.Parameter(torch.cat([old, more]), requires_grad=old.requires_grad))
+        self.config = replace(self.config, vocab_size=vocab_size)
+
+    def train_tokens(self, ids: Sequence[int]) -> None:
+        """Train the rows of these tokens beside an adapter; from where they stand, if they are trained already."""
+        known = self.output.rows
+        embedding: Tensor = self.embedding
+        head: Tensor | None = self.head
+        if known is not None:
+            embedding = known.written(embedding, of_head=False)
+            head = None if head is None else known.written(head, of_head=True)
+        self.output.rows = TokenRows(ids, embedding, head)
 
     @contextlib.contextmanager
     def adapters_disabled(self) -> Iterator[None]:
         """Within it the network computes what its base does."""
-        projections, head = self.projections(), self.head_enabled
+        projections, head = self.projections(), self.output.enabled
         before = [projection.enabled for projection in projections]
         try:
-            self.head_enabled = False
+            self.output.enabled = False
             for projection in projections:
                 projection.enabled = False
             yield
         finally:
-            self.head_enabled = head
+            self.output.enabled = head
             for projection, enabled in zip(projections, before, strict=True):
                 projection.enabled = enabled
 
@@ -253,9 +263,7 @@ class Llama(nn.Module):
             if around is not None and projection.images is not None:
                 around.fill(*projection.images)
             projection.refresh_lengths()
-        if self.head_adapter is not None and self.head_adapter.m is not None:
-            a, b = self.head_adapter.A.detach(), self.head_adapter.B.detach() * self.head_adapter.scale
-            self.head_lengths = dora.row_lengths(self.head_weight, a.to(self.dtype), b.to(self.dtype))
+        self.output.refresh(self.head_weight, self.dtype)
 
     # -- training base weights ----------------------------------------------------------------------------------------
 
@@ -295,19 +303,3 @@ class Llama(nn.Module):
             return tuple(f"model.layers.{i}.*" for i in layers)
         raise InputError(f'train: {train!r} is not known; say "full", "head", "norms", "embedding", "last:k" with k '
                          f"from 1 to {self.config.n_layers}, or a list of name patterns")
-
-
-@torch.no_grad()
-def init_weights(network: Llama, seed: int, std: float = 0.02) -> None:
-    """Random weights: norms 1, biases 0, the rest normal with `std`, those that write to the residual stream narrower
-    by sqrt(2·layers) (Radford et al. 2019), each from the seed and its own name."""
-    for name, weight in network.hf_weights().items():
-        if name.endswith("norm.weight"):
-            weight.fill_(1)
-        elif name.endswith("bias"):
-            weight.zero_()
-        else:
-            narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            scale = std / (2 * network.config.n_layers) ** 0.5 if narrow else std
-            weight.copy_(torch.randn(weight.shape, generator=generator).mul_(scale))

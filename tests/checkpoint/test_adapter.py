@@ -224,7 +224,6 @@ def adapter_folder(folder: Path, change: dict[str, Any] | None = None, **tensors
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"lora_bias": True}, "'lora_bias' is True"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"a_new_field": 0}, "'a_new_field' is 0"),
         ({"r": 3}, "rank 2, but adapter_config.json says 3"),
         ({"r": "2"}, "r is '2'"),

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from minitune.config import LoRA, ModelConfig
-from minitune.model.llama import Llama, init_weights
-from minitune.ops import backends, tuned
+from minitune.model.init import init_weights
+from minitune.model.llama import Llama
+from minitune.ops import attention, attention_library, backends, tuned
 from minitune.ops.documents import Documents
 from tests.tolerance import relative
 
@@ -86,3 +87,20 @@ def test_a_kept_graph_is_not_overwritten(device):
     with backends.use("triton"):
         once, again = _step(network, "pointwise", device), _step(network, "pointwise", device, twice=True)
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_the_librarys_gradients_are_turned_on_their_way_into_one_buffer(device, monkeypatch):
+    """Its graph of plain products here: what a GPU's FlashAttention gives back comes apart in the same way."""
+    network = _network(SHAPES["qwen3, window"], device)
+    with backends.use("reference"):
+        expected = _step(network, "keep", device)
+
+    def library(q, k, v, documents, window=None, needs_backward=True, rows=None):
+        out, graph = attention_library.forward(q, k, v, documents, window, needs_backward)
+        return out, attention.Saved(q, k, v, documents, window, graph)
+
+    monkeypatch.setattr(attention, "forward", library)
+    with backends.use("triton"):
+        found = _step(network, "full", device)
+    for value, e in zip(found, expected, strict=True):
+        assert relative(value, e) < 1e-5

@@ -8,7 +8,8 @@ import torch
 from minitune.config import LoRA, ModelConfig
 from minitune.model import half
 from minitune.model.generate import generate
-from minitune.model.llama import Llama, init_weights
+from minitune.model.init import init_weights
+from minitune.model.llama import Llama
 from minitune.ops import backends, lora_matmul, nf4, rope
 from minitune.ops.documents import Documents
 from tests.tolerance import relative

@@ -5,7 +5,8 @@ import torch
 
 from minitune.config import LoRA, ModelConfig
 from minitune.model import half
-from minitune.model.llama import Llama, init_weights
+from minitune.model.init import init_weights
+from minitune.model.llama import Llama
 from minitune.model.memory import kept_bytes
 from minitune.ops import rope, tuned
 from minitune.ops.documents import Documents
