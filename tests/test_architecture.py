@@ -82,7 +82,7 @@ seconds = time.process_time() - start
 assert state == (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.nn.Linear.forward,
                  torch.optim.AdamW.step, torch.Tensor.backward), "import minitune changes torch"
 heavy = set(sys.modules) & {"transformers", "peft", "tyro", "rich", "matplotlib", "triton", "sentencepiece",
-                            "tokenizers"}
+                            "tokenizers", "jinja2", "pyarrow", "tensorboard"}
 assert not heavy, f"import minitune loads {heavy}"
 print(seconds)
 """

@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+OPTIONAL = {"triton", "pyarrow", "IPython"}
+"""Imported inside functions: what an extra brings, and a notebook that is there already."""
 
 
 def _imported():
@@ -22,4 +24,6 @@ def _imported():
 def test_dependencies_are_what_minitune_imports():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     declared = {re.split(r"[><=;\[ ]", line)[0] for line in project["dependencies"]}
-    assert declared == set(_imported()) - sys.stdlib_module_names - {"minitune", "triton"}      # triton: an extra
+    imported = set(_imported()) - sys.stdlib_module_names - {"minitune"}
+    assert declared == imported - OPTIONAL
+    assert {"triton", "parquet", "tensorboard"} <= project["optional-dependencies"].keys()
