@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -30,17 +31,21 @@ COMPOSED = 3
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a forward pass may still take on `device`."""
+    """Memory that a forward pass may still take on `device`; without end where the system does not tell."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():       # a container's own limit
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        stat = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
+        cached = int(stat.get("inactive_file", 0))      # files' pages, which the kernel gives back when asked
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + cached)
     return free
 
 
