@@ -59,36 +59,46 @@ class Document:
 class Segment:
     """A piece of a sample's text. A ``trained`` one is the model's to say, and EOS is put behind it and trained too.
 
-    ``continues``: it follows other text, so the tokenizer adds no leading blank.
+    ``continues``: it follows other text, so the tokenizer adds no leading blank. ``parse_special``: control tokens that
+    are written in its text are read as such, not as text. ``ends``: where False, a trained one gets no EOS.
     """
 
     text: str
     trained: bool
     continues: bool
+    parse_special: bool = False
+    ends: bool = True
 
 
 def encode_samples(samples: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
     """The (ids, trained) of each sample: BOS where the family has one, then its segments.
 
-    Each segment is encoded by itself, without reading control tokens. So the ids of a sample's first segments are the
-    same whatever follows: a prompt at generation is exactly a prefix of the sample that was trained on.
+    Each segment is encoded by itself, without reading control tokens unless it says so. So the ids of a sample's first
+    segments are the same whatever follows: a prompt at generation is exactly a prefix of the sample that was trained
+    on. A BOS or EOS that a segment's own text spells (``parse_special``) is not put there a second time.
     """
-    encoded: dict[bool, list[list[int]]] = {}
-    for continues in (False, True):
-        texts = [segment.text for sample in samples for segment in sample if segment.continues == continues]
-        encoded[continues] = tokenizer.encode_many(texts, bos=False, continues=continues)[::-1] if texts else []
+    encoded: dict[tuple[bool, bool], list[list[int]]] = {}
+    for way in {(segment.continues, segment.parse_special) for sample in samples for segment in sample}:
+        texts = [segment.text for sample in samples for segment in sample
+                 if (segment.continues, segment.parse_special) == way]
+        found = tokenizer.encode_many(texts, bos=False, parse_special=way[1], continues=way[0])
+        encoded[way] = found[::-1]
     head = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    found: list[tuple[list[int], list[bool]]] = []
+    results: list[tuple[list[int], list[bool]]] = []
     for sample in samples:
-        ids, trained = list(head), [False] * len(head)
+        ids: list[int] = []
+        trained: list[bool] = []
         for segment in sample:
-            piece = encoded[segment.continues].pop()
-            if segment.trained:
+            piece = encoded[segment.continues, segment.parse_special].pop()
+            closed = segment.parse_special and bool(piece) and piece[-1] in tokenizer.eos_ids
+            if segment.trained and segment.ends and not closed:
                 piece = [*piece, tokenizer.require_eos()]
             ids += piece
             trained += [segment.trained] * len(piece)
-        found.append((ids, trained))
-    return found
+        if not (sample and sample[0].parse_special and ids[:1] == head):
+            ids, trained = head + ids, [False] * len(head) + trained
+        results.append((ids, trained))
+    return results
 
 
 __all__ = ["Document", "Segment", "encode_samples"]

@@ -1,154 +1,300 @@
-"""The sample formats: which one a JSONL line is in, what of it is trained, and the Documents of a whole file."""
+"""The sample formats: a row in any of them becomes a Sample, which says what of it is trained and what is not used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minitune.config import short
-from minitune.data.chat import announce_plain_template, check_messages, render_prompt
-from minitune.data.document import Document, Segment, encode_samples
-from minitune.data.jsonl import read_jsonl
+from minitune.data.conversations import check_trained, text_of, to_messages, to_tools, untrained
+from minitune.data.document import Segment
+from minitune.data.fields import COMMON, FORMATS, MEANINGFUL, Format, check_field_map, recognise
+from minitune.data.rows import read_rows
 from minitune.errors import InputError
 
-if TYPE_CHECKING:
-    from minitune.data.tokenizer import Tokenizer
-
-FORMATS: tuple[tuple[str, ...], ...] = (("text",), ("prompt", "completion"), ("messages",))
-"""The fields by which each format is recognised."""
-
-KNOWN = ("text", "prompt", "completion", "messages", "weight")
-
-MEANINGFUL = frozenset((
-    "instruction", "input", "output", "inputs", "conversations", "chosen", "rejected", "preferred_output",
-    "non_preferred_output", "label", "tools", "functions", "images", "audio", "videos", "system", "suffix",
-    "multiplier"))
-"""Fields of other formats. Beside a known format they would change what a sample teaches, so they are not ignored."""
-
-_CHUNK_SAMPLES, _CHUNK_CHARACTERS = 1024, 4_000_000
+Messages = list[dict[str, Any]]
 
 
-def to_segments(sample: Mapping[str, Any], where: str) -> list[Segment]:
-    """The pieces of one sample, trained or not.
+@dataclass(frozen=True)
+class Unused:
+    """Text of a row that is not used, and why: its tokens count as dropped."""
 
-    {"text"}: all of it is trained. {"prompt", "completion"}: the completion. {"messages": [{"role", "content"}]}: the
-    assistant's turns. EOS follows, trained, after the text, the completion, each assistant's turn.
+    reason: str
+    text: str
 
-    The rule on fields: null counts as absent. Exactly one format's fields must be there, complete. "weight" (a positive
-    number, multiplies this sample's loss) may be. Other fields (id, source, …) are ignored, except those that look
-    like a misspelling of one of ours and those that have a meaning in another format (`MEANINGFUL`). Raises InputError
-    that names `where`, the field, and what is accepted.
+
+@dataclass(frozen=True)
+class Sample:
+    """One row, whatever its format: segments of text, or messages for a chat template, or neither (all is unused).
+
+    ``messages`` are OpenAI's: {"role", "content", …}; assistant turns are trained, except those with "weight": 0.
+    ``tools`` belong to them. ``weight`` (positive, None: 1) multiplies the sample's loss. ``where`` is "file:line",
+    ``kind`` a key of FORMATS.
     """
-    fields = {key: value for key, value in sample.items() if value is not None}
-    kind = _recognise(fields, where)
-    if kind == "messages":
-        check_messages(fields["messages"], where)
-        if all(message["role"] != "assistant" for message in fields["messages"]):
-            raise InputError(f"{where}: messages has no assistant turn, so there is nothing to train on; add one")
-        return render_prompt(fields["messages"], add_generation_prompt=False)
-    for name in ("text",) if kind == "text" else ("prompt", "completion"):
-        if not isinstance(fields[name], str):
-            raise InputError(f"{where}: {name} is {short(fields[name])}; it must be a string")
-    trained = "text" if kind == "text" else "completion"
-    if not fields[trained]:
-        raise InputError(f"{where}: {trained} is empty, so there is nothing to train on; write some or remove the line")
-    if kind == "text" or not fields["prompt"]:
-        return [Segment(fields[trained], True, False)]
-    return [Segment(fields["prompt"], False, False), Segment(fields["completion"], True, True)]
+
+    where: str
+    kind: str
+    segments: list[Segment] | None
+    messages: Messages | None
+    tools: list[Any] | None
+    weight: float | None
+    unused: tuple[Unused, ...] = ()
 
 
-def _recognise(fields: Mapping[str, Any], where: str) -> str:
-    """The first field of the sample's format."""
-    accepted = '{"text"}, {"prompt", "completion"} or {"messages"}'
-    begun = [names for names in FORMATS if any(name in fields for name in names)]
-    others = [name for name in fields if name not in KNOWN]
-    for name in others:
-        close = get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.83)
-        if close:
-            raise InputError(f"{where}: unknown field {name!r}; did you mean {close[0]!r}?")
-    if not begun:
-        found = ", ".join(repr(name[:40]) for name in others[:6]) or "none"
-        raise InputError(f"{where}: no known format; accepted: {accepted}; found the fields: {found}")
-    if len(begun) > 1:
-        present = " and ".join(repr(name) for names in begun for name in names if name in fields)
-        raise InputError(f"{where}: {present} belong to different formats; keep one of {accepted}")
-    missing = [name for name in begun[0] if name not in fields]
-    if missing:
-        present = next(name for name in begun[0] if name in fields)
-        raise InputError(f"{where}: the field {missing[0]!r} is missing beside {present!r}; accepted: {accepted}")
-    meaningful = [name for name in others if name in MEANINGFUL]
-    if meaningful:
-        raise InputError(f"{where}: the field {meaningful[0]!r} is not read beside {begun[0][0]!r}, and would change "
-                         f"what the sample means; remove it (accepted: {accepted}, weight, and fields without effect)")
-    return begun[0][0]
+@dataclass(frozen=True)
+class Prompt:
+    """What stands before the first trained part of a sample: ``text``, or ``messages`` with their ``tools``."""
+
+    text: str | None
+    messages: Messages | None
+    tools: list[Any] | None = None
 
 
-def _weight(sample: Mapping[str, Any], where: str) -> float | None:
-    weight = sample.get("weight")
-    if weight is None:
+@dataclass(frozen=True)
+class _Content:
+    """What a format's reader finds in a row."""
+
+    segments: list[Segment] | None = None
+    messages: Messages | None = None
+    tools: list[Any] | None = None
+    unused: tuple[Unused, ...] = ()
+
+
+def to_sample(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] | None = None) -> Sample:
+    """The Sample of one row, in whichever of these formats its fields say (`minitune.data.fields`):
+
+    - {"text"}: all of it is trained.
+    - {"prompt", "completion"}: the completion is. Both are text; or lists of messages (or one of each), as TRL has it.
+    - Alpaca's {"instruction", "input", "output"}, input or "system" may lack: a chat. The user says the instruction, a
+      blank line and the input, the assistant the output, so that the model's own template applies; Stanford's text
+      "Below is an instruction…" is not used (the peers differ on it; write it as prompt and completion to have it).
+    - OpenAI's {"messages", "tools"} and ShareGPT's {"conversations", "system", "tools"}: the assistant's turns are
+      trained, except those with "weight": 0.
+    - Gradient's {"inputs", "multiplier"}: text, all of it trained, or a list of {"value", "trainable",
+      "parse_special_tokens"}; the multiplier is the sample's weight.
+    - {"prompt", "chosen", "rejected"}, or chosen and rejected conversations that begin alike; OpenAI's {"input":
+      {"messages", "tools"}, "preferred_output", "non_preferred_output"}: chosen is trained, rejected is unused.
+    - {"prompt", "completion", "label"}: trained where the label is true; else all of it is unused.
+
+    EOS is put, trained, behind a text, a completion, an assistant's turn. Gradient trains exactly what is given; here
+    EOS follows the last segment if that is trained and does not end with EOS itself, since a model that never sees the
+    end of its answers never stops; segments before the last get none.
+
+    Any row may have "weight", a positive number that multiplies its loss. `field_map` and the rule on other fields: see
+    `recognise`. Raises InputError that begins with `where` and names the field and what is accepted.
+    """
+    if field_map:
+        check_field_map(field_map)
+    return _sample(row, where, field_map)
+
+
+def _sample(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] | None) -> Sample:
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: is {short(row)}; a sample must be an object with named fields")
+    kind, fields = recognise(row, where, field_map)
+    weight = _weight(fields, where)
+    found = _READERS[kind](fields, where)
+    if found.segments is not None:
+        for name in ("tools", "functions"):
+            if fields.get(name):
+                raise InputError(f"{where}: {name} belong to a conversation, but the sample is plain text; write its "
+                                 "parts as lists of messages, or remove them")
+    return Sample(where, kind, found.segments, found.messages, found.tools, weight, found.unused)
+
+
+def read_samples(path: str | Path, field_map: Mapping[str, str] | None = None) -> Iterator[Sample]:
+    """Yields the Sample of each row of a file (`read_rows`), in the file's order. See `to_sample`."""
+    if field_map:
+        check_field_map(field_map)
+    for where, row in read_rows(path):
+        yield _sample(row, where, field_map)
+
+
+def prompts_of(path: str | Path, field_map: Mapping[str, str] | None = None) -> Iterator[Prompt]:
+    """Yields what stands before the first trained part of each sample that has something there, in the file's order.
+
+    A text, under `Tokenizer.encode`, gives the very ids with which its document begins, if it is one segment; the
+    messages do under `encode_chat` with a generation prompt.
+    """
+    for sample in read_samples(path, field_map):
+        if sample.segments is not None:
+            first = next((i for i, segment in enumerate(sample.segments) if segment.trained), 0)
+            text = "".join(segment.text for segment in sample.segments[:first])
+            if text:
+                yield Prompt(text, None)
+        for place, message in enumerate(sample.messages or ()):
+            if message["role"] == "assistant" and message.get("weight") != 0:
+                if place:
+                    yield Prompt(None, sample.messages[:place] if sample.messages else None, sample.tools)
+                break
+
+
+def _weight(fields: Mapping[str, Any], where: str) -> float | None:
+    given = [name for name in ("weight", "multiplier") if name in fields]
+    if len(given) > 1:
+        raise InputError(f"{where}: weight and multiplier are given, which mean the same; keep one")
+    if not given:
         return None
+    weight = fields[given[0]]
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e30:
-        raise InputError(f"{where}: weight is {repr(weight)[:40]}; it must be a positive number below 1e30")
+        raise InputError(f"{where}: {given[0]} is {short(weight)}; it must be a positive number below 1e30")
     return float(weight)
 
 
-def to_documents(samples: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, wheres: Sequence[str]) -> list[Document]:
-    """The Documents of many samples, encoded together; ``wheres`` name them ("file:line")."""
-    segments = [to_segments(sample, where) for sample, where in zip(samples, wheres, strict=True)]
-    weights = [_weight(sample, where) for sample, where in zip(samples, wheres, strict=True)]
-    encoded = encode_samples(segments, tokenizer)
-    return [Document(ids, trained, weight, where)
-            for (ids, trained), weight, where in zip(encoded, weights, wheres, strict=True)]
+def _string(fields: Mapping[str, Any], name: str, where: str, *, empty: bool = True) -> str:
+    value = fields.get(name, "")
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {name} is {short(value)}; it must be a string")
+    if not value and not empty:
+        raise InputError(f"{where}: {name} is empty, so there is nothing to train on; write some or remove the sample")
+    return value
 
 
-def to_document(sample: Mapping[str, Any], tokenizer: Tokenizer, where: str = "sample") -> Document:
-    """The Document of one sample: see `to_segments` for what is accepted and trained."""
-    if "messages" in sample:
-        announce_plain_template(tokenizer)
-    return to_documents([sample], tokenizer, [where])[0]
+def _text(fields: Mapping[str, Any], where: str) -> _Content:
+    return _Content([Segment(_string(fields, "text", where, empty=False), True, False)])
 
 
-def read_documents(path: str | Path, tokenizer: Tokenizer) -> Iterator[Document]:
-    """Yields the Document of each sample of a JSONL file, in the file's order, encoding in chunks on all cores.
-
-    Warns once if there are messages and the tokenizer has a chat template of its own, which is not used.
-    """
-    samples: list[dict[str, Any]] = []
-    wheres: list[str] = []
-    characters, announced = 0, False
-    for number, sample in read_jsonl(path):
-        if "messages" in sample and not announced:
-            announce_plain_template(tokenizer)
-            announced = True
-        samples.append(sample)
-        wheres.append(f"{path}:{number}")
-        characters += _size(sample)
-        if len(samples) >= _CHUNK_SAMPLES or characters >= _CHUNK_CHARACTERS:
-            yield from to_documents(samples, tokenizer, wheres)
-            samples, wheres, characters = [], [], 0
-    if samples:
-        yield from to_documents(samples, tokenizer, wheres)
+def _pair(fields: Mapping[str, Any], where: str, answer: str = "completion") -> _Content:
+    """A prompt and the answer to it, each text or messages."""
+    if not any(isinstance(fields[name], list) for name in ("prompt", answer)):
+        prompt, said = _string(fields, "prompt", where), _string(fields, answer, where, empty=False)
+        if not prompt:
+            return _Content([Segment(said, True, False)])
+        return _Content([Segment(prompt, False, False), Segment(said, True, True)])
+    asked = untrained(_turns(fields["prompt"], where, "prompt", "user"), where, "prompt")
+    answers = _turns(fields[answer], where, answer, "assistant", trained=True)
+    check_trained(answers, where, answer)
+    return _Content(messages=asked + answers, tools=to_tools(fields, where))
 
 
-def prompts_of(path: str | Path) -> Iterator[str]:
-    """Yields the text before the first trained part of each sample that has one, such as a prompt, in the file's order.
-
-    Under `Tokenizer.encode` it gives the very ids with which the sample's Document begins.
-    """
-    for number, sample in read_jsonl(path):
-        first = to_segments(sample, f"{path}:{number}")[0]
-        if not first.trained:
-            yield first.text
-
-
-def _size(value: Any) -> int:
-    """The number of characters in a sample's strings, how deep they may lie."""
+def _turns(value: Any, where: str, name: str, role: str, *, trained: bool = False) -> Messages:
+    """Messages as they are, a text as one turn of `role`."""
     if isinstance(value, str):
-        return len(value)
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return sum(map(_size, items))
+        return [{"role": role, "content": _string({name: value}, name, where, empty=not trained)}]
+    return to_messages(value, where, name, trained=trained)
 
 
-__all__ = ["FORMATS", "prompts_of", "read_documents", "read_jsonl", "to_document", "to_documents", "to_segments"]
+def _alpaca(fields: Mapping[str, Any], where: str) -> _Content:
+    parts = [_string(fields, "instruction", where), _string(fields, "input", where)]
+    if not any(parts):
+        raise InputError(f"{where}: instruction is empty, so nothing is asked; write one or remove the sample")
+    answer = _string(fields, "output", where, empty=False)
+    return _Content(messages=[*_system(fields, where), {"role": "user", "content": "\n\n".join(filter(None, parts))},
+                              {"role": "assistant", "content": answer}])
+
+
+def _system(fields: Mapping[str, Any], where: str) -> Messages:
+    text = _string(fields, "system", where)
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _chat(fields: Mapping[str, Any], where: str, name: str = "messages") -> _Content:
+    messages = to_messages(fields[name], where, name)
+    check_trained(messages, where, name)
+    system = _system(fields, where)
+    if system and messages[0]["role"] == "system":
+        raise InputError(f"{where}: system is given beside a system turn in {name}; keep one")
+    return _Content(messages=system + messages, tools=to_tools(fields, where))
+
+
+def _gradient(fields: Mapping[str, Any], where: str) -> _Content:
+    inputs = fields["inputs"]
+    if isinstance(inputs, str):
+        return _Content([Segment(_string(fields, "inputs", where, empty=False), True, False)])
+    if not isinstance(inputs, list) or not inputs:
+        raise InputError(f"{where}: inputs is {short(inputs)}; it must be a string, or a list of "
+                         '{"value", "trainable", "parse_special_tokens"}')
+    segments: list[Segment] = []
+    for place, part in enumerate(inputs):
+        name = f"{where}: inputs[{place}]"
+        if not isinstance(part, Mapping):
+            raise InputError(f'{name} is {short(part)}; it must be {{"value", "trainable", "parse_special_tokens"}}')
+        unknown = set(part) - {"value", "trainable", "parse_special_tokens"}
+        if unknown:
+            raise InputError(f"{name} has the field {short(min(map(str, unknown)))}, which is not read; accepted: "
+                             "value, trainable, parse_special_tokens")
+        parse = part.get("parse_special_tokens")
+        parse = False if parse is None else parse
+        for field, flag in (("trainable", part.get("trainable")), ("parse_special_tokens", parse)):
+            if not isinstance(flag, bool):
+                raise InputError(f"{name}.{field} is {short(flag)}; it must be true or false")
+        value, trainable = part.get("value"), bool(part["trainable"])
+        if not isinstance(value, str) or (trainable and not value):
+            raise InputError(f"{name}.value is {short(value)}; it must be a string"
+                             + (", and not empty where it is trained" if trainable else ""))
+        if value:
+            segments.append(Segment(value, trainable, bool(segments), parse, ends=place + 1 == len(inputs)))
+    if not segments:
+        raise InputError(f"{where}: inputs holds no text; write some or remove the sample")
+    return _Content(segments)
+
+
+def _preference(fields: Mapping[str, Any], where: str) -> _Content:
+    """Chosen answers the prompt, unless it is a whole conversation: then prompt is what it and rejected begin with."""
+    chosen, rejected = fields["chosen"], fields["rejected"]
+    sides = {name: value if isinstance(value, str) else to_messages(value, where, name, trained=False)
+             for name, value in (("chosen", chosen), ("rejected", rejected))}
+    texts = {name: side if isinstance(side, str) else text_of(side) for name, side in sides.items()}
+    if isinstance(sides["chosen"], str) or sides["chosen"][0]["role"] == "assistant":
+        if "prompt" not in fields:
+            raise InputError(f"{where}: the field 'prompt' is missing beside 'chosen', which is no whole conversation; "
+                             "write the question as prompt")
+        found = _pair(fields, where, "chosen")
+        return _Content(found.segments, found.messages, found.tools, (Unused("rejected answer", texts["rejected"]),))
+    messages, others = sides["chosen"], sides["rejected"]
+    shared = 0
+    if not isinstance(others, str):
+        pairs = zip(messages, others, strict=False)
+        shared = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(messages), len(others)))
+    while shared and all(message["role"] != "assistant" for message in messages[shared:]):
+        shared -= 1     # both answers are the same, or what follows them differs: the last answer is the one chosen
+    asked = untrained(messages[:shared], where, "chosen")
+    prompt = fields.get("prompt")
+    if prompt is not None and not any(_says(message, prompt) for message in asked):
+        raise InputError(f"{where}: prompt is {short(prompt)}, but chosen is a whole conversation that does not begin "
+                         "with it as rejected does; write the answer alone as chosen, or remove prompt")
+    check_trained(to_messages(messages[shared:], where, f"chosen[{shared}:]"), where, "chosen")
+    unused = texts["rejected"] if isinstance(others, str) else text_of(others[shared:])
+    return _Content(messages=asked + messages[shared:], tools=to_tools(fields, where),
+                    unused=(Unused("rejected answer", unused),))
+
+
+def _says(message: Mapping[str, Any], prompt: Any) -> bool:
+    last = prompt[-1] if isinstance(prompt, list) and prompt else None
+    return message["content"] == (last.get("content", last.get("value")) if isinstance(last, Mapping) else prompt)
+
+
+def _openai_preference(fields: Mapping[str, Any], where: str) -> _Content:
+    given = fields["input"]
+    if not isinstance(given, Mapping) or given.get("messages") is None:
+        raise InputError(f'{where}: input is {short(given)}; it must be {{"messages": […], "tools": […]}}')
+    name = "input.messages"
+    asked = untrained(to_messages(given["messages"], where, name, trained=False), where, name)
+    chosen = to_messages(fields["preferred_output"], where, "preferred_output")
+    check_trained(chosen, where, "preferred_output")
+    rejected = to_messages(fields["non_preferred_output"], where, "non_preferred_output", trained=False)
+    tools = to_tools({name: value for name, value in given.items() if value is not None}, f"{where}: input")
+    return _Content(messages=asked + chosen, tools=tools, unused=(Unused("rejected answer", text_of(rejected)),))
+
+
+def _kto(fields: Mapping[str, Any], where: str) -> _Content:
+    label = fields["label"]
+    if not isinstance(label, bool):
+        raise InputError(f"{where}: label is {short(label)}; it must be true (train it) or false (do not)")
+    if label:
+        return _pair(fields, where)
+    turns = _turns(fields["prompt"], where, "prompt", "user")
+    turns += _turns(fields["completion"], where, "completion", "assistant")
+    return _Content(unused=(Unused("label is false", text_of(turns)),))
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any], str], _Content]] = {
+    "text": _text, "prompt/completion": _pair, "alpaca": _alpaca, "openai chat": _chat,
+    "sharegpt": lambda fields, where: _chat(fields, where, "conversations"), "gradient": _gradient,
+    "preference": _preference, "openai preference": _openai_preference, "kto": _kto,
+}
+
+__all__ = ["COMMON", "FORMATS", "MEANINGFUL", "Format", "Messages", "Prompt", "Sample", "Unused", "check_field_map",
+           "prompts_of", "read_samples", "to_sample"]

@@ -8,14 +8,24 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from minitune.errors import InputError
 
 MAX_LINE = 64 * 2**20
 """The longest line that is read, in bytes: what bounds the memory that a broken file can take."""
 
-_MAY_BE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_MAY_BE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def open_data(path: Path, kind: str) -> BinaryIO:
+    """The opened file; InputError where there is none, it is a folder, or cannot be read. ``kind``: what to give."""
+    if path.is_dir() or not path.exists():
+        raise InputError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}; give {kind}")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def read_jsonl(path: str | Path, *, max_line: int = MAX_LINE) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -27,14 +37,8 @@ def read_jsonl(path: str | Path, *, max_line: int = MAX_LINE) -> Iterator[tuple[
     reading that many), and a file without any sample. Memory: one line.
     """
     path = Path(path)
-    if path.is_dir() or not path.exists():
-        raise InputError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}; give a JSONL file")
     samples = 0
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    with file:
+    with open_data(path, "a JSONL file") as file:
         number = 0
         while line := file.readline(max_line + 1):
             number += 1
@@ -56,12 +60,30 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 (byte {line[error.start]:#04x} at byte {error.start + 1} of the line); "
                          "save the file as UTF-8") from error
+    start = len(text) - len(text.lstrip(" \t\r\n"))
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_number)
-        if _MAY_BE_SURROGATE.search(line):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        value, end = decode_value(text, start, where)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON: {_fault(error, text)}; {_advice(text)}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: holds {json_name(value)}, not a JSON object; {_advice(text)}")
+    return value
+
+
+def decode_value(text: str, start: int, where: str) -> tuple[Any, int]:
+    """The JSON value that begins at `start`, and where it ends.
+
+    json.JSONDecodeError where it is malformed or unfinished; InputError that begins with `where` for a key given twice,
+    NaN and infinite numbers, lone surrogates and what nests too deeply.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+        if _MAY_BE_SURROGATE.search(text, start, end):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError:
+        raise
     except RecursionError as error:
         raise InputError(f"{where}: nested too deeply to be a sample") from error
     except UnicodeEncodeError as error:
@@ -69,10 +91,12 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
                          "write both halves of the pair or the character itself") from error
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
-    if not isinstance(value, dict):
-        kind = _JSON_NAMES.get(type(value), "a number")
-        raise InputError(f"{where}: holds {kind}, not a JSON object; {_advice(text)}")
-    return value
+    return value, end
+
+
+def json_name(value: Any) -> str:
+    """What JSON calls `value`: "an array", "a string"…"""
+    return _JSON_NAMES.get(type(value), "a number")
 
 
 def _fault(error: json.JSONDecodeError, text: str) -> str:
@@ -83,11 +107,11 @@ def _fault(error: json.JSONDecodeError, text: str) -> str:
 
 def _advice(text: str) -> str:
     if text.lstrip().startswith("["):
-        return "a JSON array must be written as one object a line"
+        return "a JSON array must be written as one object a line, or the file be named .json"
     return "write one JSON object a line"
 
 
-_JSON_NAMES = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+_JSON_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -110,4 +134,6 @@ def _number(digits: str) -> float:
     return value
 
 
-__all__ = ["MAX_LINE", "read_jsonl"]
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_number)
+
+__all__ = ["MAX_LINE", "decode_value", "json_name", "open_data", "read_jsonl"]

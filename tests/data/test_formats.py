@@ -1,187 +1,233 @@
-"""Sample formats and the plain template: exactly what is trained, exact prefixes, and which fields are refused."""
+"""Sample formats: each one recognised by its fields, what of it is trained, what is unused; field maps; prompts."""
 
 from __future__ import annotations
 
 import json
-import re
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from minitune.data.chat import encode_chat_plain
-from minitune.data.document import Document
-from minitune.data.formats import prompts_of, read_documents, to_document
-from minitune.data.tokenizer import Tokenizer, load_tokenizer
+from minitune.data.document import Segment
+from minitune.data.formats import FORMATS, Prompt, Sample, Unused, prompts_of, read_samples, to_sample
 from minitune.errors import InputError
 
-CHAT = [{"role": "system", "content": "Be </s> terse."}, {"role": "user", "content": "  What?\n"},
-        {"role": "assistant", "content": "That. <s>"}, {"role": "user", "content": ""},
-        {"role": "assistant", "content": " 👍 </s>"}, {"role": "user", "content": "bye"}]
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
 
 
-@pytest.fixture(scope="module", params=["sentencepiece", "llama 3", "qwen"])
-def tokenizer(request: pytest.FixtureRequest, small_spm: Path, byte_level: Callable[..., Path]) -> Tokenizer:
-    if request.param == "sentencepiece":
-        return load_tokenizer(small_spm)
-    return load_tokenizer(byte_level(bos=request.param == "llama 3"))
+def bot(content: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content} | more
 
 
-def trained_runs(document: Document, tokenizer: Tokenizer) -> list[str]:
-    """The text of each run of trained tokens, control tokens shown."""
-    runs: list[list[int]] = [[]]
-    for number, trained in zip(document.ids, document.trained, strict=True):
-        if trained:
-            runs[-1].append(number)
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run, skip_special=False, continues=True) for run in runs if run]
+def sample(kind: str, **found: Any) -> Sample:
+    """What is expected; ``texts``: [(text, trained), …] for segments as all formats but Gradient's have them."""
+    texts = found.pop("texts", None)
+    segments = None if texts is None else [Segment(text, trained, place > 0)
+                                           for place, (text, trained) in enumerate(texts)]
+    return Sample("w", kind, **({"segments": segments, "messages": None, "tools": None, "weight": None} | found))
 
 
-def head(tokenizer: Tokenizer) -> list[int]:
-    return [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-
-
-def test_text_is_trained_whole(tokenizer: Tokenizer) -> None:
-    document = to_document({"text": " the dog </s>", "id": 7}, tokenizer)
-    assert list(document.ids) == tokenizer.encode(" the dog </s>", eos=True)
-    assert list(document.trained) == [0] + [1] * (len(document) - 1) and document.n_trained == len(document) - 1
-    assert tokenizer.decode(document.ids) == " the dog </s>"
-    assert [number for number in document.ids[1:] if number in tokenizer.control_ids] == [tokenizer.eos_id]
-
-
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(prompt=st.text(max_size=20), completion=st.text(min_size=1, max_size=20))
-def test_the_prompt_is_an_exact_prefix(tokenizer: Tokenizer, prompt: str, completion: str) -> None:
-    document = to_document({"prompt": prompt, "completion": completion}, tokenizer)
-    asked = tokenizer.encode(prompt)
-    assert list(document.ids[:len(asked)]) == asked and not any(document.trained[:len(asked)])
-    assert all(document.trained[max(1, len(asked)):]) and document.ids[-1] == tokenizer.eos_id
-    blank = " " if tokenizer.kind == "sentencepiece" else "▁"  # sentencepiece reads its blank's sign as a blank
-    assert tokenizer.decode(document.ids) == (prompt + completion).replace("▁", blank)
-
-
-@pytest.mark.parametrize(("prompt", "completion"), [("Q: why?\nA:", " Because"), ("Q: why?\nA: ", "Because"),
-                                                    ("12", "34"), ("a\n", "\n    b"), ("", "the dog")])
-def test_no_blank_is_gained_or_lost_at_the_boundary(tokenizer: Tokenizer, prompt: str, completion: str) -> None:
-    document = to_document({"prompt": prompt, "completion": completion}, tokenizer)
-    assert tokenizer.decode(document.ids) == prompt + completion
-    if prompt:
-        eos = tokenizer.token(tokenizer.require_eos())
-        assert trained_runs(document, tokenizer) == [completion + eos]
-
-
-def test_only_assistant_turns_are_trained(tokenizer: Tokenizer) -> None:
-    document = to_document({"messages": CHAT}, tokenizer)
-    eos = tokenizer.token(tokenizer.require_eos())
-    assert trained_runs(document, tokenizer) == ["That. <s>" + eos, " 👍 </s>" + eos]
-    assert tokenizer.decode(document.ids) == (
-        "### System:\nBe </s> terse.\n\n### User:\n  What?\n\n\n### Assistant:\nThat. <s>\n\n### User:\n"
-        "\n\n### Assistant:\n 👍 </s>\n\n### User:\nbye")
-    control = [number for number in document.ids if number in tokenizer.control_ids]
-    assert control == [*head(tokenizer), tokenizer.eos_id, tokenizer.eos_id]
-
-
-def test_a_chat_prompt_is_an_exact_prefix_of_its_training_sample(tokenizer: Tokenizer) -> None:
-    whole = to_document({"messages": CHAT}, tokenizer)
-    for turns in (2, 4):
-        ids, trained = encode_chat_plain(CHAT[:turns], tokenizer, add_generation_prompt=True)
-        assert list(whole.ids[:len(ids)]) == ids and whole.trained[len(ids)] and not trained[-1]
-    with pytest.raises(InputError, match="chat: messages is 'hi'"):
-        encode_chat_plain("hi", tokenizer)  # type: ignore[arg-type]
-
-
-def test_weight_and_null_fields(tokenizer: Tokenizer) -> None:
-    document = to_document({"text": "a b", "prompt": None, "messages": None, "weight": 2, "category": [1]}, tokenizer)
-    assert document.weight == 2.0 and to_document({"text": "a b"}, tokenizer).weight is None
-
-
-def turn(**changes: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"} | changes]}
-
-
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({}, r"no known format; accepted: {\"text\"}, .* found the fields: none"),
-    ({"question": "a", "answer": "b"}, "found the fields: 'question', 'answer'"),
-    ({"texts": "a"}, "unknown field 'texts'; did you mean 'text'"),
-    ({"Text": "a"}, "did you mean 'text'"),
-    ({"text": "a", "wieght": 2}, "did you mean 'weight'"),
-    ({"text": "a", "prompt": "b"}, "'text' and 'prompt' belong to different formats"),
-    ({"prompt": "a", "messages": []}, "'prompt' and 'messages' belong to different"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "'completion' is missing beside 'prompt'"),
-    ({"completion": "a"}, "'prompt' is missing"),
-    ({"prompt": "a", "completion": "b", "label": False}, "'label' is not read beside 'prompt'"),
-    (turn() | {"tools": []}, "'tools' is not read"),
-    ({"text": 5}, "text is 5; it must be a string"),
-    ({"text": ""}, "text is empty"),
-    ({"prompt": ["a"], "completion": "b"}, r"prompt is \['a'\]; it must be"),
-    ({"prompt": "a", "completion": ""}, "completion is empty"),
-    ({"prompt": "a", "completion": {"x": 1}}, "completion is {'x': 1}; it must be"),
-    ({"text": "a", "weight": 0}, "weight is 0"),
-    ({"text": "a", "weight": True}, "weight is True"),
-    ({"text": "a", "weight": "2"}, "weight is '2'"),
-    ({"messages": []}, r"messages is \[\]"),
-    ({"messages": "hi"}, "messages is 'hi'"),
-    ({"messages": 5}, "messages is 5"),
-    ({"messages": ["hi"]}, r"messages\[0\] is 'hi'"),
-    ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
-    (turn(role="asistant"), r"messages\[1\].role is 'asistant'; accepted: system, user, assistant"),
-    (turn(role=["x"]), r"messages\[1\].role is \['x'\]"),
-    (turn(role="system"), "a system turn must be the first"),
-    (turn(content=None), r"messages\[1\].content is None; it must be a string"),
-    (turn(content=[{"type": "text"}]), r"messages\[1\].content is \["),
-    (turn(content=""), r"messages\[1\].content is empty"),
-    (turn(tool_calls=[1]), "'tool_calls', which is not read; accepted: role, content"),
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+REJECTED = (Unused("rejected answer", "r"),)
+Q, A = user("q"), bot("a")
+READ: list[tuple[dict[str, Any], Sample]] = [
+    ({"text": "a", "id": 1, "source": None}, sample("text", texts=[("a", True)])),
+    ({"text": "a", "images": [], "history": "", "tools": [], "system": ""}, sample("text", texts=[("a", True)])),
+    ({"text": "a", "weight": 2, "prompt": None}, sample("text", texts=[("a", True)], weight=2.0)),
+    ({"prompt": "q", "completion": "a"}, sample("prompt/completion", texts=[("q", False), ("a", True)])),
+    ({"prompt": "", "completion": "a"}, sample("prompt/completion", texts=[("a", True)])),
+    ({"prompt": [Q, A, Q], "completion": [A, Q, A], "tools": TOOLS},
+     sample("prompt/completion", messages=[Q, A | {"weight": 0}, Q, A, Q, A], tools=TOOLS)),
+    ({"prompt": "q", "completion": [A]}, sample("prompt/completion", messages=[Q, A])),
+    ({"prompt": [Q], "completion": "a"}, sample("prompt/completion", messages=[Q, A])),
+    ({"instruction": "i", "input": "x", "output": "a"}, sample("alpaca", messages=[user("i\n\nx"), A])),
+    ({"instruction": "i", "input": "", "output": "a"}, sample("alpaca", messages=[user("i"), A])),
+    ({"instruction": "i", "output": "a", "system": "s"},
+     sample("alpaca", messages=[{"role": "system", "content": "s"}, user("i"), A])),
+    ({"messages": [Q, A, Q, bot("b", weight=0), Q], "weight": 0.5},
+     sample("openai chat", messages=[Q, A, Q, bot("b", weight=0), Q], weight=0.5)),
+    ({"messages": [{"role": "developer", "content": "d"}, Q | {"weight": 0, "id": 3}, A | {"weight": 1.0, "name": "n"}],
+      "parallel_tool_calls": False},
+     sample("openai chat", messages=[{"role": "developer", "content": "d"}, Q, A | {"weight": 1, "name": "n"}])),
+    ({"messages": [Q | {"content": [{"type": "text", "text": "q", "image_url": None}, {"type": "text", "text": "!"}]},
+                   bot("")| {"content": None, "tool_calls": [CALL]},
+                   {"role": "tool", "tool_call_id": "1", "content": "3", "tool_calls": None},
+                   bot("a", tool_calls=[], reasoning_content="r")], "tools": json.dumps(TOOLS)},
+     sample("openai chat", messages=[
+         user("q!"), {"role": "assistant", "content": None, "tool_calls": [CALL]},
+         {"role": "tool", "content": "3", "tool_call_id": "1"}, bot("a", reasoning_content="r")], tools=TOOLS)),
+    ({"messages": [Q, {"role": "assistant", "content": None, "function_call": CALL["function"]},
+                   {"role": "function", "name": "f", "content": "3"}, A], "functions": [TOOLS[0]["function"]]},
+     sample("openai chat", messages=[Q, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                                     {"role": "tool", "content": "3", "name": "f"}, A], tools=TOOLS)),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": None}],
+      "system": "s", "tools": ""},
+     sample("sharegpt", messages=[{"role": "system", "content": "s"}, Q, A])),
+    ({"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "q"},
+                        {"from": "function_call", "value": '{"name": "f", "arguments": "{}"}'},
+                        {"from": "observation", "value": "3"}, {"from": "chatgpt", "value": "a", "weight": 0}]},
+     sample("sharegpt", messages=[{"role": "system", "content": "s"}, Q,
+                                  {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                                  {"role": "tool", "content": "3"}, bot("a", weight=0)])),
+    ({"conversations": [Q, A]}, sample("sharegpt", messages=[Q, A])),
+    ({"inputs": "a", "multiplier": 0.5}, sample("gradient", texts=[("a", True)], weight=0.5)),
+    ({"inputs": [{"value": "", "trainable": False}, {"value": "q", "trainable": False, "parse_special_tokens": None},
+                 {"value": "a", "trainable": True}, {"value": "b", "trainable": True, "parse_special_tokens": True}]},
+     sample("gradient", segments=[Segment("q", False, False, ends=False), Segment("a", True, True, ends=False),
+                                  Segment("b", True, True, parse_special=True)])),
+    ({"prompt": "q", "chosen": "a", "rejected": "r", "score_chosen": 3},
+     sample("preference", texts=[("q", False), ("a", True)], unused=REJECTED)),
+    ({"prompt": [Q, A, Q], "chosen": [A], "rejected": [bot("r")]},
+     sample("preference", messages=[Q, A | {"weight": 0}, Q, A], unused=REJECTED)),
+    ({"prompt": "q", "chosen": [A], "rejected": "r"}, sample("preference", messages=[Q, A], unused=REJECTED)),
+    ({"prompt": "q", "chosen": "a", "rejected": ""},
+     sample("preference", texts=[("q", False), ("a", True)], unused=(Unused("rejected answer", ""),))),
+    ({"chosen": [Q, bot("1"), Q, A], "rejected": [Q, bot("1"), Q, bot("r")], "tools": TOOLS},
+     sample("preference", messages=[Q, bot("1", weight=0), Q, A], unused=REJECTED, tools=TOOLS)),
+    ({"prompt": "q", "chosen": [Q, A], "rejected": [Q, bot("r")]},
+     sample("preference", messages=[Q, A], unused=REJECTED)),
+    ({"chosen": [Q, A], "rejected": [Q, A]},
+     sample("preference", messages=[Q, A], unused=(Unused("rejected answer", "a"),))),
+    ({"chosen": [Q, A], "rejected": [user("other"), bot("r")]},
+     sample("preference", messages=[Q, A], unused=(Unused("rejected answer", "other\nr"),))),
+    ({"input": {"messages": [Q, A, Q], "tools": TOOLS, "parallel_tool_calls": True},
+      "preferred_output": [A], "non_preferred_output": [bot("r")]},
+     sample("openai preference", messages=[Q, A | {"weight": 0}, Q, A], tools=TOOLS, unused=REJECTED)),
+    ({"prompt": "q", "completion": "a", "label": True}, sample("kto", texts=[("q", False), ("a", True)])),
+    ({"prompt": "q", "completion": "a", "label": False}, sample("kto", unused=(Unused("label is false", "q\na"),))),
+    ({"prompt": [Q], "completion": [bot("")], "label": False}, sample("kto", unused=(Unused("label is false", "q"),))),
+    ({"prompt": [Q], "completion": [A], "label": True}, sample("kto", messages=[Q, A])),
 ]
 
 
-@pytest.mark.parametrize(("sample", "message"), REFUSED, ids=[json.dumps(sample)[:50] for sample, _ in REFUSED])
-def test_refused_samples_name_file_and_line(
-        tmp_path: Path, small_spm: Path, sample: dict[str, Any], message: str) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_text('{"text": "ok"}\n\n' + json.dumps(sample) + "\n", encoding="utf-8")
-    with pytest.raises(InputError, match=re.escape(f"{path}:3") + f".*{message}"):
-        list(read_documents(path, load_tokenizer(small_spm)))
+@pytest.mark.parametrize(("row", "expected"), READ, ids=[json.dumps(row)[:60] for row, _ in READ])
+def test_a_row_becomes_a_sample(row: dict[str, Any], expected: Sample) -> None:
+    before = json.dumps(row)
+    assert to_sample(row, "w") == expected
+    assert json.dumps(row) == before, "the row itself must not change"
 
 
-def test_the_prompts_of_a_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    samples = [{"text": "a b"}, {"prompt": "Q:", "completion": " A"}, {"messages": CHAT}]
+def test_every_format_is_among_them() -> None:
+    assert {expected.kind for _, expected in READ} == set(FORMATS)
+
+
+def test_which_format_a_row_is_in_does_not_depend_on_the_order_of_its_fields() -> None:
+    for row, expected in READ:
+        assert to_sample(dict(reversed(row.items())), "w") == expected
+
+
+def test_the_fields_of_no_two_formats_can_be_complete_in_one_row() -> None:
+    for one, form in FORMATS.items():
+        for other, rival in FORMATS.items():
+            both = set(form.required) | set(rival.required)
+            assert one == other or not (form.fields >= both and rival.fields >= both)
+
+
+MAPPED: list[tuple[dict[str, str], dict[str, Any], dict[str, Any]]] = [
+    ({"prompt": "question", "completion": "answer"}, {"question": "q", "answer": "a", "text": "whole", "context": "c"},
+     {"prompt": "q", "completion": "a"}),
+    ({"prompt": "meta.question", "completion": "a"}, {"meta": {"question": "q"}, "a": "a"},
+     {"prompt": "q", "completion": "a"}),
+    ({"prompt": "a.b", "completion": "a.c"}, {"a.b": "q", "a": {"b": "wrong", "c": "a"}},
+     {"prompt": "q", "completion": "a"}),
+    ({"prompt": "question", "completion": "prompt"}, {"question": "q", "prompt": "a", "prompts": 1},
+     {"prompt": "q", "completion": "a"}),
+    ({"messages": "chat"}, {"chat": [Q, A], "messages": [], "prompt": "q", "tools": TOOLS},
+     {"messages": [Q, A], "tools": TOOLS}),
+    ({"messages": "messages"}, {"messages": [Q, A], "prompt": "q", "text": "q a"}, {"messages": [Q, A]}),
+    ({"weight": "score"}, {"text": "a", "score": 3}, {"text": "a", "weight": 3}),
+    ({"weight": "score"}, {"text": "a", "score": None}, {"text": "a"}),
+    ({"instruction": "ask", "input": "more"}, {"ask": "i", "more": None, "output": "a", "weight": 2},
+     {"instruction": "i", "output": "a", "weight": 2}),
+    ({"completion": "answer"}, {"prompt": "q", "answer": "a", "label": True},
+     {"prompt": "q", "completion": "a", "label": True}),
+]
+
+
+@pytest.mark.parametrize(("field_map", "row", "same_as"), MAPPED, ids=[json.dumps(row[0]) for row in MAPPED])
+def test_a_field_map_reads_other_names(field_map: dict[str, str], row: dict[str, Any], same_as: dict[str, Any]) -> None:
+    assert to_sample(row, "w", field_map) == to_sample(same_as, "w")
+
+
+BAD_MAPS: list[tuple[Any, str]] = [
+    ({"promt": "q"}, "field map: 'promt' is no field of a format; did you mean 'prompt'?"),
+    ({"xyz": "q"}, "field map: 'xyz' is no field of a format; the fields are text, prompt, "),
+    ({5: "q"}, "field map: 5 is no field"),
+    ({"prompt": "q", "completion": "q"}, "'q' is given to prompt and completion"),
+    ({"prompt": ""}, "field map: prompt is ''; give the name"),
+    ({"prompt": 3}, "field map: prompt is 3; give the name"),
+    ({"text": "a", "prompt": "b"}, "field map: prompt, text belong to different formats"),
+    ("prompt=q", "field map: 'prompt=q' is no map"),
+    ({"prompt": "qestion"}, "w: the field 'qestion', which the field map reads as prompt, is missing; did you mean "
+                            "'question'?"),
+    ({"prompt": "meta.q"}, "w: the field 'meta.q', which the field map reads as prompt, is missing; it has 'question'"),
+    ({"prompt": "question.q"}, "'question.q', which the field map reads as prompt, is missing"),
+    ({"weight": "question", "text": "answer"}, "w: weight is 'q'"),
+]
+
+
+@pytest.mark.parametrize(("field_map", "message"), BAD_MAPS, ids=[str(field_map) for field_map, _ in BAD_MAPS])
+def test_bad_field_maps(tmp_path: Path, field_map: Any, message: str) -> None:
+    row = {"question": "q", "answer": "a"}
+    with pytest.raises(InputError) as caught:
+        to_sample(row, "w", field_map)
+    assert message in str(caught.value)
     path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(map(json.dumps, samples)), encoding="utf-8")
-    prompts = list(prompts_of(path))
-    assert prompts[0] == "Q:" and prompts[1].endswith("### User:\n  What?\n\n\n### Assistant:\n") and len(prompts) == 2
-    for prompt, sample in zip(prompts, samples[1:], strict=True):
-        ids = tokenizer.encode(prompt)
-        assert list(to_document(sample, tokenizer).ids[:len(ids)]) == ids
+    path.write_text(json.dumps(row))
+    with pytest.raises(InputError):
+        list(read_samples(path, field_map))
 
 
-def test_a_file_is_read_in_order_and_in_chunks(
-        tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minitune.data.formats._CHUNK_SAMPLES", 3)
-    samples = [{"text": f"line {i}"} if i % 2 else {"prompt": f"line {i}", "completion": " x"} for i in range(10)]
+def test_a_file_of_every_format_is_read_in_order(tmp_path: Path) -> None:
+    lines = [row for row, _ in READ]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(lines, indent=0), encoding="utf-8")
+    for name in ("a.jsonl", "a.json"):
+        found = list(read_samples(tmp_path / name))
+        assert [each.kind for each in found] == [expected.kind for _, expected in READ]
+        for each, (_, expected) in zip(found, READ, strict=True):
+            assert each == Sample(each.where, *list(vars(expected).values())[1:])
+        numbers = [int(each.where.rsplit(":", 1)[1]) for each in found]
+        assert numbers == sorted(numbers) and len(set(numbers)) == len(numbers)
+    (tmp_path / "b.txt").write_text("One.\n\nTwo.", encoding="utf-8")
+    assert next(read_samples(tmp_path / "b.txt")).segments == [Segment("One.\n\nTwo.", True, False)]
+
+
+def test_parquet_rows_carry_nulls_for_what_a_message_has_not(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = [{"messages": [Q, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                           {"role": "tool", "content": "3", "tool_call_id": "1"}, bot("a", weight=0)]},
+             {"messages": [Q, A]}]
+    path = tmp_path / "a.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(table), path)
+    found = list(read_samples(path))
+    assert [each.messages for each in found] == [to_sample(row, "w").messages for row in table]
+    assert found[1].where == f"{path}: row 2"
+
+
+PROMPTS: list[tuple[dict[str, Any], Prompt | None]] = [
+    ({"text": "a"}, None),
+    ({"prompt": "", "completion": "a"}, None),
+    ({"prompt": "q", "completion": "a"}, Prompt("q", None)),
+    ({"messages": [Q, A, user("r"), bot("b")], "tools": TOOLS}, Prompt(None, [Q], TOOLS)),
+    ({"messages": [Q, bot("a", weight=0), user("r"), bot("b")]},
+     Prompt(None, [Q, bot("a", weight=0), user("r")])),
+    ({"messages": [Q, bot("a", weight=0)]}, None),
+    ({"messages": [bot("hello"), Q]}, None),
+    ({"instruction": "i", "output": "a"}, Prompt(None, [user("i")])),
+    ({"inputs": [{"value": "q", "trainable": False}, {"value": "a", "trainable": True}]}, Prompt("q", None)),
+    ({"inputs": [{"value": "q", "trainable": False}]}, None),
+    ({"prompt": "q", "chosen": "a", "rejected": "r"}, Prompt("q", None)),
+    ({"prompt": "q", "completion": "a", "label": False}, None),
+]
+
+
+def test_the_prompts_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("\n\n".join(map(json.dumps, samples)), encoding="utf-8")
-    found = list(read_documents(path, tokenizer))
-    assert [document.where for document in found] == [f"{path}:{1 + 2 * i}" for i in range(10)]
-    assert found == [to_document(sample, tokenizer, document.where)
-                     for sample, document in zip(samples, found, strict=True)]
-
-
-def test_the_plain_template_is_announced_where_the_tokenizer_has_its_own(
-        tmp_path: Path, byte_level: Callable[..., Path]) -> None:
-    own = load_tokenizer(byte_level(tokenizer_config={"eos_token": "<|end|>", "chat_template": "{{ messages }}"}))
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps(turn()) + "\n" + json.dumps(turn()), encoding="utf-8")
-    with pytest.warns(UserWarning, match="its own chat template is not used") as caught:
-        assert len(list(read_documents(path, own))) == 2
-    assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert to_document({"text": "a b"}, own) and to_document(turn(), load_tokenizer(byte_level()))
-    nothing = load_tokenizer(byte_level(tokenizer_config={}))
-    with pytest.raises(InputError, match="no end-of-text token"):
-        to_document({"text": "a"}, nothing)
+    path.write_text("\n".join(json.dumps(row) for row, _ in PROMPTS), encoding="utf-8")
+    assert list(prompts_of(path)) == [prompt for _, prompt in PROMPTS if prompt]
+    path.write_text(json.dumps({"question": "q", "answer": "a"}))
+    assert list(prompts_of(path, {"prompt": "question", "completion": "answer"})) == [Prompt("q", None)]

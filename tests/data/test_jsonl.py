@@ -42,7 +42,7 @@ BAD = {
     b'{"text": "\xed\xa0\x80"}': "not UTF-8",
     '{"text": "a"}'.encode("utf-16"): "not UTF-8",
     b"\xef\xbb\xbf{}": "not valid JSON",
-    b"[1, 2]": "an array, not a JSON object; a JSON array must be",
+    b"[1, 2]": "an array, not a JSON object; a JSON array must be written .* or the file be named .json",
     b'"text"': "a string, not a JSON object",
     b"null": "null, not a JSON object",
     b"3.5": "a number, not a JSON object",
