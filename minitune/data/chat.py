@@ -1,4 +1,6 @@
-"""The plain chat template: how turns of a conversation become text where no template of the model's own is used.
+"""Chat: conversations as ids and what of them is trained, by the tokenizer's own template, else by a plain one.
+
+The plain template:
 
     ### System:
     You are terse.
@@ -19,46 +21,147 @@ stays text; a content that spells a header is not told from one.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 from minitune.config import short
 from minitune.data.document import Segment, encode_samples
+from minitune.data.mask import trained_spans
+from minitune.data.template import REASONING, Conversation
 from minitune.errors import InputError
 
 if TYPE_CHECKING:
     from minitune.data.tokenizer import Tokenizer
 
+Encoded = tuple[list[int], list[bool]]
+
 HEADERS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
 BETWEEN = "\n\n"
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+"""Roles of a message. Which of them a template writes is the template's to say."""
+FIELDS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id", *REASONING)
+_CHUNK = 256
 
 
-def check_messages(messages: Any, where: str) -> None:
-    """InputError unless `messages` is a list of {"role", "content"}: known roles, text, a system turn only first."""
-    accepted = 'a list of {"role": "system" | "user" | "assistant", "content": text}'
+def check_messages(messages: Any, where: str, tools: Any = None) -> None:
+    """InputError unless `messages` is a conversation to train on, and `tools` a list of JSON objects or None.
+
+    A message has a role of `ROLES` and content: text, or a list of {"type": "text", "text"}. An assistant's may have
+    tool_calls, and then no content; reasoning_content (or thinking, reasoning); and weight, 0 or 1. One that says
+    nothing is refused unless its weight is 0. Other fields must be null, since one that is not read would change what
+    is trained ("wieght").
+    """
+    _check(messages, where, tools)
+    for place, message in enumerate(messages):
+        if message["role"] == "assistant" and not message.get("content") and not message.get("tool_calls") \
+                and message.get("weight") != 0:
+            raise InputError(f"{where}: messages[{place}].content is empty; an assistant's turn must say something, be "
+                             "left out, or have weight 0")
+
+
+def _check(messages: Any, where: str, tools: Any = None) -> None:
+    accepted = 'a list of {"role": "system" | "user" | "assistant" | "tool", "content": text}'
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError(f"{where}: messages is {short(messages)}; it must be {accepted}")
     for place, message in enumerate(messages):
         name = f"{where}: messages[{place}]"
         if not isinstance(message, Mapping):
             raise InputError(f"{name} is {short(message)}; messages must be {accepted}")
-        unknown = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
+        unknown = [key for key, value in message.items() if key not in FIELDS and value is not None]
         if unknown:
-            raise InputError(f"{name} has the field {unknown[0]!r}, which is not read; accepted: role, content")
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or role not in HEADERS:
-            raise InputError(f"{name}.role is {short(role)}; accepted: {', '.join(HEADERS)}")
-        if role == "system" and place:
-            raise InputError(f"{name}: a system turn must be the first one")
-        if not isinstance(content, str):
-            raise InputError(f"{name}.content is {short(content)}; it must be a string")
-        if role == "assistant" and not content:
-            raise InputError(f"{name}.content is empty; an assistant's turn must say something, or be left out")
+            raise InputError(f"{name} has the field {short(unknown[0])}, which is not read; accepted: "
+                             f"{', '.join(FIELDS)}")
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise InputError(f"{name}.role is {short(role)}; accepted: {', '.join(ROLES)}")
+        _check_content(message, name)
+        if message.get("weight") not in (None, 0, 1) or message.get("weight") is True:
+            raise InputError(f"{name}.weight is {short(message['weight'])}; it must be 0 (not trained) or 1")
+        calls = message.get("tool_calls")
+        if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+            raise InputError(f"{name}.tool_calls is {short(calls)}; it must be a list of JSON objects")
+    if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise InputError(f"{where}: tools is {short(tools)}; it must be a list of JSON objects")
 
 
-def render_prompt(messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[Segment]:
-    """The turns as segments: assistant contents trained, all between them not.
+def _check_content(message: Mapping[str, Any], name: str) -> None:
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise InputError(f"{name}.content holds {short(part)}; only text is read: a string, or a list of "
+                                 '{"type": "text", "text": …}')
+    elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        raise InputError(f"{name}.content is {short(content)}; it must be a string")
+    for field in REASONING:
+        if not isinstance(message.get(field, ""), str | None):
+            raise InputError(f"{name}.{field} is {short(message[field])}; it must be a string")
+
+
+def encode_conversations(conversations: Sequence[Conversation], tokenizer: Tokenizer) -> list[Encoded]:
+    """The (ids, trained) of many conversations, each (messages, tools or None, where), to train on.
+
+    Trained are the assistant's turns, with the token that ends them, except those with "weight": 0. Where the template
+    writes no such token, EOS is put behind a conversation that ends with a trained turn. The ids are transformers'
+    `apply_chat_template`'s, but for a control token that a message spells, which stays text. Rendering and tokenising
+    go on side by side. Raises InputError that names the conversation: see `check_messages` and `trained_spans`.
+    """
+    for messages, tools, where in conversations:
+        check_messages(messages, where, tools)
+    return _encode(conversations, tokenizer, mask=True)
+
+
+def encode_chat(messages: Any, tokenizer: Tokenizer, tools: Any = None, add_generation_prompt: bool = False) -> Encoded:
+    """`Tokenizer.encode_chat`. An empty answer is no error here: a model may have given one."""
+    _check(messages, "chat", tools)
+    if add_generation_prompt:
+        ids, _ = _encode([(messages, tools, "chat")], tokenizer, mask=False)[0]
+        return ids, [False] * len(ids)
+    return _encode([(messages, tools, "chat")], tokenizer, mask=True)[0]
+
+
+def render_chat(messages: Any, tokenizer: Tokenizer, tools: Any = None, add_generation_prompt: bool = False) -> str:
+    """`Tokenizer.render_chat`."""
+    _check(messages, "chat", tools)
+    template = tokenizer.template_for(tools)
+    if template is None:
+        _check_plain(messages, tools, "chat")
+        segments = render_prompt(messages, add_generation_prompt)
+        eos = tokenizer.token(tokenizer.require_eos())
+        return "".join(segment.text + (eos if segment.trained else "") for segment in segments)
+    chat = next(template.render([(messages, tools, "chat")], add_generation_prompt))
+    return chat.read(chat.text)
+
+
+def _encode(conversations: Sequence[Conversation], tokenizer: Tokenizer, mask: bool) -> list[Encoded]:
+    found: list[Encoded] = []
+    for _, group in groupby(conversations, key=lambda conversation: bool(conversation[1])):
+        part = list(group)
+        template = tokenizer.template_for(part[0][1])
+        if template is None:
+            found += _encode_plain(part, tokenizer, prompt=not mask)
+            continue
+        rendered = template.render(part, prompt=not mask, mask=mask)
+        stop = tokenizer.turn_end if template.marks_answers and mask else None
+        while chunk := list(islice(rendered, _CHUNK)):
+            spans = [trained_spans(chat, template, stop) if mask else ([], False) for chat in chunk]
+            encoded = tokenizer.encode_rendered(chunk, [span for span, _ in spans])
+            for chat, (ids, trained, lead), (_, ends) in zip(chunk, encoded, spans, strict=True):
+                if lead.strip():
+                    raise InputError(f"{chat.where}: the tokenizer joins {chat.read(lead)[-20:]!r}, the end of what "
+                                     f"the chat template {template.name} writes before an answer, with the answer's "
+                                     "first characters into one token; begin the answer with a blank")
+                if ends:
+                    ids, trained = [*ids, tokenizer.require_eos()], [*trained, True]
+                found.append((ids, trained))
+    return found
+
+
+# -- the plain template
+
+def render_prompt(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[Segment]:
+    """The turns as segments of the plain template: assistant contents trained, all between them not.
 
     ``add_generation_prompt`` ends with the header of an assistant's turn to come.
     """
@@ -67,9 +170,9 @@ def render_prompt(messages: Sequence[Mapping[str, str]], add_generation_prompt: 
     for place, message in enumerate(messages):
         pending += (BETWEEN if place else "") + HEADERS[message["role"]]
         if message["role"] != "assistant":
-            pending += message["content"]
+            pending += _text(message)
             continue
-        segments += [Segment(pending, False, bool(segments)), Segment(message["content"], True, True)]
+        segments += [Segment(pending, False, bool(segments)), Segment(_text(message), True, True)]
         pending = ""
     if add_generation_prompt:
         pending += (BETWEEN if messages else "") + HEADERS["assistant"]
@@ -78,22 +181,47 @@ def render_prompt(messages: Sequence[Mapping[str, str]], add_generation_prompt: 
     return segments
 
 
-def encode_chat_plain(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer,
-                      add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
-    """(ids, trained) of a conversation under the plain template; with ``add_generation_prompt`` the ids of a prompt.
-
-    A prompt's ids are a prefix of the ids of the same conversation with its answer. Raises InputError for messages that
-    are no conversation.
-    """
-    check_messages(messages, "chat")
-    return encode_samples([render_prompt(messages, add_generation_prompt)], tokenizer)[0]
+def _text(message: Mapping[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def announce_plain_template(tokenizer: Tokenizer) -> None:
-    """Warns that a tokenizer's own chat template is not used."""
-    if tokenizer.chat_template is not None:
-        warnings.warn(f"{tokenizer.folder}: its own chat template is not used; messages are rendered by minitune's "
-                      "plain template (### User: …), in training and in chat alike", stacklevel=3)
+def _check_plain(messages: Sequence[Mapping[str, Any]], tools: Any, where: str) -> None:
+    advice = "the tokenizer has no chat template, and minitune's plain one"
+    if tools:
+        raise InputError(f"{where}: has tools, but {advice} cannot write them; use a checkpoint with a template")
+    for place, message in enumerate(messages):
+        name = f"{where}: messages[{place}]"
+        if message["role"] not in HEADERS:
+            raise InputError(f"{name}.role is {message['role']!r}, but {advice} writes only {', '.join(HEADERS)}")
+        if message["role"] == "system" and place:
+            raise InputError(f"{name}: a system turn must be the first one")
+        for field in ("tool_calls", *REASONING):
+            if message.get(field):
+                raise InputError(f"{name} has {field}, but {advice} writes only content")
 
 
-__all__ = ["HEADERS", "announce_plain_template", "check_messages", "encode_chat_plain", "render_prompt"]
+def _encode_plain(conversations: Sequence[Conversation], tokenizer: Tokenizer, prompt: bool) -> list[Encoded]:
+    for messages, tools, where in conversations:
+        _check_plain(messages, tools, where)
+    found = encode_samples([render_prompt(messages, prompt) for messages, _, _ in conversations], tokenizer)
+    for (_, trained), (messages, _, _) in zip(found, conversations, strict=True):
+        answers = [message for message in messages if message["role"] == "assistant"]
+        if any(message.get("weight") == 0 for message in answers):
+            _untrain(trained, [message.get("weight") == 0 for message in answers])
+    return found
+
+
+def _untrain(trained: list[bool], masked: Sequence[bool]) -> None:
+    """Masks some of the trained runs, in place. A header stands between two, so each run is one answer."""
+    place = 0
+    answers = iter(masked)
+    for flag, run in groupby(list(trained)):
+        size = sum(1 for _ in run)
+        if flag and next(answers):
+            trained[place:place + size] = [False] * size
+        place += size
+
+
+__all__ = ["FIELDS", "HEADERS", "ROLES", "check_messages", "encode_chat", "encode_conversations", "render_chat",
+           "render_prompt"]

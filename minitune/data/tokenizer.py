@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+from minitune.config import short
+from minitune.data import chat
+from minitune.data.mask import Spans
+from minitune.data.spans import encode_rendered
+from minitune.data.template import ChatTemplate, Rendered
 from minitune.data.tokenizer_backends import Backend, Contradiction, SentencePieceBackend, TokenizersBackend
-from minitune.data.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, added_in_fast_file, read_tokenizer_files
+from minitune.data.tokenizer_files import (
+    NAMED_TEMPLATES,
+    TOKENIZER_FILES,
+    TokenizerFiles,
+    added_in_fast_file,
+    read_json,
+    read_tokenizer_files,
+)
 from minitune.errors import InputError
 
 UNKNOWN_ID = "\ufffd"
@@ -23,15 +37,16 @@ class Tokenizer:
     ``vocab_size`` (the largest id + 1), ``bos_id``, ``eos_id``, ``pad_id``, ``unk_id`` (int or None), ``eos_ids`` (all
     ids that end a generation), ``control_ids`` (frozenset: no text spells them), ``adds_bos`` (does this family begin a
     text with BOS), ``chat_template`` (its Jinja source, or None), ``kind`` ("sentencepiece" or "tokenizers"),
-    ``folder``.
+    ``folder``, ``added`` (the tokens that `load_tokenizer` was asked to add to the folder's).
     """
 
-    def __init__(self, files: TokenizerFiles, backend: Backend) -> None:
+    def __init__(self, files: TokenizerFiles, backend: Backend, added: Sequence[str] = ()) -> None:
         self._backend = backend
+        self.added = tuple(added)
         self.folder = files.folder
         self.kind = backend.kind
         self.vocab_size = backend.vocab_size
-        self.chat_template = files.chat_template
+        self.chat_template = files.chat_templates.get("default")
         named = {number for token in files.control if (number := backend.id_of(token)) is not None}
         control = frozenset(backend.control | named)
         self.bos_id = self._role("bos", files, control)
@@ -44,6 +59,7 @@ class Tokenizer:
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(number for number in stops if number is not None))
         says = (files.add_bos, backend.puts_bos, True)
         self.adds_bos = self.bos_id is not None and next(flag for flag in says if flag is not None)
+        self._templates, self._template_file = files.chat_templates, files.template_file
 
     def _role(self, role: str, files: TokenizerFiles, control: frozenset[int]) -> int | None:
         """The id of bos, eos, pad or unk: by name, else by the tokenizer file, else by config.json's id.
@@ -134,6 +150,67 @@ class Tokenizer:
             raise InputError(f"{self.folder}: the tokenizer's ids go up to {last} ({self.token(last)!r}) but the model "
                              f"has {vocab_size} rows; use the tokenizer that belongs to this model")
 
+    # -- chat
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None,
+                    add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
+        """(ids, trained) of a conversation [{"role", "content", …}] by the tokenizer's template, else the plain one.
+
+        The ids are those of transformers' `apply_chat_template(tokenize=True)`, except that a control token which a
+        message spells stays text. ``trained`` says which are the assistant's (turns with "weight": 0 are not), the
+        token that ends a turn included; where the template writes none, EOS is put behind a conversation that ends with
+        an answer. With ``add_generation_prompt`` the ids are a prompt, and none is trained. A template that calls
+        strftime_now writes today's date. Raises InputError for what is no conversation, for one that the template
+        refuses or leaves a part out of, and where what is trained cannot be told (`minitune.data.mask.trained_spans`).
+        """
+        return chat.encode_chat(messages, self, tools, add_generation_prompt)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None,
+                    add_generation_prompt: bool = False) -> str:
+        """A conversation as text, control tokens spelled out: to look at, since text that a message spells cannot be
+        told from them any more."""
+        return chat.render_chat(messages, self, tools, add_generation_prompt)
+
+    def encode_rendered(self, chats: Sequence[Rendered], spans: Sequence[Spans]
+                        ) -> list[tuple[list[int], list[bool], str]]:
+        """The ids of rendered chats, those that lie in `spans` flagged: see `minitune.data.spans.encode_rendered`."""
+        return encode_rendered(self, self._backend, chats, spans)
+
+    def template_for(self, tools: Sequence[Any] | None = None) -> ChatTemplate | None:
+        """The chat template for conversations with or without tools; None where the folder has none."""
+        if not self._templates:
+            return None
+        use = "tool_use" if tools and "tool_use" in self._templates else "default"
+        if use not in self._templates:
+            raise InputError(f"{self._template_file}: has chat templates for {', '.join(sorted(self._templates))}, but "
+                             "none named default; name one so")
+        if use not in self._made:
+            roles = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
+            variables = {f"{role}_token": self.token(number) for role, number in roles.items() if number is not None}
+            name = str(self._template_file) if use == "default" else f"{self._template_file} ({use})"
+            control = [self.token(number) for number in self.control_ids]
+            self._made[use] = ChatTemplate(name, self._templates[use], variables, control)
+        return self._made[use]
+
+    @cached_property
+    def _made(self) -> dict[str, ChatTemplate]:
+        return {}
+
+    @cached_property
+    def turn_end(self) -> str | None:
+        """The control string that the chat template writes behind an assistant's turn, such as "<|im_end|>"; None where
+        it writes none or does not render so plain a conversation as is tried."""
+        template = self.template_for()
+        if template is None:
+            return self.token(self.eos_id) if self.eos_id is not None else None
+        asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+        try:
+            text = next(template.render([(asked, None, "chat")])).text
+        except InputError:
+            return None
+        behind = text.rpartition("Yes")[2].lstrip()
+        return next((token for token in template.control if behind.startswith(token)), None)
+
     @cached_property
     def _leaks(self) -> frozenset[int]:
         """The ids that plain text must not yield. The unknown token may be one of a file's special ones, yet is how
@@ -164,8 +241,9 @@ class Tokenizer:
                 f"eos_id={self.eos_id})")
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder.
+def load_tokenizer(folder: str | Path, add: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, with the tokens `add` behind its vocabulary: ordinary ones, which text
+    spells, each one id; those that it has already are left as they are.
 
     tokenizer.model is read through sentencepiece, tokenizer.json through tokenizers. Where a folder has both,
     sentencepiece decides: conversions of it differ on leading blanks and indented code. Tokens that the folder adds to
@@ -175,15 +253,45 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     additional_special_tokens); an added token that is neither, such as Qwen3's <think>, is ordinary vocabulary.
     Raises InputError for a folder without a tokenizer and for a broken file.
     """
+    for token in add:
+        if not isinstance(token, str) or not token.strip() or token != token.strip():
+            raise InputError(f"load_tokenizer: the token to add is {short(token)}; give a text without blanks around "
+                             "it")
     files = read_tokenizer_files(Path(folder))
-    return Tokenizer(files, _open_backend(files))
+    backend = _open_backend(files)
+    backend.add([token for token in dict.fromkeys(add) if backend.id_of(token) is None])
+    return Tokenizer(files, backend, tuple(dict.fromkeys(add)))
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
     """Copies the tokenizer's own files from one checkpoint folder to another; config.json is not one of them."""
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file() and Path(source).resolve() != Path(target).resolve():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
+    source, target = Path(source), Path(target)
+    if source.resolve() == target.resolve():
+        return
+    uses = [str(path.relative_to(source)) for path in (source / NAMED_TEMPLATES).glob("*.jinja")]
+    for name in (*TOKENIZER_FILES, *uses):
+        if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def save_tokenizer(tokenizer: Tokenizer, target: str | Path) -> None:
+    """Copies a tokenizer's files to another folder, what was added to it included."""
+    target = Path(target)
+    copy_tokenizer(tokenizer.folder, target)
+    if not tokenizer.added:
+        return
+    if (target / "tokenizer.json").is_file():
+        backend = TokenizersBackend(target / "tokenizer.json")
+        backend.add([token for token in tokenizer.added if backend.id_of(token) is None])
+        if any(backend.id_of(token) != tokenizer.id_of(token) for token in tokenizer.added):
+            raise InputError(f"{tokenizer.folder}: tokenizer.model and tokenizer.json would give added tokens "
+                             "different ids; remove the one that is not used")
+        backend.save(target / "tokenizer.json")
+    if (target / "tokenizer.model").is_file():
+        path = target / "added_tokens.json"
+        more = {token: tokenizer.id_of(token) for token in tokenizer.added}
+        path.write_text(json.dumps({**read_json(path), **more}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _open_backend(files: TokenizerFiles) -> Backend:
@@ -221,4 +329,4 @@ def _check_texts(texts: Sequence[str]) -> None:
                              "repair the text's encoding") from error
 
 
-__all__ = ["Tokenizer", "copy_tokenizer", "load_tokenizer"]
+__all__ = ["Tokenizer", "copy_tokenizer", "load_tokenizer", "save_tokenizer"]

@@ -36,6 +36,7 @@ class Backend(Protocol):
     native: dict[str, int]
     puts_bos: bool | None
 
+    def add(self, tokens: Sequence[str]) -> None: ...
     def id_of(self, token: str) -> int | None: ...
     def token_of(self, number: int) -> str: ...
     def encode(self, texts: Sequence[str], continues: bool, parse_special: bool) -> list[list[int]]: ...
@@ -64,17 +65,23 @@ class SentencePieceBackend:
                 raise Contradiction(f"{path}: token {number} is {self._model.id_to_piece(number)!r} here, "
                                     f"{token.content!r} among the folder's added tokens; they are of different models")
         self._added = {number: token.content for number, token in added.items() if number >= size}
-        self._ids = {content: number for number, content in self._added.items()}
         control = {number for number in range(size) if self._model.is_control(number)}
         control |= {number for number, token in added.items() if token.special and number != self._model.unk_id()}
         self.control = frozenset(control)
-        self.vocab_size = max((size - 1, *self._added)) + 1
         ids = {"bos": self._model.bos_id(), "eos": self._model.eos_id(), "pad": self._model.pad_id(),
                "unk": self._model.unk_id()}
         self.native: dict[str, int] = {role: number for role, number in ids.items() if number >= 0}
+        self.add(())
+
+    def add(self, tokens: Sequence[str]) -> None:
+        """Put ordinary tokens, which text spells, behind the vocabulary."""
+        first = max((self._size - 1, *self._added)) + 1
+        self._added |= {first + place: token for place, token in enumerate(tokens)}
+        self._ids = {content: number for number, content in self._added.items()}
+        self.vocab_size = max((self._size - 1, *self._added)) + 1
         plain = [content for number, content in self._added.items() if number not in self.control]
-        self._plain_markers = _any_of(plain)
-        self._all_markers = _any_of([*plain, *(self.token_of(number) for number in self.control)])
+        self._plain_markers = any_of(plain)
+        self._all_markers = any_of([*plain, *(self.token_of(number) for number in self.control)])
 
     def _open(self, path: Path, sentencepiece: Any) -> Any:
         if not self._proto:  # the library would take this for "no model given"
@@ -138,6 +145,7 @@ class TokenizersBackend:
 
     kind = "tokenizers"
     puts_bos: bool | None
+    _named: tuple[Any, dict[int, int]] | None = None
 
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Fast
@@ -160,6 +168,17 @@ class TokenizersBackend:
         if unknown in vocabulary:
             self.native["unk"] = vocabulary[unknown]
         self.puts_bos = bool(prefix)
+
+    def add(self, tokens: Sequence[str]) -> None:
+        """Put ordinary tokens, which text spells, behind the vocabulary."""
+        from tokenizers import AddedToken as Added
+
+        self._fast.add_tokens([Added(token, normalized=False, special=False) for token in tokens])
+        self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+
+    def save(self, path: Path) -> None:
+        """Write it as tokenizer.json."""
+        path.write_text(self._fast.to_str(pretty=True), encoding="utf-8")
 
     def _template_prefix(self) -> list[int]:
         """The ids that the file's post-processor puts before a text."""
@@ -193,12 +212,38 @@ class TokenizersBackend:
         fast.encode_special_tokens = not parse_special  # else the library reads </s> in text as control
         return [found.ids for found in fast.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[Any]:
+        """The library's Encodings, control tokens read; they tell which token holds a character."""
+        self._fast.encode_special_tokens = False
+        return list(self._fast.encode_batch(list(texts), add_special_tokens=False))
+
+    def with_named_control(self, control: frozenset[int], guard: str) -> tuple[Any, dict[int, int]]:
+        """A copy of the library's tokenizer in which the control tokens have names of their own, f"{guard}{id}{guard}",
+        and are text when they are spelled as ever; and the id in the copy -> the id here. Slow the first time."""
+        if self._named is None:
+            from tokenizers import AddedToken as Added
+            from tokenizers import Tokenizer as Fast
+
+            made = Fast.from_str(self._fast.to_str())
+            added = self._fast.get_added_tokens_decoder()
+            back: dict[int, int] = {}
+            for number in sorted(control):
+                old, name = added.get(number), f"{guard}{number}{guard}"
+                made.add_tokens([Added(name, lstrip=bool(old and old.lstrip), rstrip=bool(old and old.rstrip),
+                                       normalized=False, special=False)])
+                alias = made.token_to_id(name)
+                assert alias is not None
+                back[alias] = number
+            made.encode_special_tokens = True
+            self._named = made, back
+        return self._named
+
     def decode(self, ids: Sequence[int], continues: bool) -> str:
         fast = self._continuing if continues else self._fast
         return str(fast.decode(list(ids), skip_special_tokens=False))
 
 
-def _any_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
+def any_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
     """A pattern whose one group matches any of `tokens`, the longest first."""
     ordered = sorted({token for token in tokens if token}, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
@@ -224,4 +269,4 @@ def _without_blank(spec: Any) -> Any:
     return spec
 
 
-__all__ = ["Backend", "Contradiction", "SentencePieceBackend", "TokenizersBackend"]
+__all__ = ["Backend", "Contradiction", "SentencePieceBackend", "TokenizersBackend", "any_of"]

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitune.config import short
 from minitune.errors import InputError
 
 ROLES = ("bos", "eos", "pad", "unk")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja")
+                   "added_tokens.json", "chat_template.jinja", "chat_template.json")
+NAMED_TEMPLATES = "additional_chat_templates"
+"""The folder of chat templates for special uses, as transformers writes it: tool_use.jinja."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class AddedToken:
 class TokenizerFiles:
     """What the folder says about its tokenizer. ``named`` maps "bos", "eos", "pad", "unk" to a token or to None (said
     to have none); a role that no file speaks of is absent. ``control`` are all tokens that a file gives a role.
+    ``chat_templates`` maps a use ("default", "tool_use") to Jinja source, ``template_file`` is the default's file.
     """
 
     folder: Path
@@ -38,7 +42,8 @@ class TokenizerFiles:
     add_bos: bool | None
     eos_ids: tuple[int, ...]
     ids: Mapping[str, int]
-    chat_template: str | None
+    chat_templates: Mapping[str, str]
+    template_file: Path
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
@@ -67,10 +72,11 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     if add_bos is not None and not isinstance(add_bos, bool):
         raise InputError(f"{where}: add_bos_token is {add_bos!r}; it must be true or false")
     listed_ids = {role: _ids(model.get(f"{role}_token_id"), folder, f"{role}_token_id") for role in ROLES}
+    templates, template_file = _chat_templates(folder, settings, config_path)
     return TokenizerFiles(
         folder, sentencepiece if sentencepiece.is_file() else None, fast if fast.is_file() else None, named,
         frozenset(control), _added(folder, settings, where, control), add_bos, listed_ids["eos"],
-        {role: found[0] for role, found in listed_ids.items() if found}, _chat_template(folder, settings))
+        {role: found[0] for role, found in listed_ids.items() if found}, templates, template_file)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -134,20 +140,36 @@ def _added(folder: Path, settings: Mapping[str, Any], path: Path, control: set[s
     return added
 
 
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The chat template's source: chat_template.jinja, else the one (or the one named default) in the settings."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 ({error}); fetch the file again") from error
-    value = settings.get("chat_template")
-    if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
+def _chat_templates(folder: Path, settings: Mapping[str, Any], config: Path) -> tuple[dict[str, str], Path]:
+    """The chat templates by use, and the file of the default one.
+
+    chat_template.jinja and additional_chat_templates/ win over tokenizer_config.json, that over chat_template.json.
+    """
+    old = folder / "chat_template.json"
+    path = config if settings.get("chat_template") is not None or not old.is_file() else old
+    value = settings.get("chat_template") if path == config else read_json(old).get("chat_template")
+    found: dict[str, str] = {}
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        found = {item.get("name"): item.get("template") for item in value}
+    elif value is not None:
+        found = {"default": value}
+    if not all(isinstance(name, str) and isinstance(source, str) for name, source in found.items()):
+        raise InputError(f"{path}: chat_template is {short(value)}; it must be a string, or a list of objects with a "
+                         "name and a template")
+    for use in sorted((folder / NAMED_TEMPLATES).glob("*.jinja")):
+        found[use.stem] = _read_template(use)
+    if (folder / "chat_template.jinja").is_file():
+        path = folder / "chat_template.jinja"
+        found["default"] = _read_template(path)
+    return found, path
 
 
-__all__ = ["ROLES", "TOKENIZER_FILES", "AddedToken", "TokenizerFiles", "added_in_fast_file", "read_json",
-           "read_tokenizer_files"]
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error}); fetch the file again") from error
+
+
+__all__ = ["NAMED_TEMPLATES", "ROLES", "TOKENIZER_FILES", "AddedToken", "TokenizerFiles", "added_in_fast_file",
+           "read_json", "read_tokenizer_files"]

@@ -1,0 +1,136 @@
+"""Which characters of a rendered conversation the model is to say, checked: nothing is trained or lost by accident."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from minitune.data.template import REASONING, ChatTemplate, Rendered
+from minitune.errors import InputError
+
+Spans = list[tuple[int, int]]
+
+
+def trained_spans(chat: Rendered, template: ChatTemplate, stop: str | None) -> tuple[Spans, bool]:
+    """([start, end) of each trained turn in ``chat.text``, whether EOS has yet to be put behind the text).
+
+    A turn is what the assistant says, with the control token that the template ends it by: without it a model never
+    learns to stop. It comes from {% generation %} where the template has that; else it is the difference between the
+    text up to the turn, with the prompt of a generation, and the text that ends with it. Both are rendered for every
+    turn and must be beginnings of the whole text. ``stop`` is the control string that ends a turn, where it is known.
+
+    Raises InputError, naming the template and the message, where that does not hold, and where the template leaves out
+    (part of) a trained turn, all of another message, the tools, or a call of one.
+    """
+    spans = _from_marks(chat, template) if template.marks_answers else _from_cuts(chat, template)
+    check_written(chat, template, dict(zip(chat.trained, spans, strict=False)))
+    found: Spans = []
+    ends = False
+    for start, end in spans:
+        said = chat.text[start:end].rstrip()
+        if said.endswith(template.control):
+            end = start + len(said)
+        elif stop and chat.text.startswith(stop, end):
+            end += len(stop)
+        elif not chat.text[end:].strip():
+            ends, end = True, len(chat.text)
+        found.append((start, end))
+    return found, ends
+
+
+def _from_marks(chat: Rendered, template: ChatTemplate) -> Spans:
+    speakers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if chat.trained and not chat.spans:
+        raise InputError(f"{chat.where}: the chat template {template.name} has {{% generation %}} but wraps nothing of "
+                         f"this conversation in it, so messages[{chat.trained[0]}] would not be trained; correct it")
+    if len(chat.spans) == len(speakers):
+        return [span for span, i in zip(chat.spans, speakers, strict=True) if i in set(chat.trained)]
+    if chat.trained != speakers:
+        raise InputError(f"{chat.where}: the chat template {template.name} marks {len(chat.spans)} parts as generated, "
+                         f"but there are {len(speakers)} assistant turns; which of them have weight 0 cannot be told: "
+                         "give every turn weight 1")
+    return chat.spans
+
+
+def _from_cuts(chat: Rendered, template: ChatTemplate) -> Spans:
+    spans: Spans = []
+    for i, (start, end) in zip(chat.trained, chat.cuts, strict=True):
+        name = f"{chat.where}: messages[{i}]"
+        refused = next((cut for cut in (start, end) if isinstance(cut, str)), None)
+        if refused is not None:
+            raise InputError(f"{name}: the chat template {template.name} does not render the conversation up to here "
+                             f"({chat.read(refused)}), so what is trained cannot be told; give this turn weight 0, or "
+                             "begin with a user's")
+        assert isinstance(start, int) and isinstance(end, int)
+        if start < 0 or end < start:
+            raise InputError(f"{name}: the chat template {template.name} writes the conversation up to here otherwise "
+                             "once more follows (as those do that leave out the thinking of earlier turns), so what is "
+                             "trained cannot be told; give this turn weight 0, or make each answer a sample of its own")
+        spans.append((start, end))
+    return spans
+
+
+def check_written(chat: Rendered, template: ChatTemplate, spans: Mapping[int, tuple[int, int]]) -> None:
+    """InputError where the template leaves out what is said. ``spans``: where each trained message stands."""
+    for i, message in enumerate(chat.messages):
+        name = f"{chat.where}: messages[{i}]"
+        start, end = spans.get(i, (0, len(chat.text)))
+        written = chat.text[start:end]
+        fields = ("content", REASONING[0]) if i in spans else ("content",)
+        for field in fields:
+            missing = _missing(str(message.get(field, "")), written, any_line=i not in spans)
+            if missing is not None:
+                part = "part of " if i in spans and field == "content" else ""
+                raise InputError(f"{name}: the chat template {template.name} leaves out {part}its {field} "
+                                 f"({chat.read(missing[:60])!r}); remove that, or use another template")
+        for call in message.get("tool_calls") or ():
+            _check_call(call, written, name, template)
+    for place, tool in enumerate(chat.tools or ()):
+        title = _function(tool).get("name")
+        if isinstance(title, str) and not _spelled(title, chat.text):
+            raise InputError(f"{chat.where}: the chat template {template.name} leaves out tools[{place}] ({title!r}); "
+                             "remove the tools, or use a template that writes them")
+
+
+def _check_call(call: Any, written: str, name: str, template: ChatTemplate) -> None:
+    function = _function(call)
+    title, arguments = function.get("name"), function.get("arguments")
+    if isinstance(title, str) and not _spelled(title, written):
+        raise InputError(f"{name}: the chat template {template.name} leaves out its call of {title!r}; remove the "
+                         "call, or use a template that writes tool_calls")
+    if isinstance(arguments, str) and '"' in arguments and arguments.strip() not in written \
+            and json.dumps(arguments, ensure_ascii=False) in written:
+        raise InputError(f"{name}: the chat template {template.name} quotes the arguments of {title!r} a second time, "
+                         "since they are text; write them as a JSON object")
+
+
+def _function(tool: Any) -> Mapping[str, Any]:
+    inner = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def _spelled(text: str, written: str) -> bool:
+    return text in written or json.dumps(text, ensure_ascii=False)[1:-1] in written or json.dumps(text)[1:-1] in written
+
+
+def _missing(text: str, written: str, any_line: bool) -> str | None:
+    """The first line of `text` that is not `written`, in their order; None if all are, or (``any_line``) one is.
+
+    Blanks around a line do not count: templates trim. A text written as a JSON string is written.
+    """
+    if _spelled(text.strip(), written):
+        return None
+    lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
+    if any_line:
+        return None if any(_spelled(line, written) for line in lines) else lines[0]
+    place = 0
+    for line in lines:
+        at = written.find(line, place)
+        if at < 0:
+            return line
+        place = at + len(line)
+    return None
+
+
+__all__ = ["Spans", "check_written", "trained_spans"]

@@ -1,0 +1,147 @@
+"""ChatTemplate: a conversation as the text that a checkpoint's own chat template makes of it, and who says what."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from minitune.config import short
+from minitune.data.template_process import PROCESS
+from minitune.errors import InputError
+
+Conversation = tuple[Sequence[Mapping[str, Any]], Sequence[Any] | None, str]
+"""(messages, tools, where): ``where`` names it in errors, as "file:line"."""
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+_CHUNK = 128
+"""Conversations that the renderer is given at once; meanwhile those before them are tokenised."""
+
+
+@dataclass
+class Rendered:
+    """A conversation in the template's words.
+
+    In ``text``, and in ``messages`` as the template was given them, each control string that a message spells is one
+    lone surrogate, so that what the template writes itself can be told from it; ``spelled`` maps them back. ``spans``
+    are the [start, end) of what {% generation %} wraps. ``cuts`` answers, for each of ``trained`` (indices of
+    messages), where in the text its turn begins and ends: a place, -1 (its beginning, rendered alone, is not how the
+    text begins), or what the template refused it with.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    where: str
+    trained: list[int]
+    spelled: dict[str, str] = field(default_factory=dict)
+    text: str = ""
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    cuts: list[tuple[int | str, int | str]] = field(default_factory=list)
+
+    def read(self, text: str) -> str:
+        """`text`, a part of this one's, with the control strings that messages spell put back."""
+        for mark, spelling in self.spelled.items():
+            text = text.replace(mark, spelling)
+        return text
+
+
+class ChatTemplate:
+    """A chat template, as Jinja source, of a tokenizer whose control tokens are spelled ``control``.
+
+    ``name`` stands in errors ("folder/chat_template.jinja"). ``variables``: what the template sees beside messages,
+    tools and add_generation_prompt, such as bos_token. Jinja is set up as in transformers, and each conversation is
+    rendered in bounded time and memory in a process apart (`minitune.data.template_child`). A template that calls
+    strftime_now writes today's date, as in transformers: what is trained on then depends on the day.
+    """
+
+    def __init__(self, name: str, source: str, variables: Mapping[str, str], control: Sequence[str]) -> None:
+        self.name, self.source, self.variables = name, source, variables
+        self.marks_answers = _GENERATION.search(source) is not None
+        self.control = tuple(sorted(set(control) - {""}, key=len, reverse=True))
+        self._control = re.compile("|".join(map(re.escape, self.control)) or "(?!)")
+
+    def render(self, conversations: Sequence[Conversation], prompt: bool = False, mask: bool = False
+               ) -> Iterator[Rendered]:
+        """Renders many conversations in their order, some ahead of the caller.
+
+        ``prompt``: add_generation_prompt. ``mask``: find out what is trained. Raises InputError that names the
+        conversation and the template where the template refuses it or takes too much.
+        """
+        chunks = [conversations[i:i + _CHUNK] for i in range(0, len(conversations), _CHUNK)]
+        if len(chunks) == 1:
+            yield from self._render_chunk(chunks[0], prompt, mask)
+            return
+        with ThreadPoolExecutor(1) as ahead:
+            futures = [ahead.submit(self._render_chunk, chunk, prompt, mask) for chunk in chunks]
+            try:
+                for future in futures:
+                    yield from future.result()
+            finally:
+                for future in futures:
+                    future.cancel()
+
+    def _render_chunk(self, conversations: Sequence[Conversation], prompt: bool, mask: bool) -> list[Rendered]:
+        prepared = [self._prepare(*conversation, mask) for conversation in conversations]
+        answers = PROCESS.render(self.source, self.variables, [self._request(each, prompt) for each in prepared])
+        for each, answer in zip(prepared, answers, strict=False):
+            if "error" in answer:
+                raise InputError(f"{each.where}: the chat template {self.name} does not render this conversation: "
+                                 f"{each.read(answer['error'])}")
+            each.text, each.spans = answer["text"], [(start, end) for start, end in answer["spans"]]
+            cuts = iter(answer["cuts"])
+            if mask and not self.marks_answers:
+                last = len(each.messages)
+                each.cuts = [(next(cuts), next(cuts) if i + 1 < last else len(each.text)) for i in each.trained]
+        return prepared
+
+    def _prepare(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, where: str, mask: bool
+                 ) -> Rendered:
+        """The messages as the template is to see them: no nulls, no weight, content as text, control strings hidden."""
+        trained = [i for i, message in enumerate(messages)
+                   if mask and message["role"] == "assistant" and message.get("weight") != 0]
+        given = Rendered([_plain(message) for message in messages], list(tools) if tools else None, where, trained)
+        try:
+            written = json.dumps([given.messages, given.tools], ensure_ascii=False)
+            written.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: holds the lone surrogate {error.object[error.start]!r}, which is no character; "
+                             "repair the text's encoding") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"{where}: messages and tools must be JSON: {short(str(error))}") from error
+        if self._control.search(written) or any(set(name) & set('"\\\n\t') for name in self.control):
+            given.messages, given.tools = self._hide(given.messages, given), self._hide(given.tools, given)
+            given.spelled = {mark: spelling for spelling, mark in given.spelled.items()}
+        return given
+
+    def _hide(self, value: Any, given: Rendered) -> Any:
+        """`value` with each control string replaced by a lone surrogate of its own (``given.spelled`` collects them).
+        Roles stay: they come from a fixed list."""
+        if isinstance(value, str):
+            return self._control.sub(lambda match: given.spelled.setdefault(
+                match[0], chr(0xDC00 + min(len(given.spelled), 1000))), value)
+        if isinstance(value, dict):
+            return {key if key == "role" else self._hide(key, given):
+                    item if key == "role" else self._hide(item, given) for key, item in value.items()}
+        return [self._hide(item, given) for item in value] if isinstance(value, list) else value
+
+    def _request(self, each: Rendered, prompt: bool) -> bytes:
+        cuts: list[tuple[int, bool]] = []
+        for i in () if self.marks_answers else each.trained:
+            cuts += [(i, True), (i + 1, False)] if i + 1 < len(each.messages) else [(i, True)]
+        return json.dumps({"messages": each.messages, "tools": each.tools, "prompt": prompt, "cuts": cuts}).encode()
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers hands it to a template: null fields are absent, reasoning has all its names."""
+    plain = {key: value for key, value in message.items() if value is not None and key != "weight"}
+    if isinstance(plain.get("content"), list):
+        plain["content"] = "".join(part["text"] for part in plain["content"])
+    reasoning = next((plain[name] for name in REASONING if name in plain), None)
+    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+__all__ = ["REASONING", "ChatTemplate", "Conversation", "Rendered"]

@@ -1,0 +1,207 @@
+"""Renders chat templates in a process of its own, under limits that the system keeps: template_process.py starts it.
+
+A template is a program of somebody else's. Jinja's sandbox keeps it from Python's internals; this process keeps it from
+the machine: it can open no file, and the kernel ends it when a conversation takes too much processor time or memory.
+The file is run by its path and imports nothing of minitune, so that it starts quickly.
+
+A batch on stdin: a line with {"source", "variables", "n"}, then n lines of {"messages", "tools", "prompt", "cuts"}. For
+each of these a line on stdout: {"text", "spans", "cuts"} or {"error"}. ``spans`` are the [start, end) of what the
+template wraps in {% generation %}. A cut [k, prompt] asks whether the first k messages, rendered by themselves, give a
+beginning of the text: its length, -1 where they do not, or the error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import re
+import signal
+import sys
+from datetime import datetime
+from typing import Any
+
+MEMORY = 64 * 2**20
+"""Bytes that one conversation may take, beside 32 for each byte of its own."""
+SECONDS = 0.4
+"""Processor time for one conversation, beside what `_allowance` adds for its length."""
+OPEN, CLOSE = "\udffe", "\udfff"
+"""Around what {% generation %} wraps. Text has no lone surrogates (they are refused before), so none is mistaken."""
+_MARKS = re.compile(f"([{OPEN}{CLOSE}])")
+_BEYOND_ASCII = re.compile("[^\\x00-\\x7f\\ud800-\\udfff]")      # lone surrogates stand for control strings: left alone
+
+
+def _environment() -> Any:
+    """Jinja as transformers sets it up, so that a template means here what it means there."""
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} … {% endgeneration %}: what the model says."""
+
+        tags = {"generation"}       # noqa: RUF012
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+
+        def mark(self, caller: Any) -> str:
+            return f"{OPEN}{caller()}{CLOSE}"
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+               sort_keys: bool = False) -> str:
+        text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+        return _BEYOND_ASCII.sub(lambda match: json.dumps(match[0])[1:-1], text) if ensure_ascii else text
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    made.filters["tojson"] = tojson
+    made.globals["raise_exception"] = raise_exception
+    made.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return made
+
+
+def _confine() -> Any:
+    """No file from here on and, unless it runs as root, no child process. Returns what sets the memory limit to so many
+    bytes more than now."""
+    try:
+        import resource
+    except ImportError:                 # Windows has no such limits
+        return lambda extra: None
+    for kind, limit in ((resource.RLIMIT_NOFILE, 3), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_FSIZE, 0),
+                        (resource.RLIMIT_CORE, 0)):
+        resource.setrlimit(kind, (limit, limit))
+    used = _PAGES * resource.getpagesize()
+    high = resource.getrlimit(resource.RLIMIT_AS)[1]
+
+    def limit_memory(extra: int) -> None:
+        with contextlib.suppress(ValueError, OSError):      # macOS may refuse
+            resource.setrlimit(resource.RLIMIT_AS, (used + extra, high))
+
+    return limit_memory
+
+
+def _pages() -> int:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[0])
+    except OSError:
+        return 2**15
+
+
+def _limit_time(seconds: float) -> None:
+    """Ends the process, even inside a call of C, after so much processor time from now; 0 lifts the limit."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _allowance(size: int, renders: int) -> float:
+    return SECONDS + renders * (0.001 + size * 1e-6)
+
+
+def _render(template: Any, variables: dict[str, str], request: dict[str, Any], size: int) -> dict[str, Any]:
+    messages, tools = request["messages"], request["tools"]
+
+    def text_of(count: int, prompt: bool) -> str:
+        found = template.render(messages=messages[:count], tools=tools, documents=None, add_generation_prompt=prompt,
+                                **variables)
+        if len(found) > MEMORY // 8 + 8 * size:
+            raise MemoryError
+        return str(found)
+
+    text, spans = _spans(text_of(len(messages), request["prompt"]))
+    cuts: list[int | str] = []
+    for count, prompt in request["cuts"]:
+        try:
+            part = text_of(count, prompt)
+        except MemoryError:
+            raise
+        except Exception as error:
+            cuts.append(_name(error))
+        else:
+            cuts.append(len(part) if text.startswith(part) else -1)
+    return {"text": text, "spans": spans, "cuts": cuts}
+
+
+def _spans(text: str) -> tuple[str, list[list[int]]]:
+    """The text without marks, and the outermost [start, end) between them."""
+    parts: list[str] = []
+    spans: list[list[int]] = []
+    depth = place = 0
+    for part in _MARKS.split(text):
+        if part == OPEN:
+            spans += [] if depth else [[place, place]]
+            depth += 1
+        elif part == CLOSE:
+            depth -= 1
+            spans[-1][1] = place
+        else:
+            parts.append(part)
+            place += len(part)
+    return "".join(parts), spans
+
+
+def _name(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "it calls itself without end"
+    if isinstance(error, MemoryError):
+        return f"it takes more than {MEMORY >> 20} MiB"
+    line = getattr(error, "lineno", None)
+    told = " ".join(f"{error or type(error).__name__}".split())[:300]
+    return f"line {line}: {told}" if line else told
+
+
+def _answer(templates: dict[str, Any], environment: Any, header: dict[str, Any], request: dict[str, Any],
+            size: int) -> bytes:
+    try:
+        source = header["source"]
+        if source not in templates:
+            templates[source] = environment.from_string(source)
+        return json.dumps(_render(templates[source], header["variables"], request, size)).encode()
+    except Exception as error:
+        told = _name(error)
+    gc.collect()
+    return json.dumps({"error": told}).encode()
+
+
+def main() -> None:
+    """Serves batches until stdin ends."""
+    global _PAGES
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGPROF"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    sys.path.append(sys.argv[1])
+    environment = _environment()
+    import html  # noqa: F401  these two are imported at their first use, when no file can be opened any more
+
+    import jinja2.debug  # noqa: F401
+    environment.from_string("{{ strftime_now('%c %Z') }}{% for x in y %}{{ loop.index }}{% endfor %}").render(y=[1])
+    _PAGES = _pages()
+    limit_memory = _confine()
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    templates: dict[str, Any] = {}
+    while header_line := source.readline():
+        header = json.loads(header_line)
+        lines = [source.readline() for _ in range(header["n"])]
+        for line in lines:
+            request = json.loads(line)
+            limit_memory(MEMORY + 32 * len(line))
+            _limit_time(_allowance(len(line), 1 + len(request["cuts"])))
+            found = _answer(templates, environment, header, request, len(line))
+            _limit_time(0)
+            limit_memory(2**40)
+            sink.write(found + b"\n")
+            sink.flush()
+
+
+_PAGES = 0
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)
