@@ -1,10 +1,12 @@
 """Settings of every test: two threads at most, no network for the oracles, GPU tests only where a GPU is, and first."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))      # of the processes that tests start, too
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MINITUNE_CACHE"] = tempfile.mkdtemp(prefix="minitune-cache-")     # not the user's
 
 import pytest
 import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -67,45 +68,63 @@ def pack(documents: Iterable[Document | Sequence[Any] | Tensor], tokens: int) ->
     found = [_as_document(document, f"documents[{place}]") for place, document in enumerate(documents)]
     check_lengths(found, tokens)
     weighted = any(document.weight is not None for document in found)
-    return [make_batch([found[index] for index in row], tokens, weighted)
+    return [make_batch([_piece(found[index]) for index in row], tokens, weighted)
             for row in best_fit([len(document) for document in found], tokens)]
 
 
 def check_lengths(documents: Sequence[Document], tokens: int) -> None:
     """InputError if `tokens` is no row length, or for the first document that does not fit into a row of so many."""
+    check_row(tokens)
+    for place, document in enumerate(documents):
+        if len(document) > tokens:
+            raise too_long(document.where or f"documents[{place}]", len(document), tokens, max(map(len, documents)),
+                           "split it")
+
+
+def check_row(tokens: int) -> None:
+    """InputError if `tokens` is no row length, or more than fits into memory."""
     check_whole("packing", "tokens", tokens)
     needed, free = TOKEN_BYTES * tokens, free_bytes(torch.device("cpu"))
     if needed > free:       # a system that lends more memory than it has would end the process without a word
         raise InputError(f"packing: tokens is {tokens}; a row of so many takes {needed / 1e9:,.1f} GB of memory, and "
                          f"{free / 1e9:,.1f} GB are free; lower tokens")
-    for place, document in enumerate(documents):
-        if len(document) > tokens:
-            longest = max(map(len, documents))
-            where = document.where or f"documents[{place}]"
-            raise InputError(f"{where}: {len(document):,} tokens do not fit into a row of {tokens:,}; raise tokens "
-                             f"(the longest document has {longest:,}), or split the sample")
 
 
-def make_batch(documents: Sequence[Document], tokens: int, weighted: bool = False) -> Batch:
-    """The Batch of documents that together have at most `tokens` tokens, with a filler document behind them.
+def too_long(where: str, length: int, tokens: int, longest: int, advice: str) -> InputError:
+    """The error for a document that does not fit into a row; `advice` is what else than more tokens would help."""
+    return InputError(f"{where}: {length:,} tokens do not fit into a row of {tokens:,}; raise tokens (the longest "
+                      f"document has {longest:,}), or {advice}")
 
-    ``weighted`` gives it weights [T] (1 where a document has none), else None.
+
+Piece = tuple[Tensor, Tensor, float | None]
+"""What is packed: ids int32 [n], trained int8 [n] (not 0: a target; the first never is one), the weight or None."""
+
+
+def make_batch(pieces: Iterable[Piece], tokens: int, weighted: bool = False) -> Batch:
+    """The Batch of pieces that together have at most `tokens` tokens, with a filler document behind them.
+
+    ``weighted`` gives it weights [T] (1 where a piece has none), else None.
     """
-    ids = torch.full((tokens,), FILLER_ID, dtype=torch.int64)
-    labels = torch.full((tokens,), IGNORED, dtype=torch.int64)
-    weights = torch.ones(tokens) if weighted else None
-    bounds = [0]
-    for document in documents:
-        start, end = bounds[-1], bounds[-1] + len(document)
-        ids[start:end] = torch.frombuffer(document.ids, dtype=torch.int32)
-        target = torch.frombuffer(document.trained, dtype=torch.int8)[1:] != 0
-        labels[start:end - 1][target] = ids[start + 1:end][target]
-        if weights is not None and document.weight is not None:
-            weights[start:end] = document.weight
-        bounds.append(end)
-    if bounds[-1] < tokens:
-        bounds.append(tokens)
+    found = list(pieces)
+    lengths = [numbers.numel() for numbers, _, _ in found]
+    rest = tokens - sum(lengths)
+    filler = [torch.full((rest,), FILLER_ID, dtype=torch.int32)] if rest else []
+    ids = torch.cat([*(numbers for numbers, _, _ in found), *filler]).long()
+    target = torch.zeros(tokens, dtype=torch.bool)
+    target[:tokens - rest] = torch.cat([trained for _, trained, _ in found])
+    bounds = list(accumulate([*lengths, rest] if rest else lengths, initial=0))
+    target[bounds[:-1]] = False
+    labels = torch.where(target, ids, IGNORED).roll(-1)
+    weights = None
+    if weighted:
+        each = torch.tensor([1.0 if weight is None else weight for _, _, weight in found] + [1.0] * len(filler))
+        weights = each.repeat_interleave(torch.tensor(bounds).diff())
     return Batch(tokens=ids, labels=labels, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), weights=weights)
+
+
+def _piece(document: Document) -> Piece:
+    return (torch.frombuffer(document.ids, dtype=torch.int32), torch.frombuffer(document.trained, dtype=torch.int8),
+            document.weight)
 
 
 def _as_document(value: Document | Sequence[Any] | Tensor, where: str) -> Document:
@@ -133,4 +152,4 @@ def _integers(value: Any, where: str) -> array[int]:
         raise InputError(f"{where}: must be a Document, token ids, or a pair (ids, labels) ({error})") from error
 
 
-__all__ = ["FILLER_ID", "best_fit", "check_lengths", "make_batch", "pack"]
+__all__ = ["FILLER_ID", "Piece", "best_fit", "check_lengths", "check_row", "make_batch", "pack", "too_long"]

@@ -1,17 +1,25 @@
-"""stream: a JSONL file as packed Batches, shuffled and packed anew in every epoch, repeatable by seed."""
+"""stream: data files as packed Batches, shuffled and packed anew in every epoch, repeatable by seed."""
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from math import floor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
-from minitune.config import check_seed, check_whole, short
+import torch
+
+from minitune.config import Long, check_seed, check_share, check_whole, short
+from minitune.data.account import Part, notes_of, source_of
 from minitune.data.batch import Batch
 from minitune.data.document import Document
-from minitune.data.formats import read_documents
-from minitune.data.packing import best_fit, check_lengths, make_batch
+from minitune.data.ledger import Epoch, Ledger
+from minitune.data.packing import Piece, best_fit, check_row, make_batch
+from minitune.data.pieces import cut
+from minitune.data.read import Progress, read_corpus
 from minitune.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,25 +31,56 @@ class Stream:
     `next` draws from one iteration that the stream itself keeps. Epochs are packed anew, so one may have a batch more
     than another.
 
-    The ledger of one epoch: ``n_documents``, ``n_tokens`` (the documents' own), ``n_trained`` (targets among them),
-    ``n_masked``, and ``n_filler`` in epoch 0: n_trained + n_masked + n_filler = count(1) · tokens.
+    ``ledger`` tells where every token went (`minitune.data.ledger`). Of epoch 0: ``n_documents``, ``n_tokens`` (the
+    documents' own), ``n_trained`` (targets among them), ``n_masked``, ``n_filler``: n_trained + n_masked + n_filler =
+    count(1) · tokens. ``parts`` are the files that it draws from.
     """
 
-    def __init__(self, documents: list[Document], tokens: int, *, epochs: int = 1, seed: int = 0,
-                 shuffle: bool = True) -> None:
+    def __init__(self, parts: Sequence[Part], tokens: int, *, epochs: int = 1, seed: int = 0, shuffle: bool = True,
+                 long: Long = "refuse") -> None:
         check_whole("stream", "epochs", epochs)
         check_seed("stream", seed)
-        check_lengths(documents, tokens)
-        self.documents = documents
-        self.tokens, self.epochs, self.seed, self.shuffle = tokens, epochs, seed, shuffle
-        self.n_documents = len(documents)
-        self.n_tokens = sum(map(len, documents))
-        self.n_trained = sum(document.n_trained for document in documents)
-        self.n_masked = self.n_tokens - self.n_trained
+        check_row(tokens)
+        if long not in get_args(Long):
+            raise InputError(f"stream: long is {short(long)}; it must be one of {', '.join(get_args(Long))}")
+        self.parts, self.tokens, self.long = tuple(parts), tokens, long
+        self.epochs, self.seed, self.shuffle = epochs, seed, shuffle
+        self._pieces = [cut(part.corpus, part.kept, tokens, long) for part in parts]
+        # Of each piece its length, its start in its file, its file.
+        self._lengths = array("q", torch.cat([each.ends - each.starts for each in self._pieces]).tolist())
+        self._starts = array("q", torch.cat([each.starts for each in self._pieces]).tolist())
+        self._owner = array("i", (place for place, each in enumerate(self._pieces) for _ in range(len(each.owners))))
+        sizes = [len(each.owners) for each in self._pieces]
+        self._base = [sum(sizes[:place]) for place in range(len(sizes))]
+        self._weighted = any(bool((~part.corpus.weights[part.kept].isnan()).any()) for part in parts)
         self._counts: list[int] = []        # batches of each epoch, as far as they were asked for
-        self.n_filler = self.count(1) * tokens - self.n_tokens
-        self._weighted = any(document.weight is not None for document in documents)
         self._cursor: Iterator[Batch] | None = None
+        self._account()
+
+    def _account(self) -> None:
+        drawn = [self._drawn(place, 0) for place in range(len(self.parts))]
+        trained = torch.cat([each.trained for each in self._pieces])
+        order = self._order(0)
+        self.n_documents, self.n_tokens = sum(map(len, drawn)), sum(self._lengths[index] for index in order)
+        self.n_trained = int(trained[order].sum())
+        self.n_masked = self.n_tokens - self.n_trained
+        batches = self.count(1)
+        self.n_filler = batches * self.tokens - self.n_tokens
+        sources = tuple(source_of(part, pieces, self._unseen(place), self.epochs)
+                        for place, (part, pieces) in enumerate(zip(self.parts, self._pieces, strict=True)))
+        epoch = Epoch(samples=self.n_documents, batches=batches, row=self.tokens, trained=self.n_trained,
+                      masked=self.n_masked, filler=self.n_filler)
+        notes = notes_of(self.parts, self._pieces, sources, self.tokens, self.long)
+        self.ledger = Ledger(sources=sources, epoch=epoch, epochs=self.epochs, notes=notes)
+        self.ledger.check()
+
+    @property
+    def documents(self) -> list[Document]:
+        """What is packed, in the files' order: each document, or its pieces where it is too long for a row."""
+        return [part.corpus.document(owner, start, end)
+                for part, pieces in zip(self.parts, self._pieces, strict=True)
+                for owner, start, end in zip(pieces.owners.tolist(), pieces.starts.tolist(), pieces.ends.tolist(),
+                                             strict=True)]
 
     def __len__(self) -> int:
         return self.count(self.epochs)
@@ -63,19 +102,27 @@ class Stream:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch (from 0). Documents are shuffled and packed, then the rows are shuffled, by
-        (seed, epoch) alone; without ``shuffle`` documents of a row and rows keep the file's order where packing lets
+        (seed, epoch) alone; without ``shuffle`` documents of a row and rows keep the files' order where packing lets
         them."""
         for row in self._rows(epoch):
-            yield make_batch([self.documents[index] for index in row], self.tokens, self._weighted)
+            yield make_batch(map(self._piece, row), self.tokens, self._weighted)
+
+    def _piece(self, index: int) -> Piece:
+        place = self._owner[index]
+        corpus = self.parts[place].corpus
+        start = self._starts[index]
+        end = start + self._lengths[index]
+        weight = corpus.weight(int(self._pieces[place].owners[index - self._base[place]])) if self._weighted else None
+        return corpus.ids[start:end], corpus.trained[start:end], weight
 
     def _rows(self, epoch: int) -> list[list[int]]:
-        """Which documents stand in each batch of an epoch."""
-        order = list(range(self.n_documents))
+        """Which pieces stand in each batch of an epoch."""
+        order = self._order(epoch)
         shuffler = random.Random(f"{self.seed}:{epoch}") if self.shuffle else None
         if shuffler:
             shuffler.shuffle(order)
         rows = [[order[place] for place in row]
-                for row in best_fit([len(self.documents[index]) for index in order], self.tokens)]
+                for row in best_fit([self._lengths[index] for index in order], self.tokens)]
         if shuffler:
             for row in rows:
                 shuffler.shuffle(row)
@@ -83,22 +130,94 @@ class Stream:
             return rows
         return sorted(sorted(row) for row in rows)
 
+    def _order(self, epoch: int) -> list[int]:
+        """The pieces of an epoch, in the files' order."""
+        order: list[int] = []
+        for place, (pieces, base) in enumerate(zip(self._pieces, self._base, strict=True)):
+            first = pieces.first.tolist()
+            for index in self._drawn(place, epoch):
+                order += range(base + first[index], base + first[index + 1])
+        return order
+
+    def _drawn(self, place: int, epoch: int) -> Sequence[int]:
+        """The documents (places in ``kept``) of file `place` in an epoch, sorted.
+
+        All epochs draw from one endless series of passes over the file, each pass in an order of its own, and an epoch
+        takes the next share · n of it: so none is seen a second time before all were seen once.
+        """
+        part = self.parts[place]
+        n = part.kept.numel()
+        start, end = (floor(part.share * n * (epoch + more) + 0.5) for more in (0, 1))
+        if n == 0 or (start % n == 0 and end - start == n):
+            return range(n)
+        drawn: list[int] = []
+        for number in range(start // n, -(-end // n)):
+            drawn += self._pass(place, number)[max(0, start - number * n):end - number * n]
+        return sorted(drawn)
+
+    def _pass(self, place: int, number: int) -> list[int]:
+        order = list(range(self.parts[place].kept.numel()))
+        if self.shuffle:
+            random.Random(f"{self.seed}:{place}:{number}").shuffle(order)
+        return order
+
+    def _unseen(self, place: int) -> list[int]:
+        """The documents of file `place` that none of the epochs draws."""
+        part = self.parts[place]
+        drawn = floor(part.share * part.kept.numel() * self.epochs + 0.5)
+        return self._pass(place, 0)[drawn:] if drawn < part.kept.numel() else []
+
     def __repr__(self) -> str:
         return (f"Stream({self.n_documents:,} documents, {self.n_tokens:,} tokens, {self.n_trained:,} trained, "
                 f"{len(self)} batches of {self.tokens:,} in {self.epochs} epochs)")
 
 
-def stream(path: str | Path, tokenizer: Tokenizer, *, tokens: int, epochs: int = 1, seed: int = 0,
-           shuffle: bool = True) -> Stream:
-    """Reads and encodes a JSONL file (formats: `minitune.data.formats.to_segments`) and gives its packed batches.
+def stream(path: str | Path | Sequence[str | Path] | Mapping[Any, float], tokenizer: Tokenizer, *, tokens: int,
+           epochs: int = 1, seed: int = 0, shuffle: bool = True, field_map: Mapping[str, str] | None = None,
+           long: Long = "refuse", cache: bool | None = None, progress: Progress | None = None) -> Stream:
+    """Reads and encodes data files (formats: `minitune.data.formats`) and gives their packed batches.
 
-    Each Batch has exactly `tokens` positions. The encoded data set is kept in host memory, 5 bytes a token. Raises
-    InputError that names file:line for a bad sample and for one longer than `tokens`.
+    `path`: a file, a list of files, or {file: share}, where share is how often each of its samples is seen in an epoch:
+    1 once, 2 twice, 0.5 one half of them in the first epoch and the other in the second, drawn by seed.
+    Each Batch has exactly `tokens` positions. `long`: what is done with a sample that has more: "refuse", "split" into
+    pieces that do not see each other, or "truncate". `field_map`: {our field: your field}. `cache`: see
+    `minitune.data.cache`; None caches files above 1 MB, False none. `progress`(file, samples, tokens) is called now and
+    then while a file is encoded.
+
+    The encoded data set takes 5 bytes a token of host memory, or of the page cache where it comes from the cache.
+    Raises InputError that names file:line for a bad sample and, if so asked, for one longer than `tokens`.
     """
     check_whole("stream", "tokens", tokens, low=2)      # the last token of a row is never trained
-    if not isinstance(path, str | Path):
-        raise InputError(f"stream: path is {short(path)}; give the path of a JSONL file")
-    return Stream(list(read_documents(path, tokenizer)), tokens, epochs=epochs, seed=seed, shuffle=shuffle)
+    return Stream(read_parts(path, tokenizer, field_map, cache, progress), tokens, epochs=epochs, seed=seed,
+                  shuffle=shuffle, long=long)
 
 
-__all__ = ["Stream", "stream"]
+def read_parts(path: Any, tokenizer: Tokenizer, field_map: Mapping[str, str] | None = None, cache: bool | None = None,
+               progress: Progress | None = None) -> list[Part]:
+    """The files of a stream, encoded; arguments as those of `stream`. InputError if none has a sample to train on."""
+    parts = [Part.whole(read_corpus(name, tokenizer, field_map, cache, progress), share)
+             for name, share in _files(path).items()]
+    if not any(len(part.corpus) for part in parts):
+        raise InputError(f"{parts[0].corpus.path}: none of its samples is used, so there is nothing to train on")
+    return parts
+
+
+def _files(path: Any) -> dict[str, float]:
+    """{file: share} of what `stream` takes as its path."""
+    if isinstance(path, str | os.PathLike):
+        path = [path]
+    items = list(path.items()) if isinstance(path, Mapping) else (
+        [(each, 1) for each in path] if isinstance(path, Sequence) else [])
+    if not items or not all(isinstance(name, str | os.PathLike) for name, _ in items):
+        raise InputError(f"stream: path is {short(path)}; give the path of a data file, a list of them, or "
+                         "{path: share}")
+    found: dict[str, float] = {}
+    for name, share in items:
+        check_share("stream", name, share)
+        if str(Path(name)) in found:
+            raise InputError(f"stream: {name} is given twice; to see it twice in an epoch say {{path: 2}}")
+        found[str(Path(name))] = float(share)
+    return found
+
+
+__all__ = ["Stream", "read_parts", "stream"]

@@ -97,7 +97,7 @@ def test_bad_settings_and_long_samples(path: Path, tokenizer: Tokenizer) -> None
 
 def test_importing_data_loads_no_tokenizer_library() -> None:
     code = ("import sys, minitune.data\n"
-            "heavy = {'sentencepiece', 'tokenizers', 'transformers', 'jinja2'} & set(sys.modules)\n"
+            "heavy = {'sentencepiece', 'tokenizers', 'transformers', 'jinja2', 'pyarrow', 'rich'} & set(sys.modules)\n"
             "sys.exit(str(heavy) if heavy else 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

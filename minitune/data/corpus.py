@@ -1,0 +1,130 @@
+"""Corpus: the encoded samples of one source file as flat arrays, grown in memory or mapped from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minitune.data.document import Document
+
+if TYPE_CHECKING:
+    from minitune.data.encode import Encoded
+
+ENDS, BLANK = 1, 2
+"""Bits of ``Corpus.flags``: an end-of-text token is trained; the answers are blank."""
+ARRAYS = {"ids": torch.int32, "trained": torch.int8, "bounds": torch.int64, "weights": torch.float32,
+          "numbers": torch.int64, "digests": torch.int64, "n_trained": torch.int32, "flags": torch.uint8}
+"""The arrays of a Corpus, with their dtypes."""
+_TYPECODES = {torch.int32: "i", torch.int8: "b", torch.int64: "q", torch.float32: "f", torch.uint8: "B"}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Corpus:
+    """The n documents of a file, N tokens, end to end, on the host; and what of the file became no document.
+
+    ids int32 [N]; trained int8 [N], 0 at each first token; bounds int64 [n + 1]; weights fp32 [n], NaN where a document
+    has none. Of each document int64 [n] ``numbers`` (its line), ``digests`` (of its ids: equal ones are duplicates),
+    int32 ``n_trained``, uint8 ``flags``. ``marker`` stands between the file's name and the line in a sample's name.
+    ``n_samples`` counts the file's samples, those without a document too; ``dropped`` is {reason: (samples, tokens)}.
+    """
+
+    path: str
+    marker: str
+    n_samples: int
+    dropped: Mapping[str, tuple[int, int]]
+    ids: Tensor
+    trained: Tensor
+    bounds: Tensor
+    weights: Tensor
+    numbers: Tensor
+    digests: Tensor
+    n_trained: Tensor
+    flags: Tensor
+
+    def __len__(self) -> int:
+        return self.numbers.numel()
+
+    def where(self, index: int) -> str:
+        """The name of document `index`, such as "file:line"."""
+        number = int(self.numbers[index])
+        return f"{self.path}{self.marker}{number}" if number else self.path
+
+    def weight(self, index: int) -> float | None:
+        """The weight of document `index`, if it has one."""
+        weight = float(self.weights[index])
+        return None if weight != weight else weight
+
+    def document(self, index: int, start: int, end: int) -> Document:
+        """Tokens [start, end) of the file as a Document; they belong to document `index`."""
+        return Document(self.ids[start:end].tolist(), self.trained[start:end].tolist(), self.weight(index),
+                        self.where(index))
+
+
+class Builder:
+    """Grows a Corpus from encoded samples."""
+
+    def __init__(self, path: str, eos_ids: Iterable[int]) -> None:
+        self.path, self._eos_ids = path, frozenset(eos_ids)
+        self.n_samples, self.marker = 0, ":"
+        self._dropped: dict[str, tuple[int, int]] = {}
+        self._arrays: dict[str, array[Any]] = {name: array(_TYPECODES[dtype]) for name, dtype in ARRAYS.items()}
+        self._arrays["bounds"].append(0)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the documents so far."""
+        return len(self._arrays["ids"])
+
+    def add(self, samples: Iterable[Encoded]) -> None:
+        """Append the documents of `samples`, count the rest."""
+        for sample in samples:
+            self.n_samples += 1
+            if sample.reasons:
+                reason = " and ".join(sorted(set(sample.reasons)))
+                before = self._dropped.get(reason, (0, 0))
+                self._dropped[reason] = (before[0] + 1, before[1] + sample.n_dropped)
+            if sample.document is not None:
+                self._append(sample.document, sample.empty_answer)
+
+    def _append(self, document: Document, blank: bool) -> None:
+        ids, trained, arrays = document.ids, document.trained, self._arrays
+        arrays["ids"].extend(ids)
+        arrays["trained"].extend(trained)
+        arrays["bounds"].append(self.n_tokens)
+        arrays["weights"].append(float("nan") if document.weight is None else document.weight)
+        arrays["numbers"].append(self._number(document.where))
+        digest = hashlib.blake2b(memoryview(ids), digest_size=8).digest()       # type: ignore[arg-type]
+        arrays["digests"].append(int.from_bytes(digest, "little", signed=True))
+        arrays["n_trained"].append(bytes(memoryview(trained)).count(1))         # type: ignore[arg-type]
+        ends = bool(trained[-1] and ids[-1] in self._eos_ids) or any(       # nearly always at the end
+            target and token in self._eos_ids for token, target in zip(ids, trained, strict=True))
+        arrays["flags"].append(ENDS * ends + BLANK * blank)
+
+    def _number(self, where: str) -> int:
+        digits = where[len(self.path) + len(self.marker):]
+        if not (digits.isdecimal() and where.startswith(self.marker, len(self.path))):
+            parts = re.fullmatch(r"(\D*)(\d+)", where.removeprefix(self.path))
+            if parts is None:
+                return 0
+            self.marker, digits = parts[1], parts[2]
+        return int(digits)
+
+    def finish(self) -> Corpus:
+        """The Corpus; nothing can be added any more."""
+        found = {name: _tensor(self._arrays[name], dtype) for name, dtype in ARRAYS.items()}
+        return Corpus(path=self.path, marker=self.marker, n_samples=self.n_samples, dropped=self._dropped, **found)
+
+
+def _tensor(values: array[Any], dtype: torch.dtype) -> Tensor:
+    """`values` without a copy."""
+    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
+
+
+__all__ = ["ARRAYS", "BLANK", "ENDS", "Builder", "Corpus"]

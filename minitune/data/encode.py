@@ -1,0 +1,88 @@
+"""encode: samples to Documents, many at once, so that the tokenizer libraries work on all cores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from minitune.data.chat import encode_conversations
+from minitune.data.document import Document, encode_samples
+from minitune.data.formats import Sample
+
+if TYPE_CHECKING:
+    from minitune.data.tokenizer import Tokenizer
+
+CHUNK_SAMPLES, CHUNK_CHARACTERS = 1024, 4_000_000
+"""A chunk is encoded at once: enough for every core, little beside the data set."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample of a file, encoded. ``document`` is None where the whole sample is unused.
+
+    ``n_dropped`` are the tokens of its unused texts, ``reasons`` say why each is. ``empty_answer``: what is trained is
+    blank, the end of the text apart. ``where`` is "file:line".
+    """
+
+    document: Document | None
+    n_dropped: int
+    reasons: tuple[str, ...]
+    where: str
+    empty_answer: bool = False
+
+
+def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Encoded]:
+    """Encodes samples, all their texts together and all their conversations together, in the order given.
+
+    Unused texts are encoded as well, since the ledger counts tokens. Raises InputError that names the sample.
+    """
+    pieces = iter(encode_samples([sample.segments for sample in samples if sample.segments is not None], tokenizer))
+    talks = iter(encode_conversations([(sample.messages, sample.tools, sample.where)
+                                       for sample in samples if sample.messages is not None], tokenizer))
+    unused = [each.text for sample in samples for each in sample.unused]
+    counts = iter(map(len, tokenizer.encode_many(unused, bos=False)) if unused else ())
+    found: list[Encoded] = []
+    for sample in samples:
+        document = None
+        if sample.segments is not None or sample.messages is not None:
+            ids, trained = next(pieces if sample.segments is not None else talks)
+            document = Document(ids, trained, sample.weight, sample.where)
+        dropped = sum(next(counts) for _ in sample.unused)
+        reasons = tuple(each.reason for each in sample.unused)
+        found.append(Encoded(document, dropped, reasons, sample.where, _is_blank(sample)))
+    return found
+
+
+def chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    """`samples` in lists of at most CHUNK_SAMPLES and about CHUNK_CHARACTERS."""
+    chunk: list[Sample] = []
+    characters = 0
+    for sample in samples:
+        chunk.append(sample)
+        characters += _characters(sample)
+        if len(chunk) >= CHUNK_SAMPLES or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _characters(sample: Sample) -> int:
+    texts = [segment.text for segment in sample.segments or ()]
+    texts += [str(message.get("content") or "") for message in sample.messages or ()]
+    return sum(map(len, texts)) + sum(len(each.text) for each in sample.unused)
+
+
+def _is_blank(sample: Sample) -> bool:
+    """Whether a sample has answers to train and all of them are blank."""
+    answers = [segment.text for segment in sample.segments or () if segment.trained]
+    for message in sample.messages or ():
+        if message.get("role") == "assistant" and message.get("weight") != 0:
+            if message.get("tool_calls") or message.get("function_call"):
+                return False
+            answers.append(str(message.get("content") or ""))
+    return bool(answers) and all(not answer or answer.isspace() for answer in answers)
+
+
+__all__ = ["CHUNK_CHARACTERS", "CHUNK_SAMPLES", "Encoded", "chunks", "encode"]

@@ -1,0 +1,59 @@
+"""minitune inspect, as a user runs it: ledger, notes, lengths and samples on stdout, one error for bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minitune.commands.inspect import Inspect
+from minitune.config import Data
+from minitune.errors import InputError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BASE = EXAMPLES / "base"
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("\n".join(json.dumps({"question": text, "answer": "yes"}) for text in texts), encoding="utf-8")
+    return path
+
+
+def test_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    Inspect(EXAMPLES / "facts.jsonl", BASE, n=2).run()
+    out = capsys.readouterr().out
+    assert "Where the tokens go" in out and "an epoch: 50 samples" in out and "Lengths in tokens" in out
+    assert out.count("«") == 2 and "minitune is a small trainer" in out and "\x1b" not in out
+
+
+def test_long_samples_are_shown_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.jsonl", ["short", "a longer question than that " * 4])
+    fields = ("prompt=question", "completion=answer")
+    Inspect(path, BASE, n=0, tokens=20, samples=Data(field_map=fields)).run()
+    out = capsys.readouterr().out
+    assert "note: 1 sample: longer than 20 tokens, so training refuses them: raise --tokens to" in out
+    assert f"({path}:2)" in out and "too long" in out and "«" not in out
+    Inspect(path, BASE, n=0, tokens=20, samples=Data(field_map=fields, long="split")).run()
+    out = capsys.readouterr().out
+    assert "split, no piece sees the one before it" in out and "refuses" not in out
+
+
+def test_what_is_held_out_has_a_ledger_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.jsonl", [f"question {i}" for i in range(10)])
+    settings = Data(field_map=("prompt=question", "completion=answer"), valid_split=0.2)
+    Inspect(path, BASE, samples=settings).run()
+    out = capsys.readouterr().out
+    assert "an epoch: 8 samples" in out and "Held out" in out and "an epoch: 2 samples" in out
+
+
+def test_errors(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ["one"])
+    with pytest.raises(InputError, match=r"a.jsonl:1: .*question"):
+        Inspect(path, BASE).run()
+    with pytest.raises(InputError, match="no such file"):
+        Inspect(tmp_path / "none.jsonl", BASE).run()
+    with pytest.raises(InputError, match="n is -1"):
+        Inspect(path, BASE, n=-1).run()
+    with pytest.raises(InputError, match="tokens is 1;"):
+        Inspect(path, BASE, tokens=1).run()
