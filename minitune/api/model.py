@@ -1,4 +1,4 @@
-"""Model: a network with its tokenizer; its losses, what is trained, its files, and what it writes."""
+"""Model: a network with its tokenizer; its losses, what is trained, its files, and what it writes (`generation.py`)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minitune.api.generation import Generation
 from minitune.checkpoint.adapter import write_adapter
 from minitune.checkpoint.hf_config import write_config
-from minitune.checkpoint.merge import Onto, base_tensors, merged_tensors
+from minitune.checkpoint.merge import Onto, base_tensors, merged_config, merged_tensors
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import save_weights
-from minitune.config import LoRA, ModelConfig, short
+from minitune.config import LoRA, short
 from minitune.data.batch import IGNORED, Batch
-from minitune.data.ending import Ending
-from minitune.data.ids import as_prompts, flat_integers
-from minitune.data.tokenizer import Tokenizer, copy_tokenizer
+from minitune.data.ids import flat_integers
+from minitune.data.tokenizer import Tokenizer, save_tokenizer
 from minitune.devices import DTYPES
 from minitune.errors import InputError
-from minitune.model.generate import generate, sampler
 from minitune.model.llama import Llama
 from minitune.objectives import sft
 
@@ -34,30 +33,12 @@ def as_path(owner: str, name: str, value: Any) -> Path:
     return Path(value)
 
 
-class Model(nn.Module):
+class Model(Generation):
     """A network with its tokenizer (None if the checkpoint has none) and the folder it came from."""
 
     def __init__(self, network: Llama, tokenizer: Tokenizer | None, path: Path | None = None):
-        super().__init__()
-        self.network, self.path = network, path
-        self._tokenizer = tokenizer
+        super().__init__(network, tokenizer, path)
         self.lora: LoRA | None = None
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.network.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.device
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """InputError if the checkpoint folder has none."""
-        if self._tokenizer is None:
-            raise InputError(f"{self.path}: no tokenizer.json or tokenizer.model in the folder; text needs one, put it "
-                             "beside config.json")
-        return self._tokenizer
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
         """`to(device)` and its kin. InputError for another dtype: what is trained stays fp32, and all else has the
@@ -133,22 +114,19 @@ class Model(nn.Module):
     @contextlib.contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """Within it the model answers as its base does."""
-        before = [projection.enabled for projection in self.network.projections()]
-        try:
-            for projection in self.network.projections():
-                projection.enabled = False
+        with self.network.adapters_disabled():
             yield
-        finally:
-            for projection, enabled in zip(self.network.projections(), before, strict=True):
-                projection.enabled = enabled
 
     def save_adapter(self, folder: str | Path) -> None:
-        """A PEFT adapter folder (adapter_config.json, adapter_model.safetensors); peft, vLLM, transformers load it."""
+        """A PEFT adapter folder (adapter_config.json, adapter_model.safetensors); peft, vLLM, transformers load it.
+        Where tokens were added, the tokenizer goes with it."""
         if self.lora is None:
             raise InputError("save_adapter: the model has no adapter; load it with lora=mt.LoRA(…) or adapter=…")
         base = None if self.path is None else str(self.path)
-        linears = [path for projection in self.network.projections() for path in projection.parts]
-        write_adapter(as_path("save_adapter", "folder", folder), self.network.adapters(), self.lora, base, linears)
+        target, rows = as_path("save_adapter", "folder", folder), self.network.output.rows
+        write_adapter(target, self.network.adapters(), self.lora, base, self.network.linears(), rows)
+        if rows is not None and self._tokenizer is not None:
+            save_tokenizer(self._tokenizer, target)
 
     def save_merged(self, folder: str | Path, onto: Onto = "loaded") -> None:
         """The model with its adapter added into the weights, as a checkpoint folder that transformers and vLLM load.
@@ -167,9 +145,9 @@ class Model(nn.Module):
         else:
             with Checkpoint.open(self.path) as source:
                 save_weights(target, merged_tensors(self.network, source, onto))
-        write_config(target, self.config)
+        write_config(target, merged_config(self.network))
         if self._tokenizer is not None and self.path is not None:
-            copy_tokenizer(self.path, target)
+            save_tokenizer(self._tokenizer, target)
 
     def save(self, folder: str | Path) -> None:
         """The base weights as a checkpoint folder that transformers and minitune load, its tokenizer with it."""
@@ -183,42 +161,4 @@ class Model(nn.Module):
         save_weights(target, base_tensors(self.network, DTYPES[self.config.dtype]))
         write_config(target, self.config)
         if self._tokenizer is not None and self.path is not None:
-            copy_tokenizer(self.path, target)
-
-    # -- generation --------------------------------------------------------------------------------------------------
-
-    @overload
-    def generate(self, ids: Sequence[int], max_new_tokens: int, temperature: float = ..., top_k: int | None = ...,
-                 top_p: float | None = ..., stop: str | Sequence[str] | None = ...,
-                 seed: int | None = ...) -> list[int]: ...
-    @overload
-    def generate(self, ids: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = ...,
-                 top_k: int | None = ..., top_p: float | None = ..., stop: str | Sequence[str] | None = ...,
-                 seed: int | None = ...) -> list[list[int]]: ...
-    def generate(self, ids: Any, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
-                 top_p: float | None = None, stop: str | Sequence[str] | None = None, seed: int | None = None) -> Any:
-        """Continue one prompt (ids) or many (a list of them) -> the new ids alone, without EOS or the stop text.
-
-        Greedy at temperature 0, else sampled. Ends at EOS, at a stop text or after `max_new_tokens`.
-        """
-        single, prompts = as_prompts(ids)
-        choose = sampler(temperature, top_k, top_p, seed, self.device)
-        ending = Ending(self.eos_ids, self._tokenizer, stop)
-        answers = [ending.trim(new) for new in generate(self.network, prompts, max_new_tokens, choose, ending.reached)]
-        return answers[0] if single else answers
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        """Every id that ends an answer, by config.json, generation_config.json and the tokenizer."""
-        known = set(self.config.eos_ids)
-        if self._tokenizer is not None:
-            known |= set(self._tokenizer.eos_ids)
-        return frozenset(known)
-
-    def complete(self, text: str, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
-                 top_p: float | None = None, stop: str | Sequence[str] | None = None, seed: int | None = None) -> str:
-        """What the model writes after `text`; control strings inside `text` stay text."""
-        ending = Ending(self.eos_ids, self.tokenizer, stop)
-        choose = sampler(temperature, top_k, top_p, seed, self.device)
-        (new,) = generate(self.network, [self.tokenizer.encode(text)], max_new_tokens, choose, ending.reached)
-        return ending.text(new)
+            save_tokenizer(self._tokenizer, target)

@@ -3,40 +3,136 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from minitune.api.model import Model
-from minitune.config import Training, short
+from minitune.api.examine import Examiner, Question, first_questions, validation_batches
+from minitune.api.model import Model, as_path
+from minitune.config import Training, check_whole, short
+from minitune.data.account import overlap
 from minitune.data.batch import Batch
 from minitune.data.stream import Stream, stream
 from minitune.errors import InputError
 from minitune.objectives import sft
+from minitune.report.folder import check_free, run_folder
+from minitune.report.progress import is_watched, progress
+from minitune.training.flops import costs_of
 from minitune.training.loop import fit
+from minitune.training.machine import matrix_rate
 from minitune.training.run import Observer, Run
+from minitune.training.steps import tell
+
+Files = str | Path | Sequence[str | Path] | Mapping[str | Path, float]
+"""What `mt.data.stream` reads: a file, several, or {file: how often each of its samples is seen in an epoch}."""
 
 
-def train(model: Model, data: str | Path | Iterable[Batch], *, training: Training | None = None,
+def train(model: Model, data: Files | Iterable[Batch], *, valid: str | Path | Iterable[Batch] | None = None,
+          training: Training | None = None, out: str | Path | None = None, ask: Sequence[Question] | None = None,
+          max_new_tokens: int = 128, quiet: bool | None = None, config: Mapping[str, Any] | None = None,
           observers: Sequence[Observer] = (), **settings: Any) -> Run:
-    """Fine-tune `model` on a JSONL file or on batches -> Run, the record of every step.
+    """Fine-tune `model` on a data file or on batches -> Run, the record of every step and evaluation.
 
     `settings` are fields of Training (lr=1e-4, tokens=4096, …), or give a whole `training`. A path is tokenised and
-    packed by `mt.data.stream`; batches are taken as they come.
+    packed by `mt.data.stream`; batches are taken as they come. valid: held-out data, a path or batches, whose loss is
+    measured before training, every ``evaluate_every`` steps and at the end.
+
+    out: a folder, new or empty, for all that a run leaves: config.json (with what `config` adds), environment.json,
+    ledger.json, metrics.jsonl, answers.jsonl, loss.png, adapter/ (the last one) and adapter-best/ (that of the lowest
+    validation loss); for a model loaded with train=… they are model/ and model-best/. Ctrl-C keeps what was trained.
+    ask: questions, texts or lists of messages, answered greedily before and after training, and at each
+    evaluation where ``evaluate_every`` is set; with `out` and a path by default the data's first three prompts.
+    quiet: True shows no progress, False shows it always; by default it is shown on a terminal and in a notebook.
+
+    Raises InputError before anything is written; TrainingDiverged where the loss is no longer a number.
     """
+    training = _training(training, settings)
+    folder = None if out is None else as_path("train", "out", out)
+    if folder is not None:
+        check_free(folder)
+    check_whole("train", "max_new_tokens", max_new_tokens)
+    about: dict[str, Any] = {"data": _name(data), "valid": None if valid is None else _name(valid), **(config or {})}
+    if ask is None:
+        ask = first_questions(data) if folder is not None and isinstance(data, str | Path) else ()
+    batches = _batches("data", data, model, training)
+    held_out = None if valid is None else _batches("valid", valid, model, training)
+    if training.evaluate_every is not None and held_out is None and not ask:
+        raise InputError(f"train: evaluate_every is {training.evaluate_every}, but there is nothing to evaluate; give "
+                         "valid=… (held-out data) or ask=… (questions), or leave it out")
+    shown = is_watched() if quiet is None else not quiet
+    everyone = [*(_folder(folder, model, about) if folder is not None else ()), *observers,
+                *([progress()] if shown else ())]
+    examiner = Examiner(model, None if held_out is None else validation_batches(held_out), ask, max_new_tokens,
+                        training.evaluate_every is not None)
+    _tell_ledgers(batches, held_out, everyone, shown)
+    rate = matrix_rate(model.device, model.network.dtype) if shown or folder is not None else None
+    objective = functools.partial(sft.sft, label_smoothing=training.label_smoothing)
+    return fit(model, batches, training, objective, everyone, evaluate=examiner, costs=costs_of(model.network),
+               matrix_rate=rate)
+
+
+def _training(training: Training | None, settings: Mapping[str, Any]) -> Training:
     if training is not None and settings:
         raise InputError(f"train: both training and {', '.join(settings)} are given; put all of it into one of them")
     unknown = settings.keys() - Training.__dataclass_fields__.keys()
     if unknown:
         raise InputError(f"train: no setting is named {', '.join(sorted(unknown))}; there are "
                          f"{', '.join(Training.__dataclass_fields__)}")
-    training = training or Training(**settings)
-    if isinstance(data, str | Path):
-        data = stream(data, model.tokenizer, tokens=training.tokens, seed=training.seed)
-    elif not isinstance(data, Iterable):
-        raise InputError(f"train: data is {short(data)}; give the path of a JSONL file, or batches")
-    elif isinstance(data, Stream) and data.epochs not in (1, training.epochs):
+    return training or Training(**settings)
+
+
+def _batches(name: str, data: Any, model: Model, training: Training) -> Iterable[Batch]:
+    """The batches of `data`: read, where it names files, else itself."""
+    if _is_files(data):
+        shuffled = name == "data"
+        return stream(data, model.tokenizer, tokens=training.tokens, epochs=training.epochs if shuffled else 1,
+                      seed=training.seed, shuffle=shuffled)
+    if not isinstance(data, Iterable):
+        raise InputError(f"train: {name} is {short(data)}; give the path of a data file, or batches")
+    if isinstance(data, Stream) and name == "data" and data.epochs not in (1, training.epochs):
         raise InputError(f"train: the stream has epochs={data.epochs}, the training epochs={training.epochs}; set "
                          "epochs in one place")
-    objective = functools.partial(sft.sft, label_smoothing=training.label_smoothing)
-    return fit(model, data, training, objective, observers)
+    return data
+
+
+def _tell_ledgers(batches: Iterable[Batch], held_out: Iterable[Batch] | None, observers: Sequence[Observer],
+                  shown: bool) -> None:
+    """Tell of the ledgers, those that the data keeps. Where no progress is shown their notes become warnings."""
+    ledgers = {name: data.ledger for name, data in (("train", batches), ("valid", held_out))
+               if isinstance(data, Stream)}
+    if isinstance(batches, Stream) and isinstance(held_out, Stream):
+        note = overlap(batches.parts, held_out.parts)
+        if note is not None and note not in ledgers["valid"].notes:
+            ledgers["valid"] = replace(ledgers["valid"], notes=(note, *ledgers["valid"].notes))
+    if ledgers:
+        tell(observers, "on_ledger", ledgers)
+    if not shown:
+        for name, ledger in ledgers.items():
+            for each in ledger.notes:
+                warnings.warn(f"{name} data: {each}", stacklevel=3)
+
+
+def _is_files(data: Any) -> bool:
+    if isinstance(data, list | tuple):
+        return bool(data) and all(isinstance(each, str | Path) for each in data)
+    return isinstance(data, str | Path | Mapping)
+
+
+def _name(data: Any) -> Any:
+    """What config.json says of the data: its files, or what kind of object gave the batches."""
+    if isinstance(data, Stream):
+        return [{"file": part.corpus.path, "share": part.share, "samples": part.samples} for part in data.parts]
+    return data if _is_files(data) else f"batches of a {type(data).__name__}"
+
+
+def _folder(folder: Path, model: Model, about: Mapping[str, Any]) -> list[Observer]:
+    """The observers that write the run folder."""
+    network, adapted = model.network, model.lora is not None
+    config = {"model": {"path": model.path, "device": str(model.device), "dtype": str(network.dtype).split(".")[-1],
+                        "memory": network.memory, "in_4_bits": bool(network.nf4_shapes()),
+                        "config": asdict(model.config)},
+              "lora": None if model.lora is None else asdict(model.lora),
+              "trained_weights": sorted(network.trained_names()), **about}
+    return run_folder(folder, model.save_adapter if adapted else model.save, "adapter" if adapted else "model", config)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tyro.conf import Positional
 
 from minitune.api import load
+from minitune.commands.sampling import Sampling
 from minitune.config import Quant
 
 
 @dataclass(frozen=True)
 class Complete:
-    """Let a model continue a text; the continuation alone is printed."""
+    """Let a model continue a text; the continuation alone is printed, as it is written."""
 
     base: Positional[Path]
     """Hugging Face folder."""
@@ -23,24 +24,16 @@ class Complete:
     """PEFT adapter folder."""
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
-    temperature: float = 0.0
-    """0 is greedy, more is bolder."""
-    top_k: int | None = None
-    """Draw among so many likeliest tokens."""
-    top_p: float | None = None
-    """Draw among the fewest tokens whose probabilities reach this."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer."""
-    seed: int | None = None
-    """Random seed of the draws."""
     device: str | None = None
     """cuda or cpu; by default the GPU if there is one."""
     dtype: str | None = None
     """bfloat16 or float32; by default the one that the device is good at."""
     quant: Quant | None = None
     """nf4 or nf4-dq (double quantisation): the base's linears in 4 bits."""
+    sampling: Sampling = field(default_factory=Sampling)
 
     def run(self) -> None:
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
-        print(model.complete(self.text, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.stop,
-                             self.seed))
+        for piece in model.stream(self.text, self.max_new_tokens, **asdict(self.sampling)):
+            print(piece, end="", flush=True)
+        print()

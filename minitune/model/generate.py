@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,9 @@ from minitune.model import half
 from minitune.model.attention_half import AttentionHalf
 from minitune.model.llama import Llama
 from minitune.model.memory import free_bytes
-from minitune.ops import attention, lora_matmul, rms_norm, rope
+from minitune.ops import attention, lora_matmul, one_row, rms_norm, rope
 from minitune.ops.documents import Documents
+from minitune.ops.one_row import LayerWeights, OneRow
 
 WORTH_PREPARING = 16
 """From so many new tokens on, laying the weights out for decoding on a CPU costs less than it saves."""
@@ -55,15 +56,14 @@ class Cache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write one key and one value [n, kv_heads, head_dim] behind what each row holds; `lengths` is left alone."""
-        if len(set(self.lengths)) == 1:     # a slice is a plain copy, cheaper than an index
-            place = self.lengths[0]
-            self.keys[layer][:, :, place], self.values[layer][:, :, place] = k, v
+        if len(set(self.lengths)) == 1:     # a plain copy, cheaper than an index
+            self.keys[layer].select(2, self.lengths[0]).copy_(k)
+            self.values[layer].select(2, self.lengths[0]).copy_(v)
         else:
             rows, places = torch.arange(len(self.lengths)), torch.tensor(self.lengths)
             self.keys[layer][rows, :, places], self.values[layer][rows, :, places] = k, v
 
 
-@torch.no_grad()
 def generate(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: Choose,
              finished: Callable[[int, list[int]], bool]) -> list[list[int]]:
     """New ids of each prompt, the one that finished it included.
@@ -71,35 +71,52 @@ def generate(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: i
     `finished(row, ids)` is asked after each token whether that row is done. InputError for an empty prompt or an id
     outside the vocabulary.
     """
-    _check(network, prompts, max_new_tokens)
     new: list[list[int]] = [[] for _ in prompts]
-    if max_new_tokens == 0:
-        return new
+    done = [False] * len(new)
+    with contextlib.closing(steps(network, prompts, max_new_tokens, choose)) as found:
+        for tokens in found:
+            for row, token in enumerate(tokens):
+                if not done[row]:
+                    new[row].append(token)
+                    done[row] = finished(row, new[row])
+            if all(done):
+                break
+    return new
+
+
+def steps(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+          choose: Choose) -> Generator[list[int]]:
+    """The next token of each prompt, one list a step, up to `max_new_tokens` steps; close it to end sooner.
+
+    Nothing is computed before a step is asked for. InputError, at once, for an empty prompt or an id outside the
+    vocabulary. Between two steps the model must not be trained.
+    """
+    _check(network, prompts, max_new_tokens)
+    return _steps(network, prompts, max_new_tokens, choose)
+
+
+@torch.no_grad()
+def _steps(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+           choose: Choose) -> Generator[list[int]]:
+    if max_new_tokens == 0 or not prompts:
+        return
     longest = max(map(len, prompts))
     cache = Cache(network, len(prompts), longest + min(ROOM, max_new_tokens), longest + max_new_tokens)
-    network.check_length(longest + max_new_tokens)
+    network.check_length(longest)
     hidden = prefill(network, prompts, cache)
     size = sum(math.prod(shape) for _, shape, _, _ in network.dense_weights()) * network.dtype.itemsize
     prepare = (max_new_tokens >= WORTH_PREPARING and network.device.type == "cpu"
                and 2 * size < free_bytes(network.device))
     with network.weights_at_hand(len(prompts)) if prepare else contextlib.nullcontext():
-        _grow(network, hidden, cache, new, max_new_tokens, choose, finished)
-    return new
-
-
-def _grow(network: Llama, hidden: Tensor, cache: Cache, new: list[list[int]], max_new_tokens: int, choose: Choose,
-          finished: Callable[[int, list[int]], bool]) -> None:
-    """Append to each row of `new` until it is finished or has `max_new_tokens`."""
-    done = [False] * len(new)
-    for step in range(max_new_tokens):
-        tokens = choose(network.logits(hidden)).tolist()
-        for row, token in enumerate(tokens):
-            if not done[row]:
-                new[row].append(token)
-                done[row] = finished(row, new[row])
-        if all(done) or step == max_new_tokens - 1:
-            return
-        hidden = decode(network, tokens, cache)
+        row = one_row_of(network) if len(prompts) == 1 and one_row.fits(network.dtype, network.device) else None
+        for step in range(max_new_tokens):
+            tokens: list[int] = choose(network.logits(hidden)).tolist()
+            yield tokens
+            if step == max_new_tokens - 1:
+                return
+            if longest + step == network.config.max_positions:     # the first token behind the last place it knows
+                network.check_length(longest + step + 1)
+            hidden = decode(network, tokens, cache, row)
 
 
 def _check(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -120,7 +137,7 @@ def prefill(network: Llama, prompts: Sequence[Sequence[int]], cache: Cache) -> T
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=network.device)
     cos, sin = rope.tables(network.config, documents.positions().to(network.device), documents)
     context = half.Context(cos, sin, documents)
-    x, branch = F.embedding(tokens, network.embedding).to(network.dtype), None
+    x, branch = network.embed(tokens), None
     for index, layer in enumerate(network.blocks()):
         weights = layer.attention.operands()
         kept = layer.attention.project(x, branch, weights[0], context)
@@ -137,13 +154,22 @@ def prefill(network: Llama, prompts: Sequence[Sequence[int]], cache: Cache) -> T
     return _last(network, x[ends], branch[ends] if branch is not None else None)
 
 
-def decode(network: Llama, tokens: Sequence[int], cache: Cache) -> Tensor:
-    """One more token in each row, int [n] -> hidden [n, d_model]. The adapters are those of `prefill`."""
+def decode(network: Llama, tokens: Sequence[int], cache: Cache, row: OneRow | None = None) -> Tensor:
+    """One more token in each row, int [n] -> hidden [n, d_model]. The adapters are those of `prefill`. With `row` it
+    takes the faster way of a single sequence, and overwrites the hidden state at the next call."""
     device = network.device
     cache.make_room()
-    cos, sin = rope.step_tables(network.config, cache.lengths, device)
-    context = half.Context(cos, sin, Documents.from_lengths((1,) * len(tokens)))
-    x, branch = F.embedding(torch.tensor(tokens, device=device), network.embedding).to(network.dtype), None
+    documents = Documents.from_lengths((1,) * len(tokens))
+    if network.config.rope.kind == "dynamic":
+        cos, sin = rope.step_tables(network.config, cache.lengths, device)
+    else:
+        cos, sin = rope.tables(network.config, torch.tensor(cache.lengths, device=device), documents)
+    x, branch = network.embed(torch.tensor(tokens, device=device)), None
+    if row is not None:
+        (place,) = cache.lengths
+        cache.lengths = [place + 1]
+        return row.step(x, cos, sin, cache.keys, cache.values, place)
+    context = half.Context(cos, sin, documents)
     for index, layer in enumerate(network.blocks()):
         weights = layer.attention.operands()
         kept = layer.attention.project(x, branch, weights[0], context)
@@ -155,8 +181,28 @@ def decode(network: Llama, tokens: Sequence[int], cache: Cache) -> Tensor:
     return _last(network, x, branch)
 
 
+def one_row_of(network: Llama) -> OneRow:
+    """The network, with its adapters as `prefill` found them, for decoding one sequence on a CPU."""
+    def cast(weight: Tensor | None) -> Tensor | None:
+        return None if weight is None else weight.detach().to(network.dtype)
+
+    config, layers = network.config, []
+    for block in network.blocks():
+        attention, mlp = block.attention, block.mlp
+        (qkv, o), (gate_up, down) = attention.operands(), mlp.operands()
+        layers.append(LayerWeights(attention.norm.detach().to(network.dtype), qkv, cast(attention.q_norm),
+                                   cast(attention.k_norm), o, mlp.norm.detach().to(network.dtype), gate_up, down,
+                                   attention.window))
+    shape = one_row.Shape(config.d_model, config.n_heads, config.n_kv_heads, config.head_dim, config.d_ff,
+                          config.norm_eps)
+    return OneRow(layers, network.norm.detach().to(network.dtype), shape, network.dtype)
+
+
 def _attend(layer: AttentionHalf, q: Tensor, keys: Tensor, values: Tensor, lengths: list[int]) -> Tensor:
-    """q [n, heads, head_dim] against the first lengths[row] + 1 entries of each row -> [n, heads·head_dim]."""
+    """q [n, heads, head_dim] against the first lengths[row] + 1 entries of each row -> [n, heads·head_dim].
+
+    The query heads that share a key head go as so many queries of that head: no key is repeated, each is read once.
+    """
     longest = max(lengths) + 1
     first = 0 if layer.window is None else max(0, min(lengths) + 1 - layer.window)
     mask = None
@@ -165,9 +211,10 @@ def _attend(layer: AttentionHalf, q: Tensor, keys: Tensor, values: Tensor, lengt
         last = torch.tensor(lengths, device=q.device)[:, None]
         mask = (place <= last) if layer.window is None else (place <= last) & (place > last - layer.window)
         mask = mask[:, None, None]
-    out = F.scaled_dot_product_attention(q[:, :, None], keys[:, :, first:longest], values[:, :, first:longest],
-                                         attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1])
-    return out[:, :, 0].flatten(1)
+    n, kv_heads, _, head_dim = keys.shape
+    out = F.scaled_dot_product_attention(
+        q.reshape(n, kv_heads, -1, head_dim), keys[:, :, first:longest], values[:, :, first:longest], attn_mask=mask)
+    return out.reshape(n, -1)
 
 
 def _last(network: Llama, x: Tensor, branch: Tensor | None) -> Tensor:
@@ -188,22 +235,31 @@ def sampler(temperature: float = 0.0, top_k: int | None = None, top_p: float | N
         check_seed("generate", seed)
     if temperature == 0:
         return lambda logits: logits.argmax(-1)
-    temperature, generator = float(temperature), torch.Generator(device)
+    temperature = max(float(temperature), torch.finfo(torch.float32).tiny)     # below it fp32 knows only 0
+    generator = torch.Generator(device)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
 
     def draw(logits: Tensor) -> Tensor:
-        ordered, ids = ((logits - logits.amax(-1, keepdim=True)) / temperature).sort(-1, descending=True)
-        if top_k is not None:
-            ordered, ids = ordered[:, :top_k], ids[:, :top_k]
-        p = ordered.softmax(-1)
-        if top_p is not None:
-            p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+        p, ids = distribution(logits, temperature, top_k, top_p)
         return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
     return draw
+
+
+def distribution(logits: Tensor, temperature: float, top_k: int | None = None,
+                 top_p: float | None = None) -> tuple[Tensor, Tensor]:
+    """Logits fp32 [n, vocab_size] -> (weights fp32 [n, k], the likeliest first, not summing to 1 once `top_p` cut them;
+    their ids int64 [n, k]): what `sampler` draws from. k is vocab_size or `top_k`."""
+    ordered, ids = ((logits - logits.amax(-1, keepdim=True)) / temperature).sort(-1, descending=True)
+    if top_k is not None:
+        ordered, ids = ordered[:, :top_k], ids[:, :top_k]
+    p = ordered.softmax(-1)
+    if top_p is not None and top_p < 1:     # 1 cuts nothing, whatever the sum is rounded to
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+    return p, ids
 
 
 def _is_number(value: object) -> bool:

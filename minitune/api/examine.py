@@ -1,0 +1,88 @@
+"""Examiner: what a run asks its model between steps: the loss on validation data, and sample questions."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from minitune.api.model import Model
+from minitune.config import short
+from minitune.data.batch import Batch
+from minitune.data.chat import check_messages
+from minitune.data.formats import Prompt, prompts_of
+from minitune.errors import InputError
+from minitune.objectives.evaluate import evaluate
+from minitune.training.run import EvaluationRecord, SampleAnswer
+
+Question = str | Sequence[dict[str, Any]] | Prompt
+"""A text to continue, or the messages of a chat to answer; a Prompt is either."""
+N_QUESTIONS = 3
+"""So many questions are asked where none are given."""
+
+
+def first_questions(path: str | Path, field_map: Mapping[str, str] | None = None) -> tuple[Prompt, ...]:
+    """The first three prompts of a data file."""
+    return tuple(islice(prompts_of(path, field_map), N_QUESTIONS))
+
+
+def as_prompt(question: Any) -> Prompt:
+    """InputError for what is no question."""
+    if isinstance(question, Prompt):
+        return question
+    if isinstance(question, str) and question:
+        return Prompt(question, None)
+    if isinstance(question, list | tuple) and question:
+        check_messages(question, "train: ask")
+        return Prompt(None, list(question))
+    raise InputError(f"train: ask has {short(question)}; a question is a text, or a list of messages")
+
+
+class Examiner:
+    """Called by the loop between steps. `valid` are batches, or None; greedy answers have `max_new_tokens` at most.
+
+    ``always_ask``: questions are put at every evaluation, not only at the first and the last.
+    """
+
+    def __init__(self, model: Model, valid: Sequence[Batch] | None, questions: Sequence[Question], max_new_tokens: int,
+                 always_ask: bool) -> None:
+        self.model, self.valid, self.questions = model, valid, tuple(map(as_prompt, questions))
+        self.max_new_tokens, self.always_ask = max_new_tokens, always_ask
+
+    def __call__(self, step: int, end: bool) -> EvaluationRecord | None:
+        begun = time.perf_counter()
+        asks = self.questions if end or self.always_ask else ()
+        if self.valid is None and not asks:
+            return None
+        found: dict[str, Any] = {}
+        if self.valid is not None:
+            seen = evaluate(self.model, self.valid)
+            found = {"loss": seen.loss, "perplexity": seen.perplexity, "accuracy": seen.accuracy,
+                     "n_tokens": seen.n_tokens}
+        answers = tuple(SampleAnswer(question=shown(each), answer=self._answer(each)) for each in asks)
+        return EvaluationRecord(step=step, seconds=time.perf_counter() - begun, answers=answers, **found)
+
+    def _answer(self, question: Prompt) -> str:
+        if question.messages is None:
+            return self.model.complete(question.text or "", self.max_new_tokens)
+        return self.model.chat(question.messages, self.max_new_tokens, tools=question.tools)
+
+
+def shown(question: Prompt) -> str:
+    """The question as it is shown: the text, or the last message's."""
+    if question.messages is None:
+        return question.text or ""
+    content = question.messages[-1].get("content")
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+
+
+def validation_batches(batches: Iterable[Batch]) -> list[Batch]:
+    """One epoch of validation data, kept, since it is read at every evaluation. InputError where nothing is trained."""
+    epoch = getattr(batches, "epoch", None)
+    kept = list(batches if epoch is None else epoch(0))
+    if not any(batch.n_trained for batch in kept):
+        raise InputError("train: the validation data has no trained token, so there is no loss to measure on it")
+    return kept

@@ -1,0 +1,164 @@
+"""minitune chat: lines from a pipe, a terminal with its keys, and the commands within."""
+
+import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import minitune as mt
+from minitune.commands.chat import Chat, Conversation
+from minitune.commands.sampling import Sampling
+
+RUN = """
+import sys
+from pathlib import Path
+from minitune.commands.chat import Chat
+Chat(Path(sys.argv[1]), device="cpu", dtype="float32", max_new_tokens=int(sys.argv[2])).run()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    mt.init("tiny", folder, tokenizer=Path(mt.__file__).parent / "examples" / "base", seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    """One that changes what the model says."""
+    model = mt.load(folder, device="cpu", dtype="float32", lora=mt.LoRA(rank=4))
+    for each in model.network.adapters().values():
+        each.B.data.normal_(0, 0.5)
+    out = tmp_path_factory.mktemp("adapter") / "adapter"
+    model.save_adapter(out)
+    return out
+
+
+def _talk(monkeypatch, capsys, folder, text, **settings):
+    """(stdout, stderr) of a chat that reads `text` from a pipe."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    Chat(folder, device="cpu", dtype="float32", max_new_tokens=8, **settings).run()
+    found = capsys.readouterr()
+    return found.out, found.err
+
+
+def test_each_line_of_a_pipe_is_a_turn(monkeypatch, capsys, folder):
+    out, err = _talk(monkeypatch, capsys, folder, "Hi\n\n  \r\nAnd now?", system="Be brief.")
+    model = mt.load(folder, device="cpu", dtype="float32")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    first = model.chat(messages, 8)
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "And now?"}]
+    second = model.chat(messages, 8)
+    assert out == f"{first}\n{second}\n"
+    assert err.count("cut off after 8 tokens") == 2 and ">" not in err
+
+
+def test_commands_within(monkeypatch, capsys, folder, adapter):
+    model = mt.load(folder, device="cpu", dtype="float32", adapter=adapter)
+    def say(*messages):
+        return model.chat([{"role": role, "content": text} for role, text in messages], 8, temperature=0.9, seed=3)
+
+    hi = ("user", "Hi")
+    with_adapter, system = say(hi), say(("system", "Be kind."), hi)
+    with model.adapter_disabled():
+        base = say(hi)
+    assert len({with_adapter, system, base}) == 3
+    out, err = _talk(monkeypatch, capsys, folder, "Hi\n/reset\nHi\n/system Be kind.\nHi\n/reset\nHi\n/system\nHi\n"
+                     "/adapter off\n/reset\nHi\n/adapter on\n/reset\nHi\n/help\n/exit\nHi\n", adapter=adapter,
+                     sampling=Sampling(temperature=0.9, seed=3))
+    assert out == "".join(f"{text}\n" for text in (with_adapter, with_adapter, system, system, with_adapter, base,
+                                                   with_adapter))
+    assert "(adapter off)" in err and "/adapter on|off" in err and "(a new conversation)" in err
+
+
+@pytest.mark.parametrize(("line", "words"), [("/rest", "/rest is no command"), ("/adapter", "/adapter is no command"),
+                                             ("/adapter maybe", "/adapter maybe is no command"),
+                                             ("/adapter off", "no adapter is loaded"), ("/ hi", "is no command")])
+def test_a_wrong_command_ends_a_pipe_with_an_error(monkeypatch, capsys, folder, line, words):
+    with pytest.raises(mt.InputError, match=words):
+        _talk(monkeypatch, capsys, folder, f"{line}\nHi\n")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_message_may_begin_with_a_slash_behind_a_blank(monkeypatch, capsys, folder):
+    out, _ = _talk(monkeypatch, capsys, folder, " /rest\n")
+    model = mt.load(folder, device="cpu", dtype="float32")
+    assert out == model.chat([{"role": "user", "content": " /rest"}], 8) + "\n"
+
+
+def test_without_a_tokenizer_it_does_not_begin(monkeypatch, capsys, tmp_path):
+    mt.init("tiny", tmp_path, seed=1)
+    with pytest.raises(mt.InputError, match="no tokenizer"):
+        _talk(monkeypatch, capsys, tmp_path, "Hi\n")
+
+
+def test_at_a_terminal_an_error_costs_the_turn_alone(monkeypatch, capsys, folder):
+    model = mt.load(folder, device="cpu", dtype="float32")
+    talk = Conversation(model, None, 8, {})
+    talk.interactive = True
+    lines = iter(["\udce9", "/nonsense", "Hi"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or _end())
+    talk.run()
+    found = capsys.readouterr()
+    assert found.out == model.chat([{"role": "user", "content": "Hi"}], 8) + "\n"
+    assert "surrogate" in found.err and "/nonsense is no command" in found.err
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+
+
+def test_an_empty_answer_leaves_the_conversation_as_it_was(monkeypatch, capsys, folder):
+    model = mt.load(folder, device="cpu", dtype="float32")
+    talk = Conversation(model, "Be brief.", 0, {})
+    talk.ask("Hi")
+    assert talk.messages == [{"role": "system", "content": "Be brief."}]
+    assert "an empty answer" in capsys.readouterr().err
+
+
+def _end():
+    raise EOFError
+
+
+def _read(terminal, until, seconds=120):
+    """What the program writes, until `until` holds of it."""
+    text, end = "", time.monotonic() + seconds
+    while not until(text):
+        assert time.monotonic() < end, text
+        if select.select([terminal], [], [], 1)[0]:
+            try:
+                text += os.read(terminal, 4096).decode("utf-8", "replace")
+            except OSError:     # the program has closed the terminal
+                break
+    return text
+
+
+def test_keys_at_a_terminal(folder):
+    """Ctrl-C stops an answer, at the prompt it ends nothing; the line before is in the history; Ctrl-D ends."""
+    ours, theirs = pty.openpty()
+    program = subprocess.Popen([sys.executable, "-c", RUN, str(folder), "1000000"], stdin=theirs, stdout=theirs,
+                               stderr=theirs, start_new_session=True, env={**os.environ, "TERM": "dumb"})
+    os.close(theirs)
+    try:
+        _read(ours, lambda text: text.endswith("> "))
+        os.write(ours, b"Hello\n")
+        _read(ours, lambda text: len(text) > 60)
+        program.send_signal(signal.SIGINT)
+        assert "(stopped)" in _read(ours, lambda text: text.endswith("> "))
+        program.send_signal(signal.SIGINT)
+        assert "Ctrl-D or /exit ends" in _read(ours, lambda text: text.endswith("> "))
+        os.write(ours, b"\x10")     # Ctrl-P: the line before
+        assert "Hello" in _read(ours, lambda text: "Hello" in text)
+        os.write(ours, b"\x15")     # Ctrl-U: none of it
+        os.write(ours, b"\x04")
+        _read(ours, lambda text: False)
+        assert program.wait(30) == 0
+    finally:
+        program.kill()
+        program.wait()
+        os.close(ours)
