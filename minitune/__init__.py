@@ -1,16 +1,43 @@
 """minitune: fine-tune Llama-family models with LoRA, from code that one person can read in an evening."""
 
-from minitune import data
-from minitune.api import Model, init, load, train
-from minitune.config import LoRA, ModelConfig, Rope, Training
-from minitune.data.batch import Batch
-from minitune.errors import InputError
-from minitune.ops import nf4
-from minitune.ops.backends import backends
-from minitune.training.loop import TrainingDiverged
-from minitune.training.optimizers import SGD, AdamW
-from minitune.training.run import Run, StepRecord
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minitune import data
+    from minitune.api import Answer, Model, init, load, train
+    from minitune.config import Data, LoRA, ModelConfig, Rope, Training
+    from minitune.data.batch import Batch
+    from minitune.errors import InputError
+    from minitune.ops import nf4
+    from minitune.ops.backends import backends
+    from minitune.training.loop import TrainingDiverged
+    from minitune.training.optimizers import SGD, AdamW
+    from minitune.training.run import Run, StepRecord
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "AdamW", "Batch", "InputError", "LoRA", "Model", "ModelConfig", "Rope", "Run", "StepRecord",
-           "Training", "TrainingDiverged", "backends", "data", "init", "load", "nf4", "train"]
+__all__ = ["SGD", "AdamW", "Answer", "Batch", "Data", "InputError", "LoRA", "Model", "ModelConfig", "Rope", "Run",
+           "StepRecord", "Training", "TrainingDiverged", "backends", "data", "init", "load", "nf4", "train"]
+_HOME = {"api": ("Answer", "Model", "init", "load", "train"),
+         "config": ("Data", "LoRA", "ModelConfig", "Rope", "Training"),
+         "data.batch": ("Batch",), "errors": ("InputError",), "ops.backends": ("backends",),
+         "training.loop": ("TrainingDiverged",), "training.optimizers": ("SGD", "AdamW"),
+         "training.run": ("Run", "StepRecord")}
+"""Where each public name lives: loaded at its first use, so that `minitune --help` does not wait for torch."""
+_MODULES = {"data": "data", "nf4": "ops.nf4"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value: Any = importlib.import_module(f"minitune.{_MODULES[name]}")
+    else:
+        home = next((home for home, names in _HOME.items() if name in names), None)
+        if home is None:
+            raise AttributeError(f"module 'minitune' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"minitune.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

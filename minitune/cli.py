@@ -1,55 +1,89 @@
-"""The command line: the commands of `minitune.commands` through tyro, and how each error ends."""
+"""The command line: which command is run, and how each error ends. torch is loaded only when a command needs it."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import sys
-from typing import Annotated
+from collections.abc import Sequence
 
-import torch
-import tyro
-from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes
-
-from minitune.commands.complete import Complete
-from minitune.commands.demo import Demo
-from minitune.commands.doctor import Doctor
-from minitune.commands.init import Init
-from minitune.commands.merge import Merge
-from minitune.commands.train import Train
-from minitune.commands.tune import Tune
+from minitune.commands import COMMANDS
+from minitune.commands.shared import nearest
+from minitune.config import short
 from minitune.errors import InputError
-from minitune.training.loop import TrainingDiverged
-
-Command = (Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Complete, tyro.conf.subcommand("complete")]
-           | Annotated[Merge, tyro.conf.subcommand("merge")] | Annotated[Init, tyro.conf.subcommand("init")]
-           | Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-           | Annotated[Tune, tyro.conf.subcommand("tune")])
-
 
 DESCRIPTION = "Fine-tune Llama-family models with LoRA on one NVIDIA GPU or a CPU."
+OVERVIEW = f"""\
+usage: minitune COMMAND ...
+
+{DESCRIPTION}
+
+commands:
+{{commands}}
+
+minitune COMMAND --help      lists what a command takes; each takes --config FILE.toml
+minitune --version           prints the version
+minitune --completion SHELL  prints the completion script of bash, zsh or fish, e.g.
+                             eval "$(minitune --completion bash)" in ~/.bashrc
+"""
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Run one command. User errors end in one line on stderr and exit code 2."""
     try:
-        command = tyro.cli(Command, prog="minitune", description=DESCRIPTION, args=args,
-                           config=(OmitArgPrefixes, OmitSubcommandPrefixes))
-        command.run()
-    except InputError as error:
-        print(f"minitune: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        print(f"minitune: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (TrainingDiverged, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"minitune: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except RuntimeError as error:       # torch's allocator of host memory has no exception of its own
-        found = re.search(r"tried to allocate (\d+) bytes", str(error))
-        if found is None:
-            raise
-        print(f"minitune: out of memory: {int(found[1]) / 1e9:,.1f} GB more are needed; take fewer tokens, a smaller "
-              "rank or model, or --quant nf4-dq", file=sys.stderr)
+        _run(list(sys.argv[1:] if args is None else args))
+        sys.stdout.flush()
+    except BrokenPipeError:             # `minitune … | head` has read enough
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        code, message = _ending(error)
+        if code is None:
+            raise
+        print(f"minitune: {message}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def _run(args: list[str]) -> None:
+    name = args[0] if args else None
+    if name is None or name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        commands = "\n".join(f"  {each:<{width}}  {what}" for each, (_, what) in COMMANDS.items())
+        print(OVERVIEW.format(commands=commands), end="", file=sys.stderr if name is None else sys.stdout)
+        if name is None:
+            raise SystemExit(2)
+    elif name == "--version":
+        print(f"minitune {sys.modules['minitune'].__version__}")      # of the package around this file
+    elif name.partition("=")[0] == "--completion":
+        from minitune.commands.parse import completion
+
+        completion(name.partition("=")[2] or " ".join(args[1:2]))
+    elif name in COMMANDS:
+        from minitune.commands.parse import parse
+
+        parse(name, args[1:]).run()
+    else:
+        known = [*COMMANDS, "--help", "--version", "--completion"]
+        meant = nearest(name, known)
+        hint = f"did you mean {meant}?" if meant else f"there are {', '.join(COMMANDS)}"
+        raise InputError(f"there is no command {short(name)}; {hint} (minitune --help tells what each does)")
+
+
+def _ending(error: Exception) -> tuple[int | None, str]:
+    """(exit code, message) of an error that a user can understand; (None, "") for one that is a fault of ours."""
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, OSError):
+        return 2, f"{error.filename or 'a file'}: {error.strerror or error}"
+    found = re.search(r"tried to allocate (\d+) bytes", str(error))     # torch's allocator of host memory
+    if isinstance(error, RuntimeError) and found:
+        return 1, (f"out of memory: {int(found[1]) / 1e9:,.1f} GB more are needed; take fewer tokens, a smaller "
+                   "rank or model, or --quant nf4-dq")
+    # By name: their modules are loaded where they are raised, and load torch.
+    if isinstance(error, MemoryError) or type(error).__name__ in ("TrainingDiverged", "OutOfMemoryError"):
+        return 1, str(error) or "out of memory"
+    return None, ""

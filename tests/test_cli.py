@@ -2,14 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import minitune as mt
+
+pytest.importorskip("tyro")
+from minitune import cli
 from minitune.cli import main
+from minitune.commands import COMMANDS
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,25 @@ def test_init_train_complete(folder, data, tmp_path, capsys):
     assert answer == expected + "\n"
 
 
+def test_train_from_a_file_of_settings(folder, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text(f"""
+base = {str(folder)!r}
+data = "data.jsonl"
+max_new_tokens = 1
+device = "cpu"
+[lora]
+rank = 2
+targets = ["q_proj"]
+[training]
+tokens = 64
+max_steps = 2
+""")
+    main(["train", "--config", "run.toml", "--out", "mine", "--rank", "3"])
+    config = json.loads((tmp_path / "mine" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 3 and config["target_modules"] == ["q_proj"]
+
+
 def test_training_goes_on_from_an_adapter(folder, data, tmp_path):
     flags = ["--tokens", "64", "--max-steps", "2", "--device", "cpu", "--max-new-tokens", "1"]
     main(["train", str(folder), str(data), "--out", str(tmp_path / "a"), "--rank", "3", *flags])
@@ -63,7 +88,8 @@ def test_training_in_4_bits_and_merging(folder, data, tmp_path, capsys):
               "64", "--dtype", "float32", *flags])
         losses = [float(line.split()[1].rstrip(":")) for line in capsys.readouterr().out.splitlines()
                   if line.startswith("loss")]
-        on_loaded, on_original, merged = losses
+        base, on_loaded, on_original, merged = losses
+        assert min(on_loaded, on_original, merged) < base - 0.01, "the adapter has learned"
         own, other = (on_loaded, on_original) if onto == "loaded" else (on_original, on_loaded)
         assert abs(merged - own) < 0.2 * abs(own - other) + 1e-4
         assert mt.load(tmp_path / onto, device="cpu").tokenizer.encode("a")
@@ -114,24 +140,79 @@ def test_user_errors_end_in_one_line_and_exit_code_2(case, folder, data, tmp_pat
     assert set(tmp_path.iterdir()) == before, "something was written"
 
 
-@pytest.mark.parametrize("args", [["tran"], ["train"], ["train", "a", "b", "--rnk", "8"],
-                                  ["train", "a", "b", "--rank", "x"]])
-def test_wrong_flags_exit_with_2(args, capsys):
+def test_no_command_prints_the_list_and_exits_with_2(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(args)
-    assert stop.value.code == 2
+        main([])
+    said = capsys.readouterr()
+    main(["--help"])
+    assert stop.value.code == 2 and said.out == "" and said.err == capsys.readouterr().out
+    assert all(f"  {name} " in said.err for name in COMMANDS)
+
+
+def test_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"minitune {mt.__version__}\n"
+
+
+@pytest.mark.parametrize(("word", "hint"), [("tran", "did you mean train?"), ("Train", "did you mean train?"),
+                                            ("--versoin", "did you mean --version?"), ("zzz", "there are demo, init, "),
+                                            ("x" * 9999, "there are demo")])
+def test_an_unknown_command_is_named(word, hint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([word])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.startswith("minitune: there is no command ") and hint in message
+    assert message.count("\n") == 1 and len(message) < 300
+
+
+ENDINGS = {
+    "memory of the host": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2000000000 "
+                                        "bytes."), 1, "out of memory: 2.0 GB more"),
+    "memory of a GPU": (torch.OutOfMemoryError("CUDA out of memory"), 1, "CUDA out of memory"),
+    "memory": (MemoryError(), 1, "out of memory"),
+    "diverged": (mt.TrainingDiverged("step 3: loss nan"), 1, "step 3: loss nan"),
+    "input": (mt.InputError("x.jsonl:3: wrong"), 2, "x.jsonl:3: wrong"),
+    "file": (PermissionError(13, "Permission denied", "out"), 2, "out: Permission denied"),
+}
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_how_an_error_ends(case, monkeypatch, capsys):
+    error, code, words = ENDINGS[case]
+    _raise_in_init(monkeypatch, error)
+    with pytest.raises(SystemExit) as stop:
+        main(["init", "tiny", "x"])
+    message = capsys.readouterr().err
+    assert stop.value.code == code and message.startswith(f"minitune: {words}") and message.count("\n") == 1
+
+
+def test_ctrl_c_ends_with_130_and_a_fault_of_ours_is_shown(monkeypatch, capsys):
+    _raise_in_init(monkeypatch, KeyboardInterrupt())
+    with pytest.raises(SystemExit) as stop:
+        main(["init", "tiny", "x"])
+    assert stop.value.code == 130 and capsys.readouterr().err == ""
+    _raise_in_init(monkeypatch, ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        main(["init", "tiny", "x"])
+
+
+def _raise_in_init(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("minitune.api.init", fail)
 
 
 def test_too_little_memory_ends_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr("minitune.commands.complete.load", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr("minitune.api.init", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(SystemExit) as stop:
-        main(["complete", "base", "text"])
+        main(["init", "tiny", "x"])
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 1 and message.startswith("minitune: out of memory: ") and " GB more" in message
 
 
 def test_a_library_that_is_not_installed_is_named():
-    code = ("import runpy, sys; sys.modules['tyro'] = None; sys.argv = ['minitune', '--help']; "
+    code = ("import runpy, sys; sys.modules['tyro'] = None; sys.argv = ['minitune', 'init', '--help']; "
             "runpy.run_module('minitune', run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr == (
@@ -139,7 +220,54 @@ def test_a_library_that_is_not_installed_is_named():
 
 
 def test_python_dash_m_is_the_command_line():
-    environment = os.environ | {"COLUMNS": "100"}
-    text = subprocess.run([sys.executable, "-m", "minitune", "--help"], check=True, capture_output=True, text=True,
-                          env=environment).stdout
+    text = _run("--help").stdout
     assert all(command in text for command in ("train", "complete", "init", "demo"))
+    done = _run("train", "a", "b", "--rnak", "3")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("minitune: train: there is no flag")
+
+
+def test_a_terminal_without_a_letter_gets_its_code():
+    done = _run("init", "--help", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "tiny, \\u2026" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("script") is None, reason="script makes a terminal")
+def test_help_is_coloured_on_a_terminal_unless_no_color_is_set():
+    for unset, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm"} | unset
+        done = subprocess.run(["script", "-qec", f"{sys.executable} -m minitune demo --help", os.devnull], check=True,
+                              capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+        assert "--device" in done.stdout.replace("\x1b[0m", "") and ("\x1b[" in done.stdout) == coloured
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of a shell")
+def test_a_reader_that_stops_early_is_no_error():
+    done = subprocess.run(f"{sys.executable} -m minitune --completion bash | head -n 1", shell=True,
+                          capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
+def test_the_list_of_commands_needs_neither_torch_nor_tyro():
+    code = f"""
+import sys, types
+package = types.ModuleType("minitune")          # what minitune/__init__.py loads is not the command line's
+package.__path__, package.__version__ = [{str(Path(cli.__file__).parent)!r}], "1"
+sys.modules["minitune"] = package
+from minitune.cli import main
+main(["--help"])
+main(["--version"])
+try:
+    main(["tran"])
+except SystemExit as ended:
+    assert ended.code == 2
+loaded = {{"torch", "tyro", "rich", "numpy"}} & set(sys.modules)
+assert not loaded, loaded
+main(["demo", "--help"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--device" in done.stdout, done.stderr
+
+
+def _run(*args, **environment):
+    return subprocess.run([sys.executable, "-m", "minitune", *args], check=False, capture_output=True, text=True,
+                          env=os.environ | {"COLUMNS": "100"} | environment)

@@ -1,9 +1,13 @@
 """doctor and tune from the command line."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 
 import minitune as mt
+from minitune import doctor
 from minitune.ops import swiglu
 
 pytest.importorskip("tyro")
@@ -51,3 +55,30 @@ def test_tune_writes_a_table_that_training_then_reads(tmp_path, monkeypatch, cap
     batch = mt.data.pack([[5, 6, 7, 8] * 10], 64)[0]
     model.loss(batch).backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.trainable_parameters())
+
+
+def test_doctor_says_why_there_is_no_gpu_and_what_else_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in doctor.gpu()
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert "no NVIDIA GPU, or no driver" in doctor.gpu()
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    rows = dict(doctor.machine(torch.device("cpu"), torch.float32))
+    assert rows["Parquet files"] == "not installed: pip install 'minitune[parquet]'"
+    assert rows["minitune runs on"] == "cpu, computing in float32" and " GB on cpu" in rows["free memory"]
+    assert {extra for _, extra in doctor.EXTRAS.values()} <= _extras()
+
+
+def _extras():
+    root = Path(__file__).parents[1]
+    return set(tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"])
+
+
+@pytest.mark.parametrize("args", [["doctor", "--tokens", "0"], ["doctor", "--tokens", "-5"],
+                                  ["tune", "tiny", "--tokens", "-1"], ["tune", "tiny", "--longest", "0"],
+                                  ["tune", "tiny", "--rank", "0"]])
+def test_a_number_that_is_none_is_named(args, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 2 and f"{args[-2][2:]} is {args[-1]}" in capsys.readouterr().err

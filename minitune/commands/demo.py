@@ -13,6 +13,7 @@ class Demo:
     out: Path = Path("demo-out")
     """Folder for the adapter, metrics.jsonl and loss.png; an earlier demo in it is overwritten."""
     device: str | None = None
+    """cuda or cpu; by default the GPU if there is one."""
 
     def run(self) -> None:
         from minitune.demo.run import run

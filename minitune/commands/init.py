@@ -7,8 +7,6 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from minitune.api import init
-
 
 @dataclass(frozen=True)
 class Init:
@@ -21,8 +19,11 @@ class Init:
     tokenizer: Path | None = None
     """Folder whose tokenizer files are copied; `tiny` brings the demo's by default."""
     seed: int = 0
+    """Random seed of the weights."""
 
     def run(self) -> None:
+        from minitune.api import init
+
         tokenizer = self.tokenizer
         if tokenizer is None and self.shape == "tiny":
             tokenizer = Path(__file__).parents[1] / "examples" / "base"

@@ -13,7 +13,7 @@ from minitune.checkpoint.merge import Onto
 from minitune.commands.shared import check_out
 from minitune.config import Quant
 from minitune.data.stream import stream
-from minitune.objectives.sft import mean_loss
+from minitune.objectives.evaluate import evaluate
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class Merge:
     """In 4 bits: loaded merges into the decoded weights, which the adapter was trained on, original into the 16-bit
     weights of the folder."""
     data: Path | None = None
-    """JSONL of held-out text: prints the loss of the adapter on either base and of what was written."""
+    """Held-out samples, in any format that training takes: prints the loss on them of the base, of the adapter (in 4
+    bits on either base) and of what was written."""
     tokens: int = 2048
-    """T of the batches of --data."""
+    """T, the length of one packed batch of --data; no sample may be longer."""
     device: str | None = None
     """cuda or cpu; by default the GPU if there is one."""
     dtype: str | None = None
@@ -44,6 +45,8 @@ class Merge:
         check_out(self.out)
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
         if self.data is not None:
+            with model.adapter_disabled():
+                self._say("the base without the adapter", model)
             self._say("the adapter on the base as it was loaded", model)
         model.save_merged(self.out, self.onto)
         in_4bit = bool(model.network.nf4_shapes())
@@ -58,4 +61,5 @@ class Merge:
 
     def _say(self, what: str, model: Model) -> None:
         assert self.data is not None
-        print(f"loss {mean_loss(model, stream(self.data, model.tokenizer, tokens=self.tokens)):.4f}: {what}")
+        found = evaluate(model, stream(self.data, model.tokenizer, tokens=self.tokens))
+        print(f"loss {found.loss:.4f}: {what}")

@@ -1,13 +1,41 @@
-"""What several commands share."""
+"""What several commands share: whether a folder is free, and the nearest known name to a mistyped one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 from minitune.errors import InputError
+
+ELSEWHERE = {
+    "learning_rate": "lr", "lora_r": "rank", "lora_rank": "rank", "r": "rank", "lora_alpha": "alpha",
+    "lora_dropout": "dropout", "target_modules": "targets", "lora_target": "targets", "use_rslora": "rslora",
+    "use_dora": "dora", "num_train_epochs": "epochs", "num_epochs": "epochs", "n_epochs": "epochs",
+    "max_seq_length": "tokens", "max_seq_len": "tokens", "max_length": "tokens", "cutoff_len": "tokens",
+    "sequence_len": "tokens", "block_size": "tokens", "gradient_accumulation_steps": "micro_batches",
+    "lr_scheduler_type": "schedule", "lr_scheduler": "schedule", "warmup_ratio": "warmup", "warmup_steps": "warmup",
+    "max_grad_norm": "clip", "optim": "optimizer", "output_dir": "out", "out_dir": "out", "load_in_4bit": "quant",
+    "quantize": "quant", "model_name_or_path": "base", "base_model": "base", "dataset": "data", "train_file": "data",
+    "batch_size": "tokens", "per_device_train_batch_size": "tokens", "micro_batch_size": "tokens",
+    "learning_rate_multiplier": "lr", "val_set_size": "valid_split", "val_size": "valid_split",
+    "validation_split": "valid_split", "val_file": "valid", "validation_file": "valid", "logging_steps": "log_every",
+    "eval_steps": "evaluate_every"}
+"""Settings as PEFT, transformers, Unsloth, LitGPT, Axolotl, LLaMA-Factory and OpenAI call them -> as they are called
+here. They are suggested, not taken: their units differ (a batch of sequences there, tokens here)."""
 
 
 def check_out(out: Path) -> None:
     """InputError unless `out` is free: not there yet, or an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already; name another folder, or remove it")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` is most likely meant to be, or None. Hyphens and case do not count."""
+    names = {each.lower().replace("-", "_"): each for each in known}
+    plain = name.lower().replace("-", "_")
+    if ELSEWHERE.get(plain) in names:
+        return names[ELSEWHERE[plain]]
+    close = get_close_matches(plain, names, n=1, cutoff=0.6)
+    return names[close[0]] if close else None

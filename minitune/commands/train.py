@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import itertools
-import sys
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import Positional
 
 from minitune.api import Model, load, train
+from minitune.api.examine import first_questions
+from minitune.commands.dry_run import plan
 from minitune.commands.shared import check_out
-from minitune.config import LoRA, MemoryPolicy, Quant, Training
-from minitune.data.formats import prompts_of
-from minitune.data.stream import stream
+from minitune.config import Data, LoRA, MemoryPolicy, Quant, Training
+from minitune.data.holdout import streams
 from minitune.errors import InputError
-from minitune.report.metrics import MetricsFile
-from minitune.report.plot import LossPlot
-from minitune.report.progress import progress
-from minitune.report.tables import Answer, print_answers
+from minitune.report.inspect import reading
+from minitune.report.tables import Answer, print_answers, print_table
+from minitune.report.tensorboard import TensorBoard
+from minitune.training.run import Run
 
 
 @dataclass(frozen=True)
 class Train:
-    """Fine-tune a checkpoint folder on a JSONL file: an adapter, its answers, metrics and a loss curve."""
+    """Fine-tune a checkpoint folder on your data: an adapter, its answers, metrics and a loss curve."""
 
     base: Positional[Path]
     """Hugging Face folder: config.json, safetensors, tokenizer."""
     data: Positional[Path]
-    """JSONL of {"text"}, {"prompt", "completion"} or {"messages"}."""
+    """Samples: JSONL, JSON, text or Parquet; texts, prompts and completions, chats, preferences and more."""
     out: Path = Path("out")
-    """Folder for the adapter, metrics.jsonl and loss.png; it must not exist yet, or be empty."""
+    """Folder for all that the run leaves: adapters (last and best), metrics, answers, ledger, settings, loss.png; it
+    must not exist yet, or be empty."""
     ask: tuple[str, ...] = ()
     """Questions to answer before and after; by default the first three prompts of the data."""
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
     adapter: Path | None = None
     """PEFT adapter folder to go on from; its rank and targets then count."""
+    train: tuple[str, ...] = ()
+    """Base weights to train instead of an adapter: full, head, norms, embedding, last:4, or name patterns."""
     device: str | None = None
     """cuda or cpu; by default the GPU if there is one."""
     dtype: str | None = None
@@ -46,30 +50,49 @@ class Train:
     memory: MemoryPolicy = "auto"
     """What is kept for the backward: keep (fastest), pointwise, full (each layer's input alone), offload (that in host
     memory); auto takes the first that fits."""
+    dry_run: bool = False
+    """Check everything up to the first step, say what it would take, and write nothing."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the folder too."""
     lora: LoRA = field(default_factory=LoRA)
+    samples: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
 
     def run(self) -> None:
         check_out(self.out)
-        if self.adapter is not None and self.lora != LoRA():
-            raise InputError("train: --adapter brings its own rank, alpha and targets; leave out the flags of LoRA")
-        lora = self.lora if self.adapter is None else None
-        model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, memory=self.memory,
-                     seed=self.training.seed, lora=lora, adapter=self.adapter)
-        data = stream(self.data, model.tokenizer, tokens=self.training.tokens, epochs=self.training.epochs,
-                      seed=self.training.seed)
-        print(data, file=sys.stderr)
-        questions = self.ask or tuple(itertools.islice(prompts_of(self.data), 3))
-        before = self._answers(model, questions)
-        self.out.mkdir(parents=True, exist_ok=True)
-        record = train(model, data, training=self.training, observers=(
-            progress(), MetricsFile(self.out / "metrics.jsonl"), LossPlot(self.out / "loss.png")))
-        model.save_adapter(self.out / "adapter")
-        after = self._answers(model, questions)
+        boards = [TensorBoard(self.out / "tensorboard")] if self.tensorboard else []
+        model = self._load()
+        data, valid = streams(self.data, model.tokenizer, self.samples, tokens=self.training.tokens,
+                              epochs=self.training.epochs, seed=self.training.seed, progress=reading())
+        if self.dry_run:
+            print_table("What would be trained; nothing is written", ["", ""], plan(model, data, self.training))
+            return
+        questions = self.ask or first_questions(self.data, self.samples.fields())
+        run = train(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
+                    max_new_tokens=self.max_new_tokens, quiet=False, config=self._about(), observers=boards)
+        before, after = run.evaluations[:1], run.evaluations[-1:]
         if questions:
-            print_answers([Answer(*row) for row in zip(questions, before, after, strict=True)])
-        print(f"loss {record.final_loss:.4f}, {record.tokens_per_second:,.0f} tokens/s; adapter in "
-              f"{self.out / 'adapter'}")
+            print_answers([Answer(old.question, old.answer, new.answer) for old, new in
+                           zip(before[0].answers, after[0].answers, strict=True)])
+        print(f"loss {run.final_loss:.4f}, {run.tokens_per_second:,.0f} tokens/s; {self._where(run)}")
 
-    def _answers(self, model: Model, questions: tuple[str, ...]) -> list[str]:
-        return [model.complete(question, self.max_new_tokens) for question in questions]
+    def _load(self) -> Model:
+        lora: LoRA | None = self.lora
+        if self.adapter is not None or self.train:
+            if self.lora != LoRA():
+                given = "--adapter brings its own rank, alpha and targets" if self.adapter else "--train has no adapter"
+                raise InputError(f"train: {given}; leave out the flags of LoRA")
+            lora = None
+        names = self.train[0] if len(self.train) == 1 else self.train
+        return load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, memory=self.memory,
+                    seed=self.training.seed, lora=lora, adapter=self.adapter, train=names or None)
+
+    def _about(self) -> dict[str, Any]:
+        """What config.json says beside the model and the training: the other flags."""
+        return {"samples": dataclasses.asdict(self.samples), "adapter": self.adapter,
+                "train": self.train, "quant": self.quant, "ask": self.ask, "max_new_tokens": self.max_new_tokens}
+
+    def _where(self, run: Run) -> str:
+        what = "adapter" if run.adapter is not None and run.adapter.name == "adapter" else "model"
+        best = "" if run.best_adapter is None else f", the best one in {run.best_adapter}"
+        return f"{what} in {run.adapter}{best}"

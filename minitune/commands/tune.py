@@ -14,10 +14,11 @@ class Tune:
     base: Positional[str]
     """Hugging Face folder, or the name of a shape (llama-2-7b, …)."""
     tokens: int = 16384
-    """T of a micro-batch."""
+    """T of a micro-batch, as you will train with."""
     longest: int = 2048
-    """The longest document."""
+    """Length of the longest document, in tokens."""
     rank: int = 16
+    """Rank of the adapters, as you will train with."""
     device: str | None = None
     """cuda; by default the GPU."""
     dtype: str | None = None

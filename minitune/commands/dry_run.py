@@ -1,0 +1,88 @@
+"""show: what `minitune train --dry-run` says, all that is known before the first step, beside what the machine has."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from minitune.api import Model
+from minitune.config import Training
+from minitune.data.stream import Stream
+from minitune.errors import InputError
+from minitune.model.memory import choose_policy, free_bytes, kept_bytes
+from minitune.report.inspect import print_ledger
+from minitune.report.tables import print_table
+
+
+def show(model: Model, data: Stream, valid: Stream | None, training: Training) -> None:
+    """Print the ledgers of the data and the plan."""
+    rows = plan(model, data, training)
+    print_ledger(data.ledger)
+    if valid is not None:
+        print()
+        print_ledger(valid.ledger, title="Held out")
+    print()
+    print_table("What would be trained; nothing is written", ("", ""), rows)
+
+
+def plan(model: Model, data: Stream, training: Training) -> list[tuple[str, str]]:
+    """(what, value) rows: the model, the data, the steps, the memory of a step by tensor kind beside what is free, and
+    the loss of the first batch, for which one forward pass runs. Nothing is written, and the model is not changed.
+
+    The bytes are those of weights, of what is trained (parameter, gradient, moments) and of what the layers keep for
+    the backward; buffers of single ops come on top. Raises InputError if the data trains no token.
+    """
+    n_batches = data.count(training.epochs)
+    steps = training.max_steps or math.ceil(n_batches / training.micro_batches)
+    first = next((batch for batch in data.epoch(0) if batch.n_trained), None)
+    if first is None:
+        raise InputError("train: the data has no trained token (all labels are -100)")
+    config = model.config
+    kind = str(model.network.dtype).removeprefix("torch.")
+    rows = [("model", f"{model.path}: {config.n_layers} layers x {config.d_model}, {kind} on {model.device}"),
+            ("trained", f"{_count(model):,} parameters, by {training.optimizer}, lr {training.lr:g}, "
+                        f"{training.schedule}"),
+            ("data", f"{data.n_documents:,} documents, {data.n_tokens:,} tokens, {data.n_trained:,} of them trained"),
+            ("an epoch", f"{data.count(1):,} rows of {data.tokens:,} tokens, "
+                         f"{data.n_tokens / (data.count(1) * data.tokens):.0%} full"),
+            ("steps", f"{steps:,} of {training.micro_batches} x {data.tokens:,} tokens")]
+    rows += _memory(model, data.tokens, training)
+    was_training = model.training
+    model.train(False)
+    try:
+        with torch.no_grad():
+            rows.append(("loss of the first row", f"{float(model.loss(first)):.4f}"))
+    finally:
+        model.train(was_training)
+    return rows
+
+
+def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, str]]:
+    network = model.network
+    composed = any(layer.attention.needs_composed or layer.mlp.needs_composed for layer in network.blocks())
+    policy = choose_policy(model.config, tokens, network.memory, network.dtype, model.device, composed)
+    moments = {"adamw": 2 if training.moments == "8bit" else 8, "sgd": 4 if training.momentum else 0}
+    state = _count(model) * (4 + moments[training.optimizer])
+    kept = kept_bytes(model.config, tokens, policy, network.dtype.itemsize)
+    free = free_bytes(model.device)
+    fits = "" if state + kept <= free else ("; it does not fit: fewer --tokens, a smaller --rank, --moments 8bit or "
+                                            "--quant nf4-dq take less")
+    return [("memory: weights, loaded", _gb(_held(model))),
+            ("gradients and moments", _gb(state)),
+            (f"kept for the backward ({policy})", _gb(kept)),
+            ("to come, beside free", f"{_gb(state + kept)} of {_gb(free)}{fits}")]
+
+
+def _count(model: Model) -> int:
+    return sum(p.numel() for p in model.trainable_parameters())
+
+
+def _held(model: Model) -> int:
+    """Bytes of weights and adapters; those in 4 bits are no parameters."""
+    packed = sum(part.nbytes for projection in model.network.projections() for _, part in projection.nf4_parts())
+    return packed + sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"

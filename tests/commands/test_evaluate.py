@@ -1,0 +1,67 @@
+"""minitune evaluate: a table with the base beside its adapter, and nothing else changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tyro")
+import minitune as mt
+from minitune.commands.evaluate import Evaluate
+from minitune.objectives.evaluate import evaluate
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    mt.init("tiny", folder, tokenizer=Path(mt.__file__).parent / "examples" / "base", seed=1)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"question": f"Number {i} is", "reply": f" {i * i}."}) + "\n"
+                            for i in range(12)))
+    return path
+
+
+def table(printed):
+    """{row's name: its cells} under the header."""
+    return {line[:19].strip(): line[19:].split() for line in printed.splitlines()[1:]}
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_the_base_stands_beside_its_adapter(folder, data, tmp_path, capsys, quant):
+    model = mt.load(folder, device="cpu", dtype="float32", lora=mt.LoRA(rank=2), quant=quant)
+    batches = mt.data.stream(data, model.tokenizer, tokens=64, field_map={"prompt": "question", "completion": "reply"})
+    base = evaluate(model, batches)
+    mt.train(model, batches, epochs=3, lr=2e-2)
+    adapted = evaluate(model, batches)
+    assert adapted.loss < base.loss - 0.5
+    model.save_adapter(tmp_path / "adapter")
+    Evaluate(folder, data, tmp_path / "adapter", quant=quant, tokens=64, dtype="float32", device="cpu",
+             field_map=("prompt=question", "completion=reply")).run()
+    printed = capsys.readouterr().out
+    assert f"{base.n_tokens:,} trained tokens of 12 samples" in printed.splitlines()[0]
+    found = table(printed)
+    assert found["loss (nats a token)"] == [f"{base.loss:.4f}", f"{adapted.loss:.4f}"]
+    assert found["perplexity"] == [f"{base.perplexity:,.3f}", f"{adapted.perplexity:,.3f}"]
+    assert found["token accuracy"] == [f"{base.accuracy:.2%}", f"{adapted.accuracy:.2%}"]
+
+
+def test_a_base_alone_has_one_column_and_long_samples_may_be_split(folder, data, capsys):
+    fields = ("prompt=question", "completion=reply")
+    with pytest.raises(mt.InputError, match=r"data\.jsonl:1"):
+        Evaluate(folder, data, tokens=4, device="cpu", field_map=fields).run()
+    Evaluate(folder, data, tokens=4, device="cpu", field_map=fields, long="split").run()
+    assert len(table(capsys.readouterr().out)["perplexity"]) == 1
+
+
+def test_data_without_a_trained_token_is_refused(folder, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b", "label": false}\n')
+    with pytest.raises(mt.InputError, match="nothing to train on"):
+        Evaluate(folder, path, tokens=64, device="cpu").run()
