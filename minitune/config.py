@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from minitune.errors import InputError
 
 MemoryPolicy = Literal["auto", "keep", "pointwise", "full", "offload"]
 Quant = Literal["nf4", "nf4-dq"]
-ScheduleName = Literal["constant", "linear", "cosine"]
+ScheduleName = Literal["constant", "linear", "cosine", "wsd", "slanted-triangular"]
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a layer, by their Hugging Face names: what ``targets="all-linear"`` means."""
 MAX_WHOLE = 2**31 - 1
@@ -149,8 +150,8 @@ class LoRA:
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W·x becomes W·x + s·B·(A·x), A [rank, in], B [out, rank].
 
     s = alpha / rank, or alpha / sqrt(rank) with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732). ``targets`` is
-    "all-linear", or names of linears ("q_proj"), or patterns on full names ("model.layers.[01].*"); the keys of
-    ``rank_pattern`` and ``alpha_pattern`` are such names or patterns too.
+    "all-linear" (all but lm_head), or names of linears ("q_proj", "lm_head"), or patterns on full names
+    ("model.layers.[01].*"); the keys of ``rank_pattern`` and ``alpha_pattern`` are such names or patterns too.
     """
 
     rank: int = 16
@@ -164,7 +165,7 @@ class LoRA:
     rslora: bool = False
     """s = alpha / sqrt(rank) instead."""
     dora: bool = False
-    """Not part of this version."""
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): trains the length of each row of W + s·B·A as well; slower."""
     lr_ratio: float = 1.0
     """LoRA+: B learns at lr · lr_ratio."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -209,16 +210,19 @@ class Training:
     max_steps: int | None = None
     """Optimizer steps instead of epochs; the data is repeated as often as needed."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019), or SGD with momentum."""
     moments: Literal["fp32", "8bit"] = "fp32"
     """AdamW's moments: 8bit holds them in a quarter of the memory (Dettmers et al. 2021)."""
     lr: float = 2e-4
     """Highest learning rate."""
     schedule: ScheduleName = "cosine"
-    """Course of the learning rate after the warm-up."""
-    warmup: float = 0.03
-    """Below 1 a share of the steps, else a number of steps."""
-    min_lr_ratio: float = 0.0
-    """The schedule ends at lr · min_lr_ratio."""
+    """Course of the learning rate after the warm-up; wsd: constant, then down at the end."""
+    warmup: float | None = None
+    """Below 1 a share of the steps, else a number of steps; by default 0.03 (slanted-triangular: 0.1)."""
+    decay: float = 0.1
+    """wsd: the last part of the run, in which lr falls; below 1 a share of the steps, else a number of steps."""
+    min_lr_ratio: float | None = None
+    """The schedule ends at lr · min_lr_ratio; by default 0 (slanted-triangular: 1/32)."""
     weight_decay: float = 0.0
     """Decoupled (AdamW's)."""
     momentum: float = 0.9
@@ -231,15 +235,117 @@ class Training:
     """Random seed of adapters, shuffling and dropout."""
     log_every: int = 1
     """Report every so many steps."""
+    evaluate_every: int | None = None
+    """Evaluate the validation data and ask the sample questions every so many steps, and before and after training; by
+    default the data about ten times in the run, the questions only before and after."""
 
     def __post_init__(self) -> None:
         _check_types("training", self)
         check_seed("training", self.seed)
         _positive("training", tokens=self.tokens, micro_batches=self.micro_batches, epochs=self.epochs, lr=self.lr,
-                  max_steps=self.max_steps, log_every=self.log_every)
-        _at_least_zero("training", warmup=self.warmup, min_lr_ratio=self.min_lr_ratio, weight_decay=self.weight_decay,
-                       momentum=self.momentum, clip=self.clip, label_smoothing=self.label_smoothing)
+                  max_steps=self.max_steps, log_every=self.log_every, evaluate_every=self.evaluate_every,
+                  decay=self.decay)
+        _at_least_zero("training", warmup=self.warmup or 0.0, min_lr_ratio=self.min_lr_ratio or 0.0,
+                       weight_decay=self.weight_decay, momentum=self.momentum, clip=self.clip,
+                       label_smoothing=self.label_smoothing)
+        self._check_rates()
         if self.moments == "8bit" and self.optimizer == "sgd":
             raise InputError('training: moments is "8bit", which only adamw has; leave it out with optimizer="sgd"')
-        if self.label_smoothing >= 1:
-            raise InputError(f"training: label_smoothing is {self.label_smoothing!r}; it must be below 1")
+        for name, value in (("label_smoothing", self.label_smoothing), ("momentum", self.momentum)):
+            if value >= 1:
+                raise InputError(f"training: {name} is {value!r}; it must be below 1")
+
+    def _check_rates(self) -> None:
+        """InputError for rates that would grow where they should shrink, or stand still."""
+        if self.min_lr_ratio is not None and self.min_lr_ratio > 1:
+            raise InputError(f"training: min_lr_ratio is {self.min_lr_ratio!r}; it must be at most 1, since lr is the "
+                             "highest learning rate")
+        if self.schedule == "slanted-triangular" and self.min_lr_ratio == 0:
+            raise InputError("training: min_lr_ratio is 0; slanted-triangular starts at lr · min_lr_ratio, so it needs "
+                             "one above 0 (by default 1/32)")
+        if self.lr * self.weight_decay >= 1:
+            raise InputError(f"training: lr · weight_decay is {self.lr * self.weight_decay:g}; at 1 or more a step "
+                             "wipes the weights out, take a smaller one (0.01 to 0.1 is usual)")
+
+
+Long = Literal["refuse", "split", "truncate"]
+"""What is done with a sample that is longer than a row of T tokens."""
+MAX_SHARE = 1000
+"""The most times that a file may be seen in one epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """How the data is read: names of fields, long samples, files mixed in, what is held out for validation."""
+
+    field_map: tuple[str, ...] = ()
+    """Your names of fields, as ours=yours: prompt=question completion=answer."""
+    long: Long = "refuse"
+    """A sample longer than --tokens: refuse it, split it (no context across pieces), truncate it (its end is lost)."""
+    mix: tuple[str, ...] = ()
+    """More files, as FILE=SHARE: how often each of its samples is seen in an epoch (0.5: every second epoch)."""
+    valid: str | None = None
+    """File of held-out samples, to measure the loss on."""
+    valid_split: float = 0.0
+    """Samples to hold out of the training data: below 1 a share, else a number; 0 holds out none."""
+    cache: bool = True
+    """Keep the encoded data in the user's cache folder (MINITUNE_CACHE names another)."""
+
+    def __post_init__(self) -> None:
+        for name in ("field_map", "mix"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list) or not all(isinstance(each, str) for each in value):
+                raise InputError(f"data: {name} is {short(value)}; it must be a list of texts such as "
+                                 f'{"prompt=question" if name == "field_map" else "more.jsonl=0.5"}')
+            object.__setattr__(self, name, tuple(value))
+        if isinstance(self.valid, os.PathLike):
+            object.__setattr__(self, "valid", os.fspath(self.valid))
+        _check_types("data", self)
+        _at_least_zero("data", valid_split=self.valid_split)
+        if self.valid_split >= 1 and self.valid_split != int(self.valid_split):
+            raise InputError(f"data: valid_split is {self.valid_split!r}; below 1 it is a share of the samples, else a "
+                             "whole number of them")
+        if self.valid is not None and self.valid_split:
+            raise InputError("data: both valid and valid_split are given; name a file, or hold samples out, not both")
+        self.fields()
+        self.shares("")
+
+    def fields(self) -> dict[str, str]:
+        """``field_map`` as a table {our field: their field}."""
+        return _pairs("field_map", self.field_map, "ours=yours, such as prompt=question", last=False)
+
+    @property
+    def cached(self) -> bool | None:
+        """``cache`` as `mt.data.stream` takes it: None is for files that are worth it."""
+        return None if self.cache else False
+
+    def shares(self, path: str | os.PathLike[str]) -> dict[str, float]:
+        """{file: share} of `path`, seen once an epoch unless ``mix`` names it too, and of ``mix``."""
+        found = {os.fspath(path): 1.0}
+        for name, share in _pairs("mix", self.mix, "FILE=SHARE, such as more.jsonl=0.5", last=True).items():
+            try:
+                found[name] = float(share)
+            except ValueError:
+                raise InputError(f"data: mix has {short(f'{name}={share}')}; the share must be a number") from None
+            check_share("data: mix", name, found[name])
+        return found
+
+
+def check_share(owner: str, name: str, share: object) -> None:
+    """InputError unless `share` is how often a file's samples can be seen in an epoch."""
+    if type(share) not in (int, float) or not 0 < share <= MAX_SHARE:       # type: ignore[operator]
+        raise InputError(f"{owner}: the share of {short(name)} is {short(share)}; it must be a positive number of at "
+                         f"most {MAX_SHARE}, the times that each sample is seen in an epoch")
+
+
+def _pairs(name: str, texts: tuple[str, ...], form: str, last: bool) -> dict[str, str]:
+    """{left: right} of texts "left=right"; ``last`` parts them at their last "=", since a file's name may hold one."""
+    found: dict[str, str] = {}
+    for text in texts:
+        left, _, right = text.rpartition("=") if last else text.partition("=")
+        if not left.strip() or not right.strip():
+            raise InputError(f"data: {name} has {short(text)}; write {form}")
+        if left.strip() in found:
+            raise InputError(f"data: {name} names {short(left.strip())} twice; keep one")
+        found[left.strip()] = right.strip()
+    return found

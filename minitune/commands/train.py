@@ -41,6 +41,8 @@ class Train:
     """PEFT adapter folder to go on from; its rank and targets then count."""
     train: tuple[str, ...] = ()
     """Base weights to train instead of an adapter: full, head, norms, embedding, last:4, or name patterns."""
+    add_tokens: tuple[str, ...] = ()
+    """Texts that become tokens of their own, such as "<tool>"; their rows are trained too."""
     device: str | None = None
     """cuda or cpu; by default the GPU if there is one."""
     dtype: str | None = None
@@ -85,12 +87,14 @@ class Train:
             lora = None
         names = self.train[0] if len(self.train) == 1 else self.train
         return load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, memory=self.memory,
-                    seed=self.training.seed, lora=lora, adapter=self.adapter, train=names or None)
+                    seed=self.training.seed, lora=lora, adapter=self.adapter, train=names or None,
+                    add_tokens=self.add_tokens)
 
     def _about(self) -> dict[str, Any]:
         """What config.json says beside the model and the training: the other flags."""
         return {"samples": dataclasses.asdict(self.samples), "adapter": self.adapter,
-                "train": self.train, "quant": self.quant, "ask": self.ask, "max_new_tokens": self.max_new_tokens}
+                "train": self.train, "add_tokens": self.add_tokens, "quant": self.quant, "ask": self.ask,
+                "max_new_tokens": self.max_new_tokens}
 
     def _where(self, run: Run) -> str:
         what = "adapter" if run.adapter is not None and run.adapter.name == "adapter" else "model"

@@ -15,7 +15,6 @@ from minitune.errors import InputError
 from minitune.objectives.sft import mean_loss
 from minitune.report.metrics import MetricsFile
 from minitune.report.plot import LossPlot
-from minitune.report.progress import progress
 from minitune.report.tables import Answer, print_answers, print_table
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -54,8 +53,8 @@ def run(out: str | Path, *, device: str | torch.device | None = None) -> bool:
     data = write_training_file(out / "train.jsonl")
     print(f"base: {base} on {model.device}; training data: {data}", flush=True)
     before = examine(model)
-    record = train(model, data, training=TRAINING, observers=(
-        progress(), MetricsFile(out / "metrics.jsonl"), LossPlot(out / "loss.png", "minitune demo")))
+    record = train(model, data, training=TRAINING, quiet=False, observers=(
+        MetricsFile(out / "metrics.jsonl"), LossPlot(out / "loss.png", "minitune demo")))
     adapter = out / "adapter"
     model.save_adapter(adapter)
     after = examine(model)

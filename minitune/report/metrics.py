@@ -1,43 +1,80 @@
-"""MetricsFile: metrics.jsonl, one JSON object a step, complete up to the last step at any time."""
+"""MetricsFile and AnswersFile: metrics.jsonl and answers.jsonl, complete up to the last event at any time."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from minitune.training.run import Observer, Run, RunInfo, StepRecord
+from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord
+
+
+class JsonLines:
+    """A file of JSON objects, a line each, flushed at once; opening it replaces an older file in one go.
+
+    A number that is not finite becomes null.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text("", encoding="utf-8")
+        os.replace(fresh, path)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(plain, allow_nan=False, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class MetricsFile(Observer):
-    """Writes `path` anew. Keys of a line: step, loss, lr, grad_norm, n_trained, n_tokens, seconds, n_filler,
-    tokens_per_second (without the filler).
-
-    A number that is not finite is null. The file of an earlier run is replaced in one go when this one starts.
-    """
+    """Writes `path` anew. Keys of a step's line: the fields of StepRecord and tokens_per_second (without the filler);
+    of an evaluation's: step, valid_loss, valid_perplexity, valid_accuracy, valid_tokens, evaluation_seconds."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file: TextIO | None = None
+        self._lines: JsonLines | None = None
 
     def on_start(self, info: RunInfo) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_name(self.path.name + ".new")
-        fresh.write_text("", encoding="utf-8")
-        os.replace(fresh, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._lines = JsonLines(self.path)
 
     def on_step(self, record: StepRecord) -> None:
-        if self._file is None:
-            return
-        line: dict[str, Any] = {**vars(record), "tokens_per_second": record.tokens_per_second}
-        plain = {k: v if math.isfinite(v) else None for k, v in line.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._lines is not None:
+            self._lines.write({**vars(record), "tokens_per_second": record.tokens_per_second})
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        if self._lines is not None and record.loss is not None:
+            self._lines.write({"step": record.step, "valid_loss": record.loss, "valid_perplexity": record.perplexity,
+                               "valid_accuracy": record.accuracy, "valid_tokens": record.n_tokens,
+                               "evaluation_seconds": record.seconds})
 
     def on_end(self, run: Run) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
+
+
+class AnswersFile(Observer):
+    """Writes `path` anew, where anything is asked: a line {"step", "question", "answer"} for each answer."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lines: JsonLines | None = None
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        for each in record.answers:
+            if self._lines is None:
+                self._lines = JsonLines(self.path)
+            self._lines.write({"step": record.step, "question": each.question, "answer": each.answer})
+
+    def on_end(self, run: Run) -> None:
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None

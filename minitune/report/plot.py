@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from minitune.training.run import Observer, Run, RunInfo, StepRecord
+from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord
 
 
-def plot_loss(records: Sequence[StepRecord], path: str | Path, title: str = "Training loss") -> Path:
-    """Draw loss (left axis) and learning rate (right axis) over the steps into the PNG `path`; returns it.
+def plot_loss(records: Sequence[StepRecord], path: str | Path, title: str = "Training loss",
+              evaluations: Sequence[EvaluationRecord] = ()) -> Path:
+    """Draw the losses of steps and evaluations (left axis) and the learning rate (right axis) into the PNG `path`;
+    returns it.
 
     With 20 records or more a running mean lies over the raw curve. Needs matplotlib.
     """
@@ -31,6 +33,9 @@ def plot_loss(records: Sequence[StepRecord], path: str | Path, title: str = "Tra
               label="loss")
     if smooth:
         axes.plot(steps, running_mean(losses), color="tab:blue", label="running mean")
+    seen = [(e.step, e.loss) for e in evaluations if e.loss is not None]
+    if seen:
+        axes.plot(*zip(*seen, strict=True), color="tab:green", marker="o", markersize=4, label="validation loss")
     axes.set(xlabel="step", ylabel="loss (nats per trained token)", title=title)
     axes.grid(alpha=0.3)
     rates = axes.twinx()
@@ -70,4 +75,4 @@ class LossPlot(Observer):
 
     def on_end(self, run: Run) -> None:
         if self._available and run.records:
-            plot_loss(run.records, self.path, self.title)
+            plot_loss(run.records, self.path, self.title, run.evaluations)

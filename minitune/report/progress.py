@@ -1,19 +1,27 @@
-"""Progress of a run: a rich bar on a terminal, plain lines anywhere else."""
+"""Progress of a run: a rich bar on a terminal, a line that renews itself in a notebook, plain lines anywhere else."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, TextIO
 
-from minitune.training.run import Observer, Run, RunInfo, StepRecord
+from minitune.data.ledger import Ledger
+from minitune.report.inspect import print_ledger
+from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord
 
 PLAIN_LINES = 20
 """About so many lines a whole run prints where there is no terminal."""
+RENEWED = 0.25
+"""Seconds between two versions of a notebook's line."""
 
 
 def progress(stream: TextIO | None = None) -> Observer:
-    """The observer that suits `stream` (stderr): a bar if it is a terminal and rich is installed, else plain lines."""
+    """The observer that suits `stream` (stderr): a bar if it is a terminal and rich is installed, else plain lines; a
+    line in the cell's output where this is a notebook and no stream is given."""
+    if stream is None and in_notebook():
+        return ProgressCell()
     stream = sys.stderr if stream is None else stream
     if stream.isatty():
         try:
@@ -23,8 +31,20 @@ def progress(stream: TextIO | None = None) -> Observer:
     return ProgressLines(stream)
 
 
+def is_watched() -> bool:
+    """Whether somebody looks on: stderr is a terminal, or this is a notebook."""
+    return sys.stderr.isatty() or in_notebook()
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel. IPython is not imported for it."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
+    return hasattr(shell, "kernel")
+
+
 class ProgressLines(Observer):
-    """One line for the first, the last and about every twentieth part of the steps."""
+    """One line for the first, the last and about every twentieth part of the steps, and one for each evaluation."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -32,54 +52,121 @@ class ProgressLines(Observer):
         self._started = 0.0
         self._next = 0.0
 
+    def on_ledger(self, ledgers: Mapping[str, Any]) -> None:
+        print_ledgers(ledgers, self.stream)
+
     def on_start(self, info: RunInfo) -> None:
         self._info, self._started, self._next = info, time.perf_counter(), 0.0
-        self._print(f"training {info.n_parameters:,} parameters on {info.device}, {info.total_steps} steps")
+        self._print(opening(info))
 
     def on_step(self, record: StepRecord) -> None:
         total = self._info.total_steps if self._info else record.step
         if record.step >= self._next or record.step == total:     # log_every may leave steps out
             self._next = (record.step * PLAIN_LINES // total + 1) * total / PLAIN_LINES
-            elapsed = time.perf_counter() - self._started
-            left = elapsed / record.step * (total - record.step)
-            self._print(f"step {record.step:>{len(str(total))}}/{total}  {numbers(record)}  left {clock(left)}")
+            self._print(self._line(record))
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        if record.loss is not None:
+            self._print(evaluation(record))
 
     def on_end(self, run: Run) -> None:
         self._print(summary(run))
+
+    def _line(self, record: StepRecord) -> str:
+        total = self._info.total_steps if self._info else record.step
+        left = (time.perf_counter() - self._started) / record.step * (total - record.step)
+        rate = self._info.matrix_rate if self._info else None
+        return f"step {record.step:>{len(str(total))}}/{total}  {numbers(record, rate)}  left {clock(left)}"
 
     def _print(self, line: str) -> None:
         print(line, file=self.stream, flush=True)
 
 
+class ProgressCell(ProgressLines):
+    """Under a notebook's cell: one line for the steps, which renews itself; the others stay."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+        self._handle: Any = None
+        self._renewed = 0.0
+
+    def on_step(self, record: StepRecord) -> None:
+        from IPython.display import display
+
+        now = time.perf_counter()
+        if self._handle is None:
+            self._handle = display({"text/plain": self._line(record)}, raw=True, display_id=True)
+        elif now - self._renewed >= RENEWED or (self._info and record.step == self._info.total_steps):
+            self._handle.update({"text/plain": self._line(record)}, raw=True)
+        else:
+            return
+        self._renewed = now
+
+
 class ProgressBar(Observer):
-    """A bar with loss, learning rate, tokens/s and the time left. Raises ImportError where rich is missing."""
+    """A bar with loss, tokens/s, share of the matrix rate, memory and the time left. Raises ImportError where rich is
+    missing."""
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = Console(file=stream)
-        self._bar: Any = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(),
+        self.stream, self.console = stream, Console(file=stream)
+        self._bar: Any = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None),
                                   TextColumn("{task.description}"), TextColumn("left"), TimeRemainingColumn(),
-                                  console=self.console)
+                                  console=self.console, expand=True)
         self._task: Any = None
+        self._rate: float | None = None
+
+    def on_ledger(self, ledgers: Mapping[str, Any]) -> None:
+        print_ledgers(ledgers, self.stream)
 
     def on_start(self, info: RunInfo) -> None:
-        self.console.print(f"training {info.n_parameters:,} parameters on {info.device}", highlight=False)
+        self._rate = info.matrix_rate
+        self.console.print(opening(info), highlight=False, markup=False)
         self._task = self._bar.add_task("", total=info.total_steps)
         self._bar.start()
 
     def on_step(self, record: StepRecord) -> None:
-        self._bar.update(self._task, completed=record.step, description=numbers(record))
+        self._bar.update(self._task, completed=record.step, description=numbers(record, self._rate))
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        if record.loss is not None:
+            self.console.print(evaluation(record), highlight=False, markup=False)
 
     def on_end(self, run: Run) -> None:
         self._bar.stop()
         self.console.print(summary(run), highlight=False, markup=False)
 
 
-def numbers(record: StepRecord) -> str:
-    """A step's figures in one fixed-width line."""
-    return f"loss {record.loss:7.4f}  lr {record.lr:.2e}  {record.tokens_per_second:8,.0f} tokens/s"
+def print_ledgers(ledgers: Mapping[str, Ledger], stream: TextIO) -> None:
+    """The ledgers of "train" and "valid", with their notes."""
+    for name, ledger in ledgers.items():
+        print_ledger(ledger, stream, "Where the tokens go" + (", validation" if name == "valid" else ""))
+    stream.flush()
+
+
+def opening(info: RunInfo) -> str:
+    """What is about to begin, in one line."""
+    rate = f"; matrix products here: {info.matrix_rate / 1e12:,.2f} TFLOP/s" if info.matrix_rate else ""
+    return f"training {info.n_parameters:,} parameters on {info.device}, {info.total_steps} steps{rate}"
+
+
+def numbers(record: StepRecord, matrix_rate: float | None = None) -> str:
+    """A step's figures in one line of fixed width. The share is that of `matrix_rate` (FLOP/s)."""
+    share, memory = "", ""
+    if matrix_rate and record.flops and record.seconds > 0:
+        share = f"  {record.flops / record.seconds / matrix_rate:4.0%} of matrix rate"
+    if record.memory:
+        memory = f"  {record.memory / 1e9:.1f} GB"
+    return f"loss {record.loss:7.4f}  {record.tokens_per_second:8,.0f} tokens/s{share}{memory}"
+
+
+def evaluation(record: EvaluationRecord) -> str:
+    """An evaluation's figures in one line."""
+    when = f"after step {record.step}" if record.step else "before training"
+    return (f"{when}: validation loss {record.loss:.4f}, perplexity {record.perplexity:,.2f}, token accuracy "
+            f"{record.accuracy:.1%}")
 
 
 def summary(run: Run) -> str:
@@ -87,12 +174,14 @@ def summary(run: Run) -> str:
     told because the device works for the filler, too, which the rates leave out."""
     n_steps = f"{len(run.records)} step{'' if len(run.records) == 1 else 's'}"
     done = run.end in ("finished", "out of data")
-    end = f"{run.end}: {n_steps}" if done else f"{run.end} after {n_steps}, what was trained is not saved"
+    kept = f"what was trained is saved in {run.adapter}" if run.adapter else "what was trained is not saved"
+    end = f"{run.end}: {n_steps}" if done else f"{run.end} after {n_steps}, {kept}"
     n_real = run.n_tokens - run.n_filler
     full = f", rows {n_real / run.n_tokens:.0%} full" if run.n_tokens else ""
+    best = f"; best validation loss {run.best.loss:.4f} after step {run.best.step}" if run.best else ""
     return (f"{end}; {n_real:,} tokens ({run.n_trained:,} trained{full}) in "
             f"{clock(run.seconds)}; {run.tokens_per_second:,.0f} tokens/s overall, "
-            f"{run.steady_tokens_per_second:,.0f} steady; final loss {run.final_loss:.4f}")
+            f"{run.steady_tokens_per_second:,.0f} steady; final loss {run.final_loss:.4f}{best}")
 
 
 def clock(seconds: float) -> str:

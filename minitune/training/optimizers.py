@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitune.config import short
 from minitune.errors import InputError
 from minitune.ops.adamw import adamw_, adamw_8bit_
 from minitune.ops.moments8 import BLOCK
@@ -41,6 +42,9 @@ class FlatOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         if isinstance(params, Tensor):
             raise InputError(f"{name}: params is one tensor; give a list of parameters")
+        if isinstance(params, str | dict) or not isinstance(params, Iterable):
+            raise InputError(f"{name}: params is {short(params)}; give a list of parameters, or of groups such as "
+                             '{"params": [...], "lr": 1e-4}')
         members: list[Any] = list(params)
         if not members:
             raise InputError(f"{name}: params is empty, nothing is trained; load the model with lora=… or train=…")
@@ -51,6 +55,9 @@ class FlatOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add {"params": parameters or (name, parameter) pairs, and what differs from the defaults}."""
         # Not torch's own method: calling that one imports torch._dynamo, a second of every start.
+        if not isinstance(param_group, dict) or not isinstance(param_group.get("params"), Iterable):
+            raise InputError(f"{type(self).__name__}: group {len(self.param_groups)} is {short(param_group)}; it must "
+                             'be a table such as {"params": [...], "lr": 1e-4}')
         group = {**self.defaults, **param_group}
         given = group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
@@ -246,8 +253,10 @@ class AdamW(FlatOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         _at_least_zero("AdamW", lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
         betas = group["betas"]
-        if len(betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in betas):
-            raise InputError(f"AdamW: betas is {betas!r}; it must be two numbers of at least 0 and below 1")
+        if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(
+                isinstance(b, int | float) and 0 <= b < 1 for b in betas):
+            raise InputError(f"AdamW: betas is {short(betas)}; it must be two numbers of at least 0 and below 1, such "
+                             "as (0.9, 0.999)")
         if group["moments"] not in MOMENTS:
             raise InputError(f"AdamW: moments is {group['moments']!r}; it must be one of {', '.join(MOMENTS)}")
 
@@ -278,6 +287,8 @@ class SGD(FlatOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         _at_least_zero("SGD", lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
+        if group["momentum"] >= 1:
+            raise InputError(f"SGD: momentum is {group['momentum']!r}; it must be below 1")
         if group["nesterov"] and not group["momentum"]:
             raise InputError("SGD: nesterov is True with momentum 0; it needs a momentum above 0")
         if group["moments"] != "fp32":
@@ -311,4 +322,4 @@ def _flatten(group: dict[str, Any]) -> list[FlatBuffer]:
 def _at_least_zero(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise InputError(f"{owner}: {name} is {value!r}; it must be a finite number of at least 0")
+            raise InputError(f"{owner}: {name} is {short(value)}; it must be a finite number of at least 0")

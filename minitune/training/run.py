@@ -1,23 +1,28 @@
-"""What a training run tells: its plan, one record a step, the finished run, and the observers that listen."""
+"""What a training run tells: its plan, one record a step and an evaluation, the finished run, and its observers."""
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from minitune.config import Training
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What is known before the first step. ``n_parameters`` counts the trained elements."""
+    """What is known before the first step. ``n_parameters`` counts the trained elements; ``matrix_rate`` is the FLOP/s
+    of a large matrix product, where it was measured.
+    """
 
     total_steps: int
     n_parameters: int
     device: str
     training: Training
+    matrix_rate: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +30,10 @@ class StepRecord:
     """One finished step, in plain numbers. ``step`` counts from 1; ``grad_norm`` is the norm before clipping.
 
     ``loss`` is the mean over the step's trained tokens (nats), before the update. ``seconds`` run from the end of the
-    step before to the end of this one, data included; ``n_tokens`` counts all positions. ``n_filler`` of them are what
-    packing left of the rows: work for the device, but no token of the data, so the rates leave them out.
+    step before to the end of this one, data included and evaluations not; ``n_tokens`` counts all positions.
+    ``n_filler`` of them are what packing left of the rows: work for the device, but no token of the data, so the rates
+    and ``flops`` (training/flops.py; 0 where not known) leave them out. ``memory`` is the peak so far, in bytes:
+    tensors on a GPU, else the process.
     """
 
     step: int
@@ -37,24 +44,54 @@ class StepRecord:
     n_tokens: int
     seconds: float
     n_filler: int = 0
+    flops: float = 0.0
+    memory: int = 0
 
     @property
     def tokens_per_second(self) -> float:
         return (self.n_tokens - self.n_filler) / self.seconds if self.seconds > 0 else 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampleAnswer:
+    """A question and what the model wrote after it."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """The model after ``step`` steps (0: before training), seen on the validation data and asked the sample questions.
+
+    ``loss`` (nats), ``perplexity``, ``accuracy`` and ``n_tokens`` are those of the validation data's trained tokens,
+    None without such data; ``answers`` is empty where nothing was asked. ``seconds`` counts both.
+    """
+
+    step: int
+    seconds: float
+    loss: float | None = None
+    perplexity: float | None = None
+    accuracy: float | None = None
+    n_tokens: int | None = None
+    answers: tuple[SampleAnswer, ...] = ()
+
+
 @dataclass(kw_only=True)
 class Run:
-    """A training run: every step's record and how it ended.
+    """A training run: every step's record, every evaluation's, and how it ended.
 
     ``end`` is "finished" when all planned steps were done, "out of data" when the data ended before, "interrupted" when
-    Ctrl-C stopped it, "failed" when another exception did. ``adapter`` is where the caller saved the result, if it did.
+    Ctrl-C stopped it, "failed" when another exception did. ``adapter`` is the folder of what was trained, if it was
+    saved; ``best_adapter`` that of the lowest validation loss.
     """
 
     info: RunInfo
     records: list[StepRecord] = field(default_factory=list)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
     end: Literal["finished", "out of data", "interrupted", "failed"] = "failed"
     adapter: Path | None = None
+    best_adapter: Path | None = None
 
     @property
     def losses(self) -> list[float]:
@@ -64,6 +101,12 @@ class Run:
     def final_loss(self) -> float:
         """The last step's loss; NaN when no step was finished."""
         return self.records[-1].loss if self.records else float("nan")
+
+    @property
+    def best(self) -> EvaluationRecord | None:
+        """The evaluation after step 1 or later with the lowest validation loss, the first of those that are equal."""
+        found = [(e.loss, e.step, e) for e in self.evaluations if e.step and e.loss is not None]
+        return min((f for f in found if math.isfinite(f[0])), key=lambda f: f[:2], default=(0, 0, None))[2]
 
     @property
     def n_tokens(self) -> int:
@@ -79,7 +122,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Wall time from before the first batch to the end of the last step."""
+        """Wall time from before the first batch to the end of the last step, evaluations left out."""
         return sum(r.seconds for r in self.records)
 
     @property
@@ -102,12 +145,21 @@ class Run:
 class Observer(Protocol):
     """Listens to a run. All methods are optional; a class that inherits gets those that do nothing."""
 
+    def on_ledger(self, ledgers: Mapping[str, Any]) -> None:
+        """Before the run, where the data keeps them: the ledgers (minitune/data/ledger.py) of "train" and "valid"."""
+        return None
+
     def on_start(self, info: RunInfo) -> None:
         """Before the first step."""
         return None
 
     def on_step(self, record: StepRecord) -> None:
         """After step 1, every ``log_every``-th step and the last one; on a GPU one step later than it happens."""
+        return None
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """Before the first step, every ``evaluate_every`` steps and after the last one, where there is validation data
+        or a question: all steps up to it are done and told, and the model stands still."""
         return None
 
     def on_end(self, run: Run) -> None:

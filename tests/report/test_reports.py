@@ -11,10 +11,10 @@ import pytest
 
 from minitune.config import Training
 from minitune.report.metrics import MetricsFile
-from minitune.report.plot import LossPlot, running_mean
+from minitune.report.plot import LossPlot, plot_loss, running_mean
 from minitune.report.progress import ProgressBar, ProgressLines, clock, progress, summary
 from minitune.report.tables import Answer, clean, print_answers, print_table
-from minitune.training.run import Run, RunInfo, StepRecord
+from minitune.training.run import EvaluationRecord, Run, RunInfo, StepRecord
 
 
 class Terminal(io.StringIO):
@@ -81,6 +81,10 @@ def test_loss_plot_shows_the_curve_and_leaves_matplotlib_alone(tmp_path):
     assert curve.shape == flat.shape and curve.shape[0] > 300 and curve.shape[1] > 500
     assert len(set(map(tuple, curve.reshape(-1, curve.shape[-1])))) > 20
     assert (curve != flat).mean() > 0.002
+    seen = [EvaluationRecord(step=i, seconds=0, loss=2.0 - i / 30) for i in range(0, 30, 6)]
+    plot_loss(play(LossPlot(tmp_path / "b.png")).records, tmp_path / "b.png", evaluations=seen)
+    assert (image.imread(tmp_path / "b.png") != curve).mean() > 0.002
+    (tmp_path / "b.png").unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "flat.png"]
 
 
@@ -103,7 +107,7 @@ def test_plain_progress_says_what_matters():
     play(observer, steps=200)
     lines = stream.getvalue().splitlines()
     assert lines[0] == "training 1,234,567 parameters on cpu, 200 steps"
-    assert lines[1].startswith("step   1/200  loss  3.0000  lr 1.00e-04     2,000 tokens/s  left ")
+    assert lines[1].startswith("step   1/200  loss  3.0000     2,000 tokens/s  left ")
     assert len(lines) == 1 + 21 + 1 and lines[-2].startswith("step 200/200")
     assert lines[-1] == ("finished: 200 steps; 20,000 tokens (12,000 trained, rows 100% full) in 0:10; 2,000 tokens/s "
                          "overall, 2,000 steady; final loss 0.0150")

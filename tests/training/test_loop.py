@@ -11,7 +11,7 @@ import torch
 from minitune.config import Training
 from minitune.data.packing import pack
 from minitune.errors import InputError
-from minitune.training import loop
+from minitune.training import steps
 from minitune.training.loop import TrainingDiverged, fit
 from minitune.training.run import Observer, Run, RunInfo, StepRecord
 from minitune.training.schedule import learning_rate
@@ -75,8 +75,8 @@ def test_runs_are_bitwise_repeatable(fakes):
 @pytest.mark.parametrize("lag", [0, 1])
 def test_observers_hear_start_steps_and_end_in_order(fakes, monkeypatch, lag):
     if lag:  # as on a GPU
-        real = loop.deque
-        monkeypatch.setattr(loop, "deque", lambda: Lagging(real))
+        real = steps.deque
+        monkeypatch.setattr(steps, "deque", lambda: Lagging(real))
     listener, bare = Listener(), object()
     run = fit(fakes.TinyModel(), data(fakes), Training(max_steps=10, log_every=4), fakes.objective, [listener, bare])
     assert listener.heard == [run.info, 1, 4, 8, 10, run]
@@ -175,7 +175,7 @@ def test_divergence_names_the_step_and_still_ends(fakes):
 
     listener, model = Listener(), fakes.TinyModel()
     model.eval()
-    with pytest.raises(TrainingDiverged, match=r"step 3: loss nan.*saves none.*a lower lr \(it is 0\.0002\)"):
+    with pytest.raises(TrainingDiverged, match=r"step 3: loss nan.*are not saved.*a lower lr \(it is 0\.0002\)"):
         fit(model, data(fakes), Training(), objective, [listener])
     run = listener.heard[-1]
     assert isinstance(run, Run) and run.end == "failed" and len(run.records) == 3

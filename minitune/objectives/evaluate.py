@@ -1,0 +1,69 @@
+"""evaluate: loss, perplexity and token accuracy of a model on the trained tokens of batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitune.data.batch import Batch
+from minitune.errors import InputError
+
+CHUNK_BYTES = 64 << 20
+"""Room for the fp32 logits of one chunk of tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """``loss`` is the mean negative log-likelihood (nats) of ``n_tokens`` tokens; ``accuracy`` the share of them that
+    the model holds for the likeliest."""
+
+    loss: float
+    accuracy: float
+    n_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that is more than a float holds."""
+        return math.inf if self.loss > 700 else math.exp(self.loss)
+
+
+@torch.no_grad()
+def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:
+    """The Evaluation of an `mt.Model` over the trained tokens of `batches`, every token counted alike: weights of
+    samples and label smoothing belong to training and take no part.
+
+    The model is in eval mode meanwhile. The device is asked once, at the end. Logits exist for a chunk of positions at
+    a time. InputError where no token is trained.
+    """
+    was_training = model.training
+    model.eval()
+    sums, n_tokens = torch.zeros(2, dtype=torch.float64, device=model.device), 0
+    try:
+        for batch in batches:
+            if batch.n_trained:
+                sums += _sums(model, batch.to(model.device))
+                n_tokens += batch.n_trained
+    finally:
+        model.train(was_training)
+    if not n_tokens:
+        raise InputError("evaluate: the data has no trained token (no batch, or all labels are -100)")
+    loss, correct = sums.tolist()
+    return Evaluation(loss=loss / n_tokens, accuracy=correct / n_tokens, n_tokens=n_tokens)
+
+
+def _sums(model: Any, batch: Batch) -> Tensor:
+    """fp64 [2]: the sum of the losses and the number of right tokens of one batch."""
+    hidden, labels = model.hidden(batch)[batch.trained], batch.labels[batch.trained]
+    size = max(16, CHUNK_BYTES // (4 * model.config.vocab_size))
+    sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+    for rows, wanted in zip(hidden.split(size), labels.split(size), strict=True):
+        logits = model.network.logits(rows)
+        sums[0] += F.cross_entropy(logits, wanted, reduction="none").sum(dtype=torch.float64)
+        sums[1] += (logits.argmax(-1) == wanted).sum()
+    return sums

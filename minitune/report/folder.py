@@ -1,0 +1,86 @@
+"""RunFolder: all that a run leaves behind, in one folder that is usable at any moment."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minitune.checkpoint.files import json_bytes, staged
+from minitune.errors import InputError
+from minitune.report.environment import environment
+from minitune.report.metrics import AnswersFile, MetricsFile
+from minitune.report.plot import LossPlot
+from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo
+from minitune.training.schedule import min_lr_ratio_of, warmup_of
+
+
+def check_free(folder: Path) -> None:
+    """InputError unless `folder` is not there yet, or is an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists already; name another folder, or remove it")
+
+
+def run_folder(folder: Path, save: Callable[[Path], None], what: str, config: Mapping[str, Any]) -> list[Observer]:
+    """The observers that fill `folder`: see RunFolder; metrics.jsonl, answers.jsonl and loss.png beside it."""
+    return [RunFolder(folder, save, what, config), MetricsFile(folder / "metrics.jsonl"),
+            AnswersFile(folder / "answers.jsonl"), LossPlot(folder / "loss.png")]
+
+
+class RunFolder(Observer):
+    """Writes config.json (`config` with the training as it was resolved), environment.json and ledger.json when the run
+    starts; `what`-best at each evaluation whose loss is the lowest so far; `what` (adapter, or model) when it ends.
+
+    `save` writes what is trained into a folder. A run that Ctrl-C or an error stopped keeps what its last step made,
+    unless the numbers are no longer finite. Each file takes its name when it is whole.
+    """
+
+    def __init__(self, folder: str | Path, save: Callable[[Path], None], what: str, config: Mapping[str, Any]) -> None:
+        self.folder, self.save, self.what, self.config = Path(folder), save, what, config
+        self._ledger: dict[str, Any] | None = None
+        self._lowest = math.inf
+        self._best: Path | None = None
+
+    def on_ledger(self, ledgers: Mapping[str, Any]) -> None:
+        self._ledger = {name: ledger.as_dict() for name, ledger in ledgers.items()}
+
+    def on_start(self, info: RunInfo) -> None:
+        check_free(self.folder)
+        training = {**asdict(info.training), "warmup": warmup_of(info.training),
+                    "min_lr_ratio": min_lr_ratio_of(info.training)}
+        config = {**self.config, "training": training, "total_steps": info.total_steps,
+                  "trained_parameters": info.n_parameters}
+        machine = {**environment(info.device), "matrix_flops_per_second": info.matrix_rate}
+        with staged(self.folder) as staging:
+            staging.write("config.json", json_bytes(plain(config)))
+            staging.write("environment.json", json_bytes(plain(machine)))
+            if self._ledger is not None:
+                staging.write("ledger.json", json_bytes(plain(self._ledger)))
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        if record.step and record.loss is not None and record.loss < self._lowest:
+            self._lowest, self._best = record.loss, self.folder / f"{self.what}-best"
+            self.save(self._best)
+
+    def on_end(self, run: Run) -> None:
+        run.best_adapter = self._best
+        last = run.records[-1:]
+        if last and math.isfinite(last[0].loss) and math.isfinite(last[0].grad_norm):
+            self.save(self.folder / self.what)
+            run.adapter = self.folder / self.what
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON holds it: tables, lists, texts, numbers; paths and the like as texts, no number that is none."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)

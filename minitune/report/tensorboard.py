@@ -1,0 +1,48 @@
+"""TensorBoard: an observer that writes event files for tensorboard, where that optional package is installed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from minitune.errors import InputError
+from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord
+
+
+class TensorBoard(Observer):
+    """Writes train/…, valid/… and answers/… into `folder`, from the first step on. InputError at once where the package
+    tensorboard is missing."""
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError("--tensorboard needs the package tensorboard, which is not installed; say: pip install "
+                             "'minitune[tensorboard]'") from error
+        self.folder, self._make = Path(folder), SummaryWriter
+        self._writer: Any = None
+
+    def on_start(self, info: RunInfo) -> None:
+        self._writer = self._make(str(self.folder))
+
+    def on_step(self, record: StepRecord) -> None:
+        for name in ("loss", "lr", "grad_norm", "tokens_per_second", "memory"):
+            self._scalar(f"train/{name}", getattr(record, name), record.step)
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        for name in ("loss", "perplexity", "accuracy"):
+            self._scalar(f"valid/{name}", getattr(record, name), record.step)
+        for place, each in enumerate(record.answers):
+            # four blanks: a block of code, since answers are no markdown
+            lines = f"{each.question}\n\n{each.answer}".splitlines()
+            self._writer.add_text(f"answers/{place}", "\n".join(f"    {line}" for line in lines), record.step)
+        self._writer.flush()
+
+    def on_end(self, run: Run) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _scalar(self, name: str, value: float | None, step: int) -> None:
+        if value is not None and math.isfinite(value):
+            self._writer.add_scalar(name, value, step)

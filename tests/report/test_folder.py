@@ -1,0 +1,142 @@
+"""The run folder: whole at any moment, honest about its settings and its machine, and the best is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from minitune.config import Training
+from minitune.errors import InputError
+from minitune.report import environment as environment_module
+from minitune.report.environment import environment
+from minitune.report.folder import RunFolder, check_free, plain, run_folder
+from minitune.report.metrics import AnswersFile, MetricsFile
+from minitune.training.run import EvaluationRecord, Run, RunInfo, SampleAnswer, StepRecord
+
+INFO = RunInfo(total_steps=3, n_parameters=7, device="cpu", training=Training(schedule="slanted-triangular"),
+               matrix_rate=1e12)
+
+
+def step(number, loss=1.0):
+    return StepRecord(step=number, loss=loss, lr=0.1, grad_norm=1.0, n_trained=1, n_tokens=2, seconds=1.0)
+
+
+def seen(number, loss=None, *answers):
+    perplexity = None if loss is None else math.inf if loss > 700 else math.exp(loss)
+    return EvaluationRecord(step=number, seconds=0.5, loss=loss, perplexity=perplexity, accuracy=0.5, n_tokens=9,
+                            answers=answers)
+
+
+class Saver:
+    """Saves a file that says how often it was called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __call__(self, folder: Path) -> None:
+        self.calls.append(folder.name)
+        folder.mkdir(exist_ok=True)
+        (folder / "weights").write_text(str(len(self.calls)))
+
+
+def test_settings_and_machine_are_written_at_the_start(tmp_path):
+    folder = RunFolder(tmp_path / "run", Saver(), "adapter", {"data": Path("a.jsonl"), "nan": math.nan})
+
+    class Account:
+        def as_dict(self):
+            return {"trained": 3}
+
+    folder.on_ledger({"train": Account()})
+    assert not (tmp_path / "run").exists()
+    folder.on_start(INFO)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["data"] == "a.jsonl" and config["nan"] is None and config["trained_parameters"] == 7
+    assert config["training"]["warmup"] == 0.1 and config["training"]["min_lr_ratio"] == 1 / 32
+    assert config["training"]["lr"] == 2e-4 and config["total_steps"] == 3
+    machine = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert machine["matrix_flops_per_second"] == 1e12 and machine["packages"]["torch"] and machine["device"] == "cpu"
+    assert json.loads((tmp_path / "run" / "ledger.json").read_text()) == {"train": {"trained": 3}}
+    assert len(list((tmp_path / "run").iterdir())) == 3
+    with pytest.raises(InputError, match="exists already"):
+        folder.on_start(INFO)
+
+
+def test_the_best_is_that_of_the_lowest_validation_loss(tmp_path):
+    saver = Saver()
+    folder = RunFolder(tmp_path, saver, "adapter", {})
+    run = Run(info=INFO, records=[step(1), step(2)], end="finished")
+    for record in (seen(0, 0.5), seen(1, 2.0), seen(2, 1.0), seen(3, 1.5), seen(4, math.nan), seen(5)):
+        folder.on_evaluation(record)
+    assert saver.calls == ["adapter-best", "adapter-best"]
+    folder.on_end(run)
+    assert saver.calls[2:] == ["adapter"]
+    assert (run.adapter, run.best_adapter) == (tmp_path / "adapter", tmp_path / "adapter-best")
+
+
+@pytest.mark.parametrize(("records", "end", "saved"), [
+    ([step(1)], "interrupted", True), ([], "interrupted", False), ([step(1), step(2, math.nan)], "failed", False),
+    ([step(1)], "failed", True)])
+def test_a_run_that_was_stopped_keeps_what_is_sound(tmp_path, records, end, saved):
+    saver = Saver()
+    run = Run(info=INFO, records=records, end=end)
+    RunFolder(tmp_path, saver, "model", {}).on_end(run)
+    assert saver.calls == (["model"] if saved else []) and (run.adapter is not None) == saved
+    assert run.best_adapter is None
+
+
+def test_metrics_and_answers_hold_the_evaluations(tmp_path):
+    metrics, answers = MetricsFile(tmp_path / "metrics.jsonl"), AnswersFile(tmp_path / "answers.jsonl")
+    for observer in (metrics, answers):
+        observer.on_start(INFO)
+    assert not (tmp_path / "answers.jsonl").exists()
+    metrics.on_step(step(1))
+    for record in (seen(1, 1.0, SampleAnswer(question="é?", answer="\n\x1b")), seen(2, 800.0), seen(3)):
+        metrics.on_evaluation(record)
+        answers.on_evaluation(record)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1] == {"step": 1, "valid_loss": 1.0, "valid_perplexity": math.e, "valid_accuracy": 0.5,
+                        "valid_tokens": 9, "evaluation_seconds": 0.5}
+    assert [line["step"] for line in lines] == [1, 1, 2] and lines[2]["valid_perplexity"] is None
+    text = (tmp_path / "answers.jsonl").read_text("utf-8")
+    assert json.loads(text) == {"step": 1, "question": "é?", "answer": "\n\x1b"} and "é" in text
+    for observer in (metrics, answers):
+        observer.on_end(Run(info=INFO))
+
+
+def test_all_observers_of_a_folder_work_together(tmp_path):
+    pytest.importorskip("matplotlib")
+    observers = run_folder(tmp_path / "run", Saver(), "adapter", {})
+    run = Run(info=INFO, records=[step(1), step(2)], evaluations=[seen(0, 2.0), seen(2, 1.0)], end="finished")
+    for method, what in (("on_start", INFO), ("on_evaluation", seen(2, 1.0)), ("on_end", run)):
+        for observer in observers:
+            getattr(observer, method)(what)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json", "environment.json", "metrics.jsonl", "adapter", "adapter-best", "loss.png"}
+
+
+def test_a_folder_is_free_if_it_is_new_or_empty(tmp_path):
+    check_free(tmp_path)
+    check_free(tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(InputError, match="exists already; name another folder"):
+            check_free(taken)
+
+
+def test_the_environment_names_no_user_and_no_host(monkeypatch, tmp_path):
+    found = environment("cpu")
+    assert found["gpu"] is None and found["cores"] >= 1 and found["python"].startswith("3.")
+    assert found["commit"] is None or len(found["commit"]) == 40
+    assert str(Path.home()) not in json.dumps(plain(found))
+    monkeypatch.setattr(environment_module, "ROOT", tmp_path)
+    assert environment("cpu")["commit"] is None and environment("cpu")["changed"] is None
+    (tmp_path / ".git").mkdir()
+    assert environment("cpu")["commit"] is None      # a broken checkout
+
+
+def test_plain_values():
+    assert plain({"a": (1, Path("x"), math.inf), 2: None, "b": {True: {3}}}) == {
+        "a": [1, "x", None], "2": None, "b": {"True": "{3}"}}

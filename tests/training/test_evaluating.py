@@ -1,0 +1,106 @@
+"""fit pauses to evaluate: at the right steps, without changing a number of the run, and it ends honestly."""
+
+from __future__ import annotations
+
+import pytest
+
+from minitune.config import Training
+from minitune.training import steps
+from minitune.training.loop import fit
+from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo
+
+
+class Evaluating(Observer):
+    """An evaluation that notes when it was called and how the model stood; an observer of what follows."""
+
+    def __init__(self, model, losses=()) -> None:
+        self.model, self.losses, self.calls, self.heard = model, list(losses), [], []
+
+    def __call__(self, step, end):
+        self.calls.append((step, end, self.model.training))
+        return EvaluationRecord(step=step, seconds=0.1, loss=self.losses.pop(0) if self.losses else 1.0)
+
+    def on_step(self, record):
+        self.heard.append(record.step)
+
+    def on_evaluation(self, record):
+        self.heard.append(f"seen {record.step}")
+
+
+def data(fakes, n=6):
+    return [fakes.make_batch(12, 7 + i, seed=i) for i in range(n)]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_evaluations_come_between_steps_that_are_all_told(fakes, monkeypatch, lag):
+    model = fakes.TinyModel()
+    if lag:     # as on a GPU
+        made = steps.Steps.__init__
+        monkeypatch.setattr(steps.Steps, "__init__", lambda self, *a: (made(self, *a), setattr(self, "lag", 1))[0])
+    evaluating = Evaluating(model)
+    run = fit(model, data(fakes), Training(evaluate_every=4, epochs=2), fakes.objective, [evaluating],
+              evaluate=evaluating)
+    assert evaluating.calls == [(0, True, False), (4, False, False), (8, False, False), (12, True, False)]
+    assert evaluating.heard == ["seen 0", 1, 2, 3, 4, "seen 4", 5, 6, 7, 8, "seen 8", 9, 10, 11, 12, "seen 12"]
+    assert [e.step for e in run.evaluations] == [0, 4, 8, 12]
+    plain = fit(fakes.TinyModel(), data(fakes), Training(evaluate_every=4, epochs=2), fakes.objective)
+    assert plain.losses == run.losses and plain.evaluations == []
+
+
+def test_a_run_that_says_nothing_is_evaluated_about_ten_times(fakes):
+    model = fakes.TinyModel()
+    evaluating = Evaluating(model)
+    fit(model, data(fakes), Training(max_steps=25), fakes.objective, evaluate=evaluating)
+    assert [step for step, _, _ in evaluating.calls] == [0, 3, 6, 9, 12, 15, 18, 21, 24, 25]
+
+
+def test_data_that_ends_early_is_evaluated_once_more_at_its_last_step(fakes):
+    model = fakes.TinyModel()
+    evaluating = Evaluating(model)
+    fit(model, iter(data(fakes)), Training(max_steps=100, evaluate_every=3), fakes.objective, evaluate=evaluating)
+    assert [(step, end) for step, end, _ in evaluating.calls] == [(0, True), (3, False), (6, True)]
+
+
+def test_an_evaluation_with_nothing_to_do_leaves_no_record(fakes):
+    run = fit(fakes.TinyModel(), data(fakes), Training(), fakes.objective, evaluate=lambda step, end: None)
+    assert run.evaluations == []
+
+
+def test_time_spent_evaluating_is_no_time_of_a_step(fakes):
+    import time
+
+    def slow(step, end):
+        time.sleep(0.3)
+        return EvaluationRecord(step=step, seconds=0.3)
+
+    run = fit(fakes.TinyModel(), data(fakes), Training(evaluate_every=1), fakes.objective, evaluate=slow)
+    assert len(run.evaluations) == 7 and run.seconds < 0.3
+
+
+def test_the_best_is_the_lowest_finite_loss_after_training_began():
+    info = RunInfo(total_steps=4, n_parameters=1, device="cpu", training=Training())
+
+    def best(*losses):
+        run = Run(info=info, evaluations=[EvaluationRecord(step=i, seconds=0, loss=x) for i, x in enumerate(losses)])
+        return None if run.best is None else run.best.step
+
+    assert best(0.1, 2.0, 1.0, 1.0) == 2
+    assert best(0.1, float("nan"), 3.0) == 2
+    assert best(0.1) is None and best() is None and best(0.1, None) is None
+
+
+def test_every_observer_hears_of_the_end_even_if_one_fails(fakes):
+    ended = []
+
+    class Broken(Observer):
+        def on_end(self, run):
+            ended.append("broken")
+            raise OSError("disk full")
+
+    class Good(Observer):
+        def on_end(self, run):
+            ended.append(run.end)
+
+    with pytest.raises(OSError, match="disk full"):
+        fit(fakes.TinyModel(), data(fakes), Training(), fakes.objective, [Broken(), Good()])
+    assert ended == ["broken", "finished"]

@@ -1,0 +1,158 @@
+"""mt.train with a run folder, validation data and questions: what is written, kept and refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import minitune as mt
+from minitune.objectives.evaluate import evaluate
+from minitune.report.progress import ProgressLines
+from minitune.training.run import Observer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    mt.init("tiny", folder, tokenizer=Path(mt.__file__).parent / "examples" / "base", seed=1)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write(tmp_path / "data.jsonl", range(20))
+
+
+def write(path, numbers):
+    path.write_text("".join(json.dumps({"prompt": f"Number {i} is", "completion": f" {i * i}."}) + "\n"
+                            for i in numbers))
+    return path
+
+
+def model(folder, **how):
+    return mt.load(folder, device="cpu", dtype="float32", **(how or {"lora": mt.LoRA(rank=2)}))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_a_run_folder_holds_all_and_the_best_is_the_best(folder, data, tmp_path):
+    valid, out = write(tmp_path / "valid.jsonl", range(20, 26)), tmp_path / "run"
+    trained = model(folder)
+    run = mt.train(trained, data, valid=valid, out=out, tokens=64, epochs=3, lr=2e-2, evaluate_every=4,
+                   max_new_tokens=4, config={"purpose": "a test"})
+    assert {p.name for p in out.iterdir()} == {"adapter", "adapter-best", "answers.jsonl", "config.json", "loss.png",
+                                               "environment.json", "ledger.json", "metrics.jsonl"}
+    total = run.info.total_steps
+    assert [e.step for e in run.evaluations] == [0, *range(4, total, 4), total]
+    answers = lines(out / "answers.jsonl")
+    assert [a["question"] for a in answers[:3]] == ["Number 0 is", "Number 1 is", "Number 2 is"]
+    assert len(answers) == 3 * len(run.evaluations)
+    last = mt.load(folder, adapter=out / "adapter", device="cpu", dtype="float32")
+    assert last.complete("Number 0 is", 4) == answers[-3]["answer"]
+    assert model(folder).complete("Number 0 is", 4) == answers[0]["answer"]
+    best = mt.load(folder, adapter=run.best_adapter, device="cpu", dtype="float32")
+    found = evaluate(best, mt.data.stream(valid, best.tokenizer, tokens=64, shuffle=False))
+    assert found.loss == pytest.approx(run.best.loss, rel=1e-6) and run.best.loss == min(
+        e.loss for e in run.evaluations[1:])
+    config = json.loads((out / "config.json").read_text())
+    assert config["lora"]["rank"] == 2 and config["training"]["lr"] == 2e-2 and config["purpose"] == "a test"
+    assert config["data"] == str(data) and config["valid"] == str(valid) and config["model"]["path"] == str(folder)
+    ledger = json.loads((out / "ledger.json").read_text())
+    assert ledger["train"]["sources"][0]["samples"] == 20 and ledger["valid"]["sources"][0]["samples"] == 6
+    metrics = lines(out / "metrics.jsonl")
+    assert sum("loss" in m for m in metrics) == total and metrics[1]["flops"] > 0 and metrics[1]["memory"] > 1e7
+
+
+def test_evaluating_and_asking_change_no_step(folder, data):
+    plain = mt.train(model(folder, lora=mt.LoRA(rank=2, dropout=0.3)), data, tokens=64)
+    watched = mt.train(model(folder, lora=mt.LoRA(rank=2, dropout=0.3)), data, tokens=64, evaluate_every=1,
+                       valid=data, ask=["Number 3 is", [{"role": "user", "content": "Hi"}]], max_new_tokens=2)
+    assert plain.losses == watched.losses and plain.evaluations == []
+    assert [a.question for a in watched.evaluations[0].answers] == ["Number 3 is", "Hi"]
+
+
+def test_questions_are_asked_before_and_after_where_nothing_else_is_said(folder, data):
+    run = mt.train(model(folder), data, valid=data, tokens=64, ask=["Number 3 is"], max_new_tokens=2)
+    asked = [e.step for e in run.evaluations if e.answers]
+    assert asked == [0, run.info.total_steps] and len(run.evaluations) > 2
+    assert [e.step for e in mt.train(model(folder), data, tokens=64, ask=["a"], max_new_tokens=1).evaluations] == asked
+
+
+def test_ctrl_c_keeps_the_last_adapter(folder, data, tmp_path):
+    class Impatient(Observer):
+        def on_step(self, record):
+            if record.step == 3:
+                raise KeyboardInterrupt
+
+        def on_end(self, run):
+            self.run = run
+
+    trained, observer, out = model(folder), Impatient(), tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        mt.train(trained, data, out=out, tokens=64, observers=[observer], ask=(), lr=1e-2)
+    assert observer.run.end == "interrupted" and observer.run.adapter == out / "adapter"
+    assert len(lines(out / "metrics.jsonl")) == 3
+    kept = mt.load(folder, adapter=out / "adapter", device="cpu", dtype="float32")
+    for name, adapter in trained.network.adapters().items():
+        assert torch.equal(kept.network.adapters()[name].B, adapter.B) and adapter.B.any()
+
+
+def test_trained_base_weights_are_saved_as_a_model(folder, data, tmp_path):
+    trained = model(folder, train="norms")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = mt.train(trained, data, out=tmp_path / "run", tokens=64, max_steps=2, ask=(), valid=data)
+    assert run.adapter == tmp_path / "run" / "model" and (tmp_path / "run" / "model-best").is_dir()
+    saved = mt.load(run.adapter, device="cpu", dtype="float32")
+    assert saved.complete("Number 3 is", 4) == trained.complete("Number 3 is", 4)
+    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["trained_weights"]) == 9
+
+
+def test_batches_are_valid_data_too_and_an_iterator_is_read_once(folder, data):
+    tokenizer = model(folder).tokenizer
+    batches = list(mt.data.stream(data, tokenizer, tokens=64))
+    runs = [mt.train(model(folder), batches, valid=valid) for valid in
+            (batches, iter(batches), mt.data.stream(data, tokenizer, tokens=64, epochs=2))]
+    first, second, third = ([e.loss for e in run.evaluations] for run in runs)
+    assert first == second == pytest.approx(third, rel=1e-6) and len(first) > 2
+
+
+def test_notes_on_the_data_are_said_though_nothing_is_shown(folder, data, tmp_path):
+    with pytest.warns(UserWarning, match="valid data: 20 samples: held out, but trained on as well"):
+        mt.train(model(folder), data, valid=data, tokens=64, max_steps=1)
+    doubled = tmp_path / "doubled.jsonl"
+    doubled.write_text(data.read_text() * 2)
+    with pytest.warns(UserWarning, match="train data: 20 samples: "):
+        mt.train(model(folder), doubled, tokens=64, max_steps=1, quiet=True)
+
+
+def test_progress_is_shown_where_it_is_asked_for(folder, data, capsys, monkeypatch):
+    mt.train(model(folder), data, tokens=64, max_steps=1)
+    assert capsys.readouterr().err == ""
+    mt.train(model(folder), data, tokens=64, max_steps=1, quiet=False)
+    shown = capsys.readouterr().err
+    assert "Where the tokens go" in shown and "step 1/1" in shown and "of matrix rate" in shown
+    monkeypatch.setattr("minitune.api.training.is_watched", lambda: True)
+    monkeypatch.setattr("minitune.api.training.progress", lambda: ProgressLines(sys.stderr))
+    mt.train(model(folder), data, tokens=64, max_steps=1)
+    assert "finished: 1 step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"evaluate_every": 3}, "evaluate_every is 3, but there is nothing to evaluate"),
+    ({"valid": 3}, "valid is 3; give the path"), ({"valid": []}, "the validation data has no trained token"),
+    ({"out": 3}, "out is 3; give a path"), ({"ask": [3]}, "ask has 3; a question is a text"),
+    ({"ask": [[{"role": "x", "content": "a"}]]}, "role"), ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"out": "."}, "exists already"), ({"tokens": 3}, "data.jsonl:1")])
+def test_misuse_is_refused_before_anything_is_written(folder, data, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(mt.InputError, match=message):
+        mt.train(model(folder), data, **{"out": tmp_path / "run", "ask": (), **arguments})
+    assert not (tmp_path / "run").exists()
