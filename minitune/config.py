@@ -155,13 +155,13 @@ class LoRA:
     """
 
     rank: int = 16
-    """r, the inner size of B·A."""
+    """Rank r of the adapters, the inner size of B·A: a higher one can learn more and costs more."""
     alpha: float = 32
     """Scale of the adapter: s = alpha / rank."""
     dropout: float = 0.0
     """Share of the adapter's inputs that is zeroed in training."""
     targets: str | tuple[str, ...] = "all-linear"
-    """"all-linear", or names or patterns of linears."""
+    """"all-linear" (a layer's seven), or names or patterns of linears, such as q_proj or lm_head."""
     rslora: bool = False
     """s = alpha / sqrt(rank) instead."""
     dora: bool = False

@@ -17,12 +17,14 @@ from minitune.report.inspect import print_ledger, print_lengths, print_samples, 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show what training would see of a data file: where each token goes, the samples' lengths, what is trained."""
+    """Show what training would see of your data: where each token goes, the samples' lengths, what is trained."""
 
+    base: Positional[Path]
+    """Folder of the model that is to be trained: its tokenizer and chat template are used, its weights are not."""
     data: Positional[Path]
-    """Data file: JSON lines, .json, .txt or .parquet, in any of the formats that train reads."""
-    base: Path
-    """Folder of the model that is to be trained: its tokenizer and chat template are used."""
+    """Samples, as train reads them: JSONL, JSON, text or Parquet; --mix adds more files."""
+    add_tokens: tuple[str, ...] = ()
+    """New tokens that train is to be given, each one id of the tokenizer then."""
     n: int = 3
     """How many samples are shown, from the first on, evenly spread."""
     tokens: int = 2048
@@ -32,7 +34,7 @@ class Inspect:
     def run(self) -> None:
         check_whole("inspect", "n", self.n, low=0)
         check_whole("inspect", "tokens", self.tokens, low=2)
-        tokenizer, settings = load_tokenizer(self.base), self.samples
+        tokenizer, settings = load_tokenizer(self.base, self.add_tokens), self.samples
         parts = read_parts(settings.shares(self.data), tokenizer, settings.fields(), settings.cached, reading())
         lengths = [(length, part.corpus, index) for part in parts
                    for index, length in enumerate(part.corpus.bounds.diff().tolist())]

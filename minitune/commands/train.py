@@ -11,13 +11,13 @@ from tyro.conf import Positional
 
 from minitune.api import Model, load, train
 from minitune.api.examine import first_questions
-from minitune.commands.dry_run import plan
+from minitune.commands.dry_run import show
 from minitune.commands.shared import check_out
 from minitune.config import Data, LoRA, MemoryPolicy, Quant, Training
 from minitune.data.holdout import streams
 from minitune.errors import InputError
 from minitune.report.inspect import reading
-from minitune.report.tables import Answer, print_answers, print_table
+from minitune.report.tables import Answer, print_answers
 from minitune.report.tensorboard import TensorBoard
 from minitune.training.run import Run
 
@@ -57,6 +57,7 @@ class Train:
     tensorboard: bool = False
     """Write event files for TensorBoard into the folder too."""
     lora: LoRA = field(default_factory=LoRA)
+    """Low-rank adapters: what is trained beside the frozen weights."""
     samples: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
 
@@ -64,10 +65,11 @@ class Train:
         check_out(self.out)
         boards = [TensorBoard(self.out / "tensorboard")] if self.tensorboard else []
         model = self._load()
-        data, valid = streams(self.data, model.tokenizer, self.samples, tokens=self.training.tokens,
+        samples = dataclasses.replace(self.samples, cache=False) if self.dry_run else self.samples
+        data, valid = streams(self.data, model.tokenizer, samples, tokens=self.training.tokens,
                               epochs=self.training.epochs, seed=self.training.seed, progress=reading())
         if self.dry_run:
-            print_table("What would be trained; nothing is written", ["", ""], plan(model, data, self.training))
+            show(model, data, valid, self.training)
             return
         questions = self.ask or first_questions(self.data, self.samples.fields())
         run = train(model, data, valid=valid, training=self.training, out=self.out, ask=questions,

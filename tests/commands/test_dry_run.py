@@ -99,9 +99,12 @@ def test_data_without_a_trained_token_is_refused(folder, tmp_path):
 
 def test_the_flag_writes_nothing(folder, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    main(["train", str(folder), str(data), "--dry-run", "--tokens", "64", "--device", "cpu"])
+    monkeypatch.setenv("MINITUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("minitune.data.cache.MIN_FILE", 10)
+    main(["train", str(folder), str(data), "--dry-run", "--tokens", "64", "--device", "cpu", "--valid-split", "2"])
     printed = capsys.readouterr().out
     assert "155,648 parameters" in printed and "loss of the first row" in printed
+    assert "an epoch: 18 samples" in printed and "Held out" in printed
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit) as ended:
         main(["train", str(folder), str(data), "--dry-run", "--tokens", "4", "--device", "cpu"])

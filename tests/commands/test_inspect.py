@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def write(path: Path, texts: list[str]) -> Path:
 
 
 def test_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    Inspect(EXAMPLES / "facts.jsonl", BASE, n=2).run()
+    Inspect(BASE, EXAMPLES / "facts.jsonl", n=2).run()
     out = capsys.readouterr().out
     assert "Where the tokens go" in out and "an epoch: 50 samples" in out and "Lengths in tokens" in out
     assert out.count("«") == 2 and "minitune is a small trainer" in out and "\x1b" not in out
@@ -30,11 +31,11 @@ def test_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
 def test_long_samples_are_shown_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "a.jsonl", ["short", "a longer question than that " * 4])
     fields = ("prompt=question", "completion=answer")
-    Inspect(path, BASE, n=0, tokens=20, samples=Data(field_map=fields)).run()
+    Inspect(BASE, path, n=0, tokens=20, samples=Data(field_map=fields)).run()
     out = capsys.readouterr().out
     assert "note: 1 sample: longer than 20 tokens, so training refuses them: raise --tokens to" in out
     assert f"({path}:2)" in out and "too long" in out and "«" not in out
-    Inspect(path, BASE, n=0, tokens=20, samples=Data(field_map=fields, long="split")).run()
+    Inspect(BASE, path, n=0, tokens=20, samples=Data(field_map=fields, long="split")).run()
     out = capsys.readouterr().out
     assert "split, no piece sees the one before it" in out and "refuses" not in out
 
@@ -42,18 +43,37 @@ def test_long_samples_are_shown_and_said(tmp_path: Path, capsys: pytest.CaptureF
 def test_what_is_held_out_has_a_ledger_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "a.jsonl", [f"question {i}" for i in range(10)])
     settings = Data(field_map=("prompt=question", "completion=answer"), valid_split=0.2)
-    Inspect(path, BASE, samples=settings).run()
+    Inspect(BASE, path, samples=settings).run()
     out = capsys.readouterr().out
     assert "an epoch: 8 samples" in out and "Held out" in out and "an epoch: 2 samples" in out
+
+
+def test_base_comes_first_as_in_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tyro")
+    from minitune.cli import main
+
+    path = write(tmp_path / "a.jsonl", ["one", "two"])
+    more = write(tmp_path / "b.jsonl", ["three", "<new> four"])
+    fields = ["--field-map", "prompt=question", "completion=answer"]
+    main(["inspect", str(BASE), str(path), *fields, "--mix", f"{more}=2", "--n", "0"])
+    out = capsys.readouterr().out
+    assert "an epoch: 6 samples" in out and "b.jsonl × 2" in out and "all files" in out
+    longest = [int(re.search(r"longest (\d+)", out)[1])]       # type: ignore[index]
+    main(["inspect", str(BASE), str(more), *fields, "--n", "0", "--add-tokens", "<new>"])
+    longest.append(int(re.search(r"longest (\d+)", capsys.readouterr().out)[1]))        # type: ignore[index]
+    assert longest[1] < longest[0]
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(path), str(BASE), *fields])
+    assert ended.value.code == 2 and "a.jsonl: no such folder" in capsys.readouterr().err
 
 
 def test_errors(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ["one"])
     with pytest.raises(InputError, match=r"a.jsonl:1: .*question"):
-        Inspect(path, BASE).run()
+        Inspect(BASE, path).run()
     with pytest.raises(InputError, match="no such file"):
-        Inspect(tmp_path / "none.jsonl", BASE).run()
+        Inspect(BASE, tmp_path / "none.jsonl").run()
     with pytest.raises(InputError, match="n is -1"):
-        Inspect(path, BASE, n=-1).run()
+        Inspect(BASE, path, n=-1).run()
     with pytest.raises(InputError, match="tokens is 1;"):
-        Inspect(path, BASE, tokens=1).run()
+        Inspect(BASE, path, tokens=1).run()
