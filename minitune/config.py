@@ -177,7 +177,8 @@ class LoRA:
         _check_types("LoRA", self)
         for name in ("rank_pattern", "alpha_pattern"):
             self._check_pattern(name, getattr(self, name))
-        _positive("LoRA", rank=self.rank, alpha=self.alpha, lr_ratio=self.lr_ratio)
+        check_whole("LoRA", "rank", self.rank)
+        _positive("LoRA", alpha=self.alpha, lr_ratio=self.lr_ratio)
         if not 0 <= self.dropout < 1:
             raise InputError(f"LoRA: dropout is {self.dropout!r}; it must be at least 0 and below 1")
         if not self.targets:

@@ -17,7 +17,7 @@ from tests.oracles import make
 from tests.tolerance import relative
 
 TRAIN = {"full": None, "head": {"lm_head.weight"}, "embedding": {"model.embed_tokens.weight"},
-         "norms": 7, "last:1": 9, ("*.q_proj.weight",): 3}
+         "norms": 7, "last:1": 9, ("*.q_proj.weight",): 3, ("last:1", "head"): 10}
 
 
 @pytest.fixture(scope="module")

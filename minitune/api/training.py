@@ -135,4 +135,5 @@ def _folder(folder: Path, model: Model, about: Mapping[str, Any]) -> list[Observ
                         "config": asdict(model.config)},
               "lora": None if model.lora is None else asdict(model.lora),
               "trained_weights": sorted(network.trained_names()), **about}
-    return run_folder(folder, model.save_adapter if adapted else model.save, "adapter" if adapted else "model", config)
+    save = model.save_adapter if adapted else model.save_merged if network.nf4_shapes() else model.save
+    return run_folder(folder, save, "adapter" if adapted else "model", config)

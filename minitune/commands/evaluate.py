@@ -50,5 +50,6 @@ class Evaluate:
         rows = [["loss (nats a token)", *(f"{each.loss:.4f}" for each in found)],
                 ["perplexity", *(f"{each.perplexity:,.3f}" for each in found)],
                 ["token accuracy", *(f"{each.accuracy:.2%}" for each in found)]]
-        print_table(f"{self.data}: {found[0].n_tokens:,} trained tokens of {batches.n_documents:,} samples",
+        samples = f"{batches.n_documents:,} sample{'' if batches.n_documents == 1 else 's'}"
+        print_table(f"{self.data}: {found[0].n_tokens:,} trained tokens of {samples}",
                     ["", "base", "adapter"][: 1 + len(found)], rows)

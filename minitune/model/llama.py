@@ -291,15 +291,20 @@ class Llama(nn.Module):
 
     def _train_patterns(self, train: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
         if not isinstance(train, str):
-            return tuple(train)
+            return tuple(pattern for each in train for pattern in self._known_patterns(each) or (each,))
+        patterns = self._known_patterns(train)
+        if patterns is None:
+            raise InputError(f'train: {train!r} is not known; say "full", "head", "norms", "embedding", "last:k" with '
+                             f"k from 1 to {self.config.n_layers}, or a list of these and of name patterns")
+        return patterns
+
+    def _known_patterns(self, word: str) -> tuple[str, ...] | None:
+        """The name patterns that a word such as "norms" or "last:2" stands for; None for any other text."""
         head = "model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight"
         known = {"full": ("*",), "head": (head,), "norms": ("*norm.weight",),
                  "embedding": ("model.embed_tokens.weight",)}
-        if train in known:
-            return known[train]
-        kind, _, count = train.partition(":")
+        kind, _, count = word.partition(":")
         if kind == "last" and count.isdigit() and 0 < int(count) <= self.config.n_layers:
             layers = range(self.config.n_layers - int(count), self.config.n_layers)
             return tuple(f"model.layers.{i}.*" for i in layers)
-        raise InputError(f'train: {train!r} is not known; say "full", "head", "norms", "embedding", "last:k" with k '
-                         f"from 1 to {self.config.n_layers}, or a list of name patterns")
+        return known.get(word)

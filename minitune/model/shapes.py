@@ -44,4 +44,4 @@ def shape(name: str) -> ModelConfig:
         return SHAPES[name]
     near = difflib.get_close_matches(name.lower(), SHAPES, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise InputError(f"init: no shape is named {name!r}; {hint}There are {', '.join(SHAPES)}")
+    raise InputError(f"init: no shape is named {name!r}; {hint}there are {', '.join(SHAPES)}")

@@ -149,7 +149,8 @@ def print_ledgers(ledgers: Mapping[str, Ledger], stream: TextIO) -> None:
 def opening(info: RunInfo) -> str:
     """What is about to begin, in one line."""
     rate = f"; matrix products here: {info.matrix_rate / 1e12:,.2f} TFLOP/s" if info.matrix_rate else ""
-    return f"training {info.n_parameters:,} parameters on {info.device}, {info.total_steps} steps{rate}"
+    steps = f"{info.total_steps} step{'' if info.total_steps == 1 else 's'}"
+    return f"training {info.n_parameters:,} parameters on {info.device}, {steps}{rate}"
 
 
 def numbers(record: StepRecord, matrix_rate: float | None = None) -> str:

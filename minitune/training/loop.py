@@ -62,9 +62,11 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     try:
         tell(observers, "on_start", run.info)
         groups = islice(_groups(batches, training.micro_batches, limit, device, costs), total_steps)
-        Steps(model, optimizer, objective, observers, run, evaluate).go(groups)
+        steps = Steps(model, optimizer, objective, observers, run, evaluate)
+        steps.go(groups)
         if not run.records:
             raise InputError("training: the data has no trained token (no batch, or all labels are -100)")
+        steps.check_weights()
         run.end = "finished" if len(run.records) == total_steps else "out of data"
     except KeyboardInterrupt:
         run.end = "interrupted"

@@ -107,6 +107,13 @@ class Steps:
                 f"step {record.step}: loss {loss}, gradient norm {norm}, lr {record.lr:.3g}. The trained weights are "
                 f"spoilt and are not saved: begin anew, {_gentler(self.run.info.training)}")
 
+    def check_weights(self) -> None:
+        """TrainingDiverged if the last update, which no later loss has seen, spoilt the trained weights."""
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not bool(torch.stack([weight.detach().isfinite().all() for weight in weights]).all()):
+            raise TrainingDiverged(f"step {len(self.run.records)}: its update made weights that are not finite, and "
+                                   f"none are saved: begin anew, {_gentler(self.run.info.training)}")
+
 
 class _Mark:
     """A point in time on the device: an event in its queue on a GPU, the clock on a CPU."""

@@ -156,3 +156,17 @@ def test_misuse_is_refused_before_anything_is_written(folder, data, tmp_path, ar
     with pytest.raises(mt.InputError, match=message):
         mt.train(model(folder), data, **{"out": tmp_path / "run", "ask": (), **arguments})
     assert not (tmp_path / "run").exists()
+
+
+def test_norms_beside_weights_in_4_bits_are_saved_with_the_decoded_ones(folder, data, tmp_path):
+    trained = model(folder, train="norms", quant="nf4")
+    mt.train(trained, data, out=tmp_path / "run", tokens=64, max_steps=2)
+    ids = torch.arange(3, 30)
+    again = mt.load(tmp_path / "run" / "model", device="cpu", dtype="float32")
+    assert torch.allclose(again.logits(ids), trained.logits(ids), atol=1e-2)
+
+
+def test_a_last_update_that_spoils_the_weights_saves_nothing(folder, data, tmp_path):
+    with pytest.raises(mt.TrainingDiverged, match="step 1: its update made weights that are not finite"):
+        mt.train(model(folder), data, out=tmp_path / "run", tokens=64, max_steps=1, lr=1e39, clip=0, warmup=0)
+    assert not (tmp_path / "run" / "adapter").exists()
