@@ -7,7 +7,8 @@ or is cut off loses only what it had not printed yet. Without PARTS the whole st
 Nothing is installed and no network is needed: the extension is built in place with the compiler, nvcc and setuptools
 that are there. A rival that is not installed (bitsandbytes, Liger, Unsloth) is named as not measured; bring its wheel
 along and say `pip install --no-index --no-deps FILE.whl` to have it measured.
-Without a GPU it runs tiny shapes and marks the file "device": "cpu". Exit code 1: a part failed or a figure was wrong.
+With --device cpu it runs tiny shapes and marks the file "device": "cpu". Exit code 1: a part failed or a figure was
+wrong; 2: there is no GPU, or no torch, and nothing was run.
 """
 
 from __future__ import annotations
@@ -37,11 +38,20 @@ WORKERS, THREADS = 6, 2
 """Of the tests, and of each of their processes."""
 
 
-def device() -> str:
-    """cuda where torch can use it, asked in a process of its own so that this one holds no device memory."""
-    question = "import torch; print(torch.cuda.is_available())"
+def missing(where: str) -> str | None:
+    """Why nothing can be run on "cuda" or "cpu", or None. Asked in a process of its own, so that this one holds no
+    device memory."""
+    question = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())"
     asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, timeout=120)
-    return "cuda" if asked.stdout.strip() == "True" else "cpu"
+    words = asked.stdout.split()
+    if asked.returncode or len(words) != 3:
+        why = (asked.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        return f"{sys.executable} cannot import torch ({why}); say make gpu PYTHON=… with a python that has it"
+    if where == "cuda" and words[2] != "True":
+        build = "is built without CUDA" if words[1] == "None" else "finds none (nvidia-smi shows what the system sees)"
+        return (f"no GPU: torch {words[0]} {build}; for tiny shapes on this CPU say {Path(sys.executable).name} "
+                "-m benchmarks.gpu --device cpu")
+    return None
 
 
 def run_bounded(words: list[str], seconds: float, root: Path = ROOT,
@@ -148,13 +158,16 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(LIMITS),
                         default=os.environ.get("PARTS", " ".join(n for n in LIMITS if n not in ASKED)).split(),
                         help=f"default: $PARTS, else all but {', '.join(ASKED)}")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny shapes, to try it out")
     parser.add_argument("--out", type=Path, help="folder of the raw file, default benchmarks/results")
     told = parser.parse_args()
     unknown = set(told.parts) - set(LIMITS)
     if unknown:
         parser.error(f"PARTS names {sorted(unknown)}; there are {list(LIMITS)}")
-    where = told.device or device()
+    where, reason = told.device, missing(told.device)
+    if reason is not None:
+        print(f"make gpu: {reason}", file=sys.stderr)
+        sys.exit(2)
     raw: dict[str, Any] = {"kind": "gpu", "device": where, "machine": machine(), "parts": {}}
     for name in told.parts:
         print(f"{name} … at most {LIMITS[name]} s", file=sys.stderr, flush=True)

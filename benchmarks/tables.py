@@ -1,6 +1,6 @@
-"""Every table of figures, made from the raw files: benchmarks/RESULTS.md, and README.md's between its marker comments.
+"""Every table of figures, made from the raw files: RESULTS.md and KERNELS.md here, README.md's between its markers.
 
-``python -m benchmarks.tables`` rewrites both. For each name the newest raw file counts, in RESULTS.md on each kind of
+``python -m benchmarks.tables`` rewrites them. For each name the newest raw file counts, in RESULTS.md on each kind of
 machine.
 """
 
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT
+from benchmarks.tables_aot import kernels_page
+from benchmarks.tables_data import data_table
 from benchmarks.tables_nf4 import gpu_nf4_tables, nf4_kernels_table, nf4_table, readme_nf4
 from benchmarks.tables_text import markdown, ratio, spread, verdict, where
 
@@ -197,7 +199,8 @@ _GPU_PARTS: dict[str, Callable[[list[Raw]], list[str]]] = {
 # ---- documents ------------------------------------------------------------------------------------------------------
 _KINDS: dict[str, tuple[str, Callable[[Raw], list[str]]]] = {
     "train": ("Training and generation on the CPU", train_table), "nf4-kernels": ("4-bit kernels on the CPU",
-    nf4_kernels_table), "nf4": ("QLoRA on the CPU", nf4_table), "gpu": ("On a GPU", gpu_tables)}
+    nf4_kernels_table), "nf4": ("QLoRA on the CPU", nf4_table), "data": ("Reading data on the CPU", data_table),
+    "gpu": ("On a GPU", gpu_tables)}
 
 
 def results_page(raws: dict[str, Raw]) -> str:
@@ -241,12 +244,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "benchmarks" / "RESULTS.md")
+    parser.add_argument("--kernels", type=Path, default=ROOT / "benchmarks" / "KERNELS.md")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     told = parser.parse_args()
     everywhere = {name: raw for name, raw in newest(told.results, each_machine=True).items() if not trial(raw)}
     raws = {name: raw for name, raw in newest(told.results).items() if not trial(raw)}
     told.page.write_text(results_page(everywhere))
     print(f"wrote {told.page.name} from {len(everywhere)} raw files")
+    for raw in raws.values():
+        if raw["kind"] == "aot":
+            told.kernels.write_text(kernels_page(raw))
+            print(f"wrote {told.kernels.name} from {len(raw['rows'])} compilations")
     if told.readme.exists():
         before = told.readme.read_text()
         after = fill(fill(before, "train", readme_train(raws)), "nf4", readme_nf4(raws))

@@ -1,4 +1,4 @@
-"""linear_cross_entropy: Triton kernel that turns a chunk's logits into losses and, in place, into their gradients.
+"""linear_cross_entropy: Triton kernels: a chunk's logits into losses and, in place, their gradients; rows weighed.
 
 The head's two products are the library's; what lies between them is bound by memory, and at best reads and writes each
 logit once. A row is swept twice, so it should still be in the L2 cache the second time.
@@ -27,6 +27,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "losses": {80: Config({"TILE": 8192}, num_warps=16, registers=64, shared=4096)},
     "losses_long": {80: Config({"TILE": 16384}, num_warps=32, registers=64, shared=8192)},
     "losses_narrow": {80: Config({"TILE": 2048}, num_warps=16, registers=40, shared=1024)},      # rows not aligned
+    "weigh": {80: Config({"TILE": 1024}, num_warps=4, registers=32)},
 }
 
 
@@ -115,3 +116,27 @@ def losses_(logits: Tensor, labels: Tensor, losses: Tensor, *, smoothing: float 
         linear_cross_entropy_losses[(n,)](logits, labels, losses, logits.stride(0), V, float(smoothing),
                                           GRADIENT=gradient, SMOOTH=smoothing != 0,
                                           RAGGED=V % GROUP.value != 0, **config.arguments())
+
+
+@triton.jit(do_not_specialize=["step"])
+def linear_cross_entropy_weigh(x, weights, out, step, pitch, D: tl.constexpr, TILE: tl.constexpr):
+    """TILE values of a row."""
+    PIECES: tl.constexpr = (D + TILE - 1) // TILE
+    row = tl.program_id(0) // PIECES
+    column = (tl.program_id(0) - row * PIECES) * TILE + tl.arange(0, TILE)
+    weight = tl.load(weights + row * step)
+    values = tl.load(x + row.to(tl.int64) * pitch + column, mask=column < D, other=0).to(tl.float32) * weight
+    tl.store(out + row.to(tl.int64) * D + column, values.to(out.dtype.element_ty), mask=column < D)
+
+
+def weigh(x: Tensor, weights: Tensor, *, config: Config | None = None) -> Tensor:
+    """x [n, d], its rows contiguous, times weights fp32 [n], perhaps one value expanded -> [n, d] in x's dtype, rounded
+    once."""
+    n, d = x.shape
+    out = x.new_empty(n, d)
+    config = config or pick(CONFIGS["weigh"], x.device)
+    if out.numel():
+        with torch.cuda.device_of(x):
+            linear_cross_entropy_weigh[(n * triton.cdiv(d, config.tiles["TILE"]),)](
+                x, weights, out, weights.stride(0), x.stride(0), D=d, **config.arguments())
+    return out

@@ -1,10 +1,10 @@
-"""lora_matmul: Triton kernels for a frozen product with a low-rank one inside it, and for the adapters' own products.
+"""lora_matmul: Triton kernels for a frozen product with a low-rank one inside it, and for the adapters' gradients.
 
 The long products take x [T, K] and its thin companion s [T, R] in one loop, K first and then R, into one fp32
-accumulator that is rounded once. The thin products and the adapters' gradients are bound by memory: they read their
-large operand once. Sums that are split have their parts in fp32 scratch and are added in a fixed order, so every result
-is repeatable to the bit. Tile names: BT tokens, BN columns of the output, BK of the inner loop, BR of the rank, BC of
-the large operand's columns.
+accumulator that is rounded once. The adapters' gradients are bound by memory: they read their large operand once. Sums
+that are split have their parts in fp32 scratch and are added in a fixed order, so every result is repeatable to the
+bit. Tile names: BT tokens, BN columns of the output, BK of the inner loop, BR of the rank, BC of the large operand's
+columns. The thin products S = x·Aᵀ and dS = dy·B are the library's.
 """
 
 from __future__ import annotations
@@ -25,10 +25,6 @@ def _product(bt: int, bn: int, bk: int, warps: int, stages: int, registers: int,
     return Config({"BT": bt, "BN": bn, "BK": bk, "GROUP": 8}, warps, stages, registers, shared << 10)
 
 
-def _thin(bt: int, br: int, bk: int, warps: int, stages: int, registers: int, shared: int) -> Config:
-    return Config({"BT": bt, "BR": br, "BK": bk}, warps, stages, registers, shared << 10)
-
-
 def _adapters(bc: int, br: int, bt: int, warps: int, stages: int, registers: int, shared: int) -> Config:
     return Config({"BC": bc, "BR": br, "BT": bt}, warps, stages, registers, shared << 10)
 
@@ -37,9 +33,6 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "product": {80: _product(128, 256, 32, 8, 4, 240, 72), 89: _product(128, 128, 32, 4, 4, 240, 48),
                 90: _product(128, 256, 64, 8, 4, 224, 192), 100: _product(128, 256, 64, 8, 4, 176, 193)},
     "product_small": {80: _product(64, 64, 32, 4, 2, 168, 17)},
-    "thin": {80: _thin(64, 64, 64, 4, 5, 128, 81)},
-    "thin_wide": {80: _thin(128, 128, 64, 8, 4, 168, 96), 90: _thin(128, 128, 64, 8, 4, 168, 129)},
-    "thin_fp32": {80: _thin(64, 64, 32, 4, 2, 128, 16)},
     "adapters": {80: _adapters(128, 64, 64, 4, 3, 176, 73)},
     "adapters_wide": {80: _adapters(128, 128, 64, 8, 3, 176, 97)},
     "adapters_fp32": {80: _adapters(64, 64, 32, 4, 2, 128, 16)},
@@ -160,34 +153,6 @@ def _launch_product(x: Tensor, weight: Tensor, s: Tensor | None, b: Tensor | Non
     return out
 
 
-# ---- thin products --------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["T", "part_steps"])
-def lora_thin(x, a, out, T, K, x_pitch, part_steps, R: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
-              BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
-    """out [parts, T, R] = x [T, K]·a over part_steps · BK of K each; a [K, R], or TRANSPOSED [R, K]."""
-    r_first, t_tile, part = tl.program_id(0) * BR, tl.program_id(1), tl.program_id(2)
-    t, r, lane = tl.arange(0, BT), r_first + tl.arange(0, BR), tl.arange(0, BK)
-    t_first = t_tile.to(tl.int64) * BT
-    row = tl.minimum(t, T - 1 - t_tile * BT)
-    rank = tl.minimum(r, R - 1) if TRANSPOSED else r
-    x += t_first * x_pitch
-    first = part * part_steps
-    steps = tl.minimum(part_steps, tl.cdiv(K, BK) - first)
-    acc = tl.zeros([BT, BR], tl.float32)
-    for step in range(0, tl.maximum(steps, 1)):
-        start = (first + step) * BK
-        live = lane < K - start
-        x_tile = _load(x + start + (row[:, None] * x_pitch + lane[None, :]), live[None, :], not EVEN)
-        if TRANSPOSED:
-            a_tile = _load(a + start + (rank[None, :] * K + lane[:, None]), live[:, None], not EVEN)
-        else:
-            at = a + tl.cast(start, tl.int64) * R + (lane[:, None] * R + rank[None, :])
-            a_tile = _load(at, live[:, None] & (rank < R)[None, :], not EVEN or R % BR != 0)
-        acc = tl.dot(x_tile, a_tile, acc, input_precision="ieee")
-    at = out + (part.to(tl.int64) * T + t_first) * R + (t[:, None] * R + r[None, :])
-    tl.store(at, acc.to(out.dtype.element_ty), mask=(t < T - t_tile * BT)[:, None] & (r < R)[None, :])
-
-
 @triton.jit(do_not_specialize=["parts"])
 def lora_sum(scratch, out, parts, n, TILE: tl.constexpr):
     """out [n] = the sum of scratch [parts, n] from the first part to the last."""
@@ -196,29 +161,6 @@ def lora_sum(scratch, out, parts, n, TILE: tl.constexpr):
     for part in range(0, parts):
         acc += tl.load(scratch + tl.cast(part, tl.int64) * n + i, mask=i < n, other=0)
     tl.store(out + i, acc.to(out.dtype.element_ty), mask=i < n)
-
-
-def thin(x: Tensor, a: Tensor, *, transposed: bool, out: Tensor | None = None, config: Config | None = None) -> Tensor:
-    """x [T, K] -> x·a [T, R] in its dtype; a [K, R], or transposed [R, K]. Rows of x may lie apart; out is contiguous.
-
-    S = x·Aᵀ is `transposed` on A [R, K]; dS = dy·b is not, on b [N, R]. Bound by reading x, so where there are few
-    tokens K is split, that more programs read.
-    """
-    (tokens, depth), rank = x.shape, a.shape[0 if transposed else 1]
-    out = x.new_empty(tokens, rank) if out is None else out
-    if not out.numel():
-        return out
-    config = config or _ranked("thin", x, rank)
-    tiles = {**config.tiles, "BR": _rank_tile(rank, config)}
-    grid = (triton.cdiv(rank, tiles["BR"]), triton.cdiv(tokens, tiles["BT"]))
-    steps = triton.cdiv(depth, tiles["BK"])
-    part_steps = _part_steps(grid[0] * grid[1], steps)
-    parts = triton.cdiv(steps, part_steps)
-    target = out if parts == 1 else x.new_empty(parts, tokens, rank, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        lora_thin[(*grid, parts)](x, a, target, tokens, depth, x.stride(0), part_steps, R=rank, TRANSPOSED=transposed,
-                                  EVEN=depth % tiles["BK"] == 0, **tiles, **config.options())
-    return out if parts == 1 else _add_parts(target, out)
 
 
 # ---- gradients of the adapters --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""rms_norm: Triton kernels of x / rms(x) · weight with the residual add, of its backward, and of S = y·Aᵀ beside it.
+"""rms_norm: Triton kernels of x / rms(x) · weight with the residual add, and of its backward.
 
 Bound by memory. A row lies in registers between its one read and its one write, so a result may lie where an operand
-lay; only where S is wanted, 16 rows are swept twice, the second time out of the L2 cache. Arithmetic is fp32.
+lay. Arithmetic is fp32.
 """
 
 from __future__ import annotations
@@ -16,16 +16,9 @@ from torch import Tensor
 from minitune.kernels.launch import Config, pick
 
 # TILE: values of a program, 16 a thread; narrower rows come several at a time, wider ones get more warps (`row_tiles`).
-# With S: ROWS · the programs of an SM · d must stay in the L2 cache between the sweeps, so ROWS is small.
-# SWEEP: columns at a time in the first sweep; DEPTH_BYTES: how much of a row in the second. LANES: the least padded
-# rank; 64 is what the matrix units of sm_90 and sm_100 take.
 CONFIGS = {
     "forward": {80: Config({"TILE": 2048}, num_warps=4, registers=48, shared=256)},
     "backward": {80: Config({"TILE": 2048}, num_warps=4, registers=64, shared=256)},
-    "forward_with_s": {
-        80: Config({"ROWS": 16, "SWEEP": 512, "DEPTH_BYTES": 256, "LANES": 16}, 8, registers=104, shared=38 << 10),
-        90: Config({"ROWS": 16, "SWEEP": 512, "DEPTH_BYTES": 512, "LANES": 64}, 8, registers=128, shared=74 << 10),
-    },
 }
 
 
@@ -51,14 +44,8 @@ def _starts(row, pitch, HEADS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _read(at, live, LAST: tl.constexpr = False):
-    """LAST: nobody reads it again soon, so it makes room in the L2 cache for what is."""
-    return tl.load(at, mask=live, other=0, eviction_policy="evict_first" if LAST else "").to(tl.float32)
-
-
-@triton.jit
-def _normalised(x, scale, weight):
-    return x * scale[:, None] * weight[None, :]
+def _read(at, live):
+    return tl.load(at, mask=live, other=0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -81,7 +68,7 @@ def rms_norm_forward(x, residual, weight, total, y, rstd, rows, x_pitch, residua
         scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)
         tl.store(rstd + row, scale, mask=row < rows)
     tl.store(y + _starts(row, y_pitch, HEADS, D) + column[None, :],
-             _normalised(wide, scale, w).to(y.dtype.element_ty), mask=live)
+             (wide * scale[:, None] * w[None, :]).to(y.dtype.element_ty), mask=live)
 
 
 def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, out: Tensor | None = None,
@@ -113,74 +100,6 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, total: Tensor |
             x, residual, weight, total, y, rstd, rows, x.stride(0), None if residual is None else residual.stride(0),
             y.stride(0), eps, APPLY=stored, HEADS=heads, D=d, **tiles, **options)
     return y
-
-
-# ---- forward with S -------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["rows"])
-def rms_norm_forward_with_s(x, residual, weight, total, y, rstd, a, s, rows, x_pitch, residual_pitch, eps,
-                            A_PITCH: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
-                            ROWS: tl.constexpr, SWEEP: tl.constexpr, DEPTH: tl.constexpr):
-    """ROWS rows; RANK: R padded. Sᵀ = A·yᵀ, so that the rank is what fills the 64 rows of a matrix instruction."""
-    first = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    known, row = first < rows, first.to(tl.int64)[:, None]
-    inside = known[:, None]
-    from_x, place = x + row * x_pitch, row * D
-    squares = tl.zeros([ROWS, SWEEP], tl.float32)
-    for start in range(0, D, SWEEP):
-        column = (start + tl.arange(0, SWEEP))[None, :]
-        live = inside & (column < D)
-        wide = _read(from_x + column, live, residual is not None)
-        if residual is not None:
-            wide += _read(residual + row * residual_pitch + column, live, True)
-            narrow = wide.to(total.dtype.element_ty)
-            tl.store(total + place + column, narrow, mask=live)
-            wide = narrow.to(tl.float32)
-        squares += wide * wide
-    scale = tl.rsqrt(tl.sum(squares, axis=1) / D + eps)
-    tl.store(rstd + first, scale, mask=known)
-    if residual is not None:
-        tl.debug_barrier()      # the second sweep may read in one thread what the first wrote in another
-        from_x = total + place
-    rank = tl.arange(0, RANK)
-    product = tl.zeros([RANK, ROWS], tl.float32)
-    for start in range(0, D, DEPTH):
-        column = start + tl.arange(0, DEPTH)
-        live = inside & (column < D)[None, :]
-        lora = tl.load(a + rank[:, None] * A_PITCH + column[None, :], mask=(rank < R)[:, None] & (column < D)[None, :],
-                       other=0)
-        wide = _read(from_x + column[None, :], live, True)
-        out = _normalised(wide, scale, _read(weight + column, column < D)).to(y.dtype.element_ty)
-        tl.store(y + place + column[None, :], out, mask=live)
-        product = tl.dot(lora, tl.trans(out), product, input_precision="ieee")
-    tl.store(s + tl.trans(row) * R + rank[:, None], product.to(s.dtype.element_ty),
-             mask=known[None, :] & (rank < R)[:, None])
-
-
-def forward_with_s(x: Tensor, weight: Tensor, eps: float, a: Tensor, residual: Tensor | None = None, *,
-                   config: Config | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """x [T, d], weight [d], a [R, d] of x's dtype -> (y, rstd, total or None, S = y·aᵀ [T, R]).
-
-    As `forward`; rows of x, residual and a may lie apart. S, in x's dtype, comes from y as it is rounded; R is at most
-    128. rstd may differ from `forward`'s in its last bits: the sum runs in another order.
-    """
-    (rows, d), ranks = x.shape, a.shape[0]
-    total = None if residual is None else x.new_empty(rows, d)
-    y, s, rstd = x.new_empty(rows, d), x.new_empty(rows, ranks), x.new_empty((rows, 1), dtype=torch.float32)
-    config = config or pick(CONFIGS["forward_with_s"], x.device)
-    tiles = rank_tiles(config, ranks, x.element_size())
-    with torch.cuda.device_of(x):
-        rms_norm_forward_with_s[(triton.cdiv(rows, tiles["ROWS"]),)](
-            x, residual, weight, total, y, rstd, a, s, rows, x.stride(0),
-            None if residual is None else residual.stride(0), eps, A_PITCH=a.stride(0), D=d, R=ranks, **tiles,
-            **config.options())
-    return y, rstd, total, s
-
-
-def rank_tiles(config: Config, ranks: int, itemsize: int) -> dict[str, int]:
-    """The tiles of `forward_with_s` for values of `itemsize` bytes."""
-    tiles = config.tiles
-    return {"RANK": max(tiles["LANES"], triton.next_power_of_2(ranks)), "ROWS": tiles["ROWS"], "SWEEP": tiles["SWEEP"],
-            "DEPTH": tiles["DEPTH_BYTES"] // itemsize}
 
 
 # ---- backward -------------------------------------------------------------------------------------------------------

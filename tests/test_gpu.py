@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import minitune as mt
+from minitune.ops import moments8, nf4, rope
 from tests.oracles import make
 from tests.tolerance import relative
 
@@ -36,26 +37,43 @@ def test_losses_gradients_and_generation_equal_the_cpus_in_fp32(variant, tmp_pat
         assert relative(a, b) < 1e-4
 
 
-@pytest.mark.parametrize("memory", ["keep", "pointwise", "full", "offload"])
-def test_a_step_in_bf16_repeats_bit_for_bit_and_waits_for_nothing(memory, tmp_path):
-    make("qwen3", tmp_path)
+CASES = {**{memory: ("qwen3", {"memory": memory}, {}, "fp32") for memory in ("keep", "pointwise", "full", "offload")},
+         "8-bit moments": ("qwen3", {}, {}, "8bit"), "dropout": ("qwen3", {}, {"dropout": 0.1}, "fp32"),
+         "dynamic RoPE": ("llama-dynamic", {}, {}, "fp32"), "4 bits": ("qwen3", {"quant": "nf4-dq"}, {}, "fp32")}
+
+
+@pytest.mark.parametrize(("variant", "options", "lora", "moments"), CASES.values(), ids=CASES)
+def test_a_step_in_bf16_repeats_bit_for_bit_and_waits_for_nothing(variant, options, lora, moments, tmp_path):
+    """From the first step on: what is made once must not make the host wait either."""
+    make(variant, tmp_path)
     losses = []
     for _ in range(2):
-        model = mt.load(tmp_path, lora=mt.LoRA(rank=4), device="cuda", memory=memory)
-        optimizer = mt.AdamW(model.trainable_parameters(), lr=1e-2)
+        torch.manual_seed(7)
+        forget_tables()
+        model = mt.load(tmp_path, lora=mt.LoRA(rank=4, **lora), device="cuda", **options)
+        model.train(True)
+        optimizer = mt.AdamW(model.trainable_parameters(), lr=1e-2, moments=moments)
         batch = _batch(LONG).pin_memory().to("cuda")
         run = []
-        for step in range(5):
-            torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
-            loss = model.loss(batch)
-            loss.backward()
-            optimizer.clip(1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            run.append(loss.detach())
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(5):
+                loss = model.loss(batch)
+                loss.backward()
+                optimizer.clip(1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                run.append(loss.detach())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         losses.append(torch.stack(run).cpu())
     assert torch.equal(*losses) and losses[0][-1] < losses[0][0]
+
+
+def forget_tables():
+    """So that each run makes them anew, within a step."""
+    for table in (moments8.table, rope._static, nf4.table, nf4.nested_code):
+        table.cache_clear()
 
 
 def test_train_runs_and_saves(tmp_path):

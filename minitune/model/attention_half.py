@@ -122,9 +122,13 @@ class AttentionHalf(nn.Module):
                                 kept["attended"].unflatten(-1, (-1, self.config.head_dim)), kept["lse"])
         rows = out if out is not None else d_out.new_empty(len(d_out), self.qkv.n_rows)
         d_qkv = rows.unflatten(-1, (-1, self.config.head_dim))
-        attention.backward(d_out.unflatten(-1, (-1, self.config.head_dim)), saved, d_qkv, not way.overwrite)
-        d_qk = d_qkv[:, : self.config.n_heads + self.config.n_kv_heads]
-        rope.rotate_(d_qk, context.cos, context.sin, back=True)
+        d_heads, d_qk = d_out.unflatten(-1, (-1, self.config.head_dim)), self.q_and_k(rows)
+        apart = attention.backward_apart(d_heads, saved, not way.overwrite)
+        if apart is not None:       # they are turned on their way into one buffer
+            rope.join(*apart, context.cos, context.sin, d_qkv, back=True)
+        else:
+            attention.backward(d_heads, saved, d_qkv, not way.overwrite)
+            rope.rotate_(d_qk, context.cos, context.sin, back=True)
         if self.q_norm is not None and self.k_norm is not None:
             for d, raw, weight, name in zip(self.halves(d_qk), self.halves(kept["raw_qk"]), (self.q_norm, self.k_norm),
                                             ("q_rstd", "k_rstd"), strict=True):

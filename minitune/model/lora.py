@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minitune.config import LoRA
 from minitune.model.adapter import Adapter, make_adapter, matches
-from minitune.ops import dora, few_rows, lora_matmul
+from minitune.ops import dora, few_rows, lora_gradients, lora_matmul
 from minitune.ops.augmented import Augmented
 from minitune.ops.lora_matmul import LoraWeights
 from minitune.ops.nf4 import NF4Weight
@@ -133,7 +133,8 @@ class Projection(nn.Module):
         """Lay the frozen weight out for the augmented product, if that is the fastest here."""
         self.around = None
         rank = self.image_shapes()[0][0]
-        if not rank or self.trained or not lora_matmul.wants_margins(self.n_rows, self.n_columns, rank, self.weight):
+        if not rank or self.trained or not lora_matmul.wants_margins(self.n_rows, self.n_columns, rank, self.weight,
+                                                                     self.fused is not None):
             return
         self.around = Augmented(self.weight if self.fused is None else self.fused, rank, self.weight.dtype)
         if self.fused is None:
@@ -234,9 +235,9 @@ class Projection(nn.Module):
         if x is None or s is None or ds is None:     # no adapter, or switched off
             return []
         da, db = lora_matmul.backward_adapters(dy, x, s, ds, w)
-        gradients = []
+        gradients: list[Tensor] = []
         for adapter, rows, ranks in self.image_slices():
-            gradients += [da[ranks].to(adapter.A.dtype), db[rows, ranks].to(adapter.B.dtype).mul_(adapter.scale)]
+            gradients += lora_gradients.apart(da[ranks], db[rows, ranks], adapter.scale)
         return gradients
 
     # -- the composed path -----------------------------------------------------------------------------------------

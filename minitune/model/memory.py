@@ -76,4 +76,5 @@ def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype:
         if kept_bytes(config, tokens, policy, dtype.itemsize) * (COMPOSED if composed else 1) <= room:
             return policy
     full = kept_bytes(config, tokens, "full", dtype.itemsize)
-    return "offload" if device.type == "cuda" and not composed and full > room else "full"
+    parks = device.type == "cuda" and not composed and full > room
+    return "offload" if parks and full <= free_bytes(torch.device("cpu")) * SHARE else "full"

@@ -11,6 +11,12 @@ import weakref
 import torch
 from torch import Tensor
 
+from minitune.errors import InputError
+from minitune.model.memory import free_bytes
+
+RESERVE = 256 << 20
+"""Bytes of the host's memory that parking leaves to others."""
+
 
 class Ticket:
     """One parked tensor: where it lies on the host, who was parked before it, and its way back, once that began.
@@ -38,7 +44,7 @@ class Parking:
         if (x.shape, x.dtype) not in self._free:        # a pass of another length: its buffers alone are kept
             self._free = {(x.shape, x.dtype): []}
         free = self._free[x.shape, x.dtype]
-        host = free.pop() if free else torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")
+        host = free.pop() if free else _room(x)
         if x.device.type == "cuda":
             stream = self._stream(x.device)
             stream.wait_stream(torch.cuda.current_stream(x.device))
@@ -94,3 +100,13 @@ class Parking:
 
     def __reduce__(self) -> tuple[type[Parking], tuple[()]]:
         return Parking, ()      # a copy of a model parks for itself
+
+
+def _room(x: Tensor) -> Tensor:
+    """A host buffer like x, pinned for a GPU. InputError where it does not fit: pinned memory cannot be swapped out, so
+    a system that runs short of it ends processes."""
+    free = free_bytes(torch.device("cpu"))
+    if x.nbytes + RESERVE > free:
+        raise InputError(f'memory "offload": a layer\'s input takes {x.nbytes / 1e6:,.0f} MB of host memory, and '
+                         f'{free / 1e6:,.0f} MB are free; take shorter micro-batches, or memory="full"')
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")

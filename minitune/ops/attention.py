@@ -95,6 +95,11 @@ def backend(q: Tensor, k: Tensor, longest: int, window: int | None) -> str:
     return backends.choose("attention", q.device, measured, q.dtype)
 
 
+def reads_lengths(q: Tensor, k: Tensor, longest: int, window: int | None) -> bool:
+    """Whether the way that is taken goes by the documents' lengths on the host, not by tensors on the device alone."""
+    return backend(q, k, longest, window) != "triton" and not attention_library.flash(q, window)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
@@ -122,14 +127,21 @@ def differentiable(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window
     return out
 
 
+def backward_apart(dout: Tensor, saved: Saved, keep_graph: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
+    """dout [T, heads, head_dim] -> dq, dk, dv each in memory of its own, where the library makes them so. Else None:
+    `backward` is to be asked."""
+    return None if saved.graph is None else attention_library.backward(dout, saved.graph, keep_graph)
+
+
 def backward(dout: Tensor, saved: Saved, gradient: Tensor, keep_graph: bool = False) -> None:
     """dout [T, heads, head_dim] -> dq, dk, dv side by side in `gradient` [T, heads + 2·kv_heads, head_dim], whose rows
     may lie apart. Bitwise repeatable. With `keep_graph` it can be asked once more."""
-    q, k, v, documents, window, graph, out, lse = saved
+    q, k, v, documents, window, _, out, lse = saved
     parts = gradient.split((q.shape[1], k.shape[1], k.shape[1]), dim=1)
-    if graph is not None:
-        for part, found in zip(parts, attention_library.backward(dout, graph, keep_graph), strict=True):
-            part.copy_(found)
+    found = backward_apart(dout, saved, keep_graph)
+    if found is not None:
+        for part, value in zip(parts, found, strict=True):
+            part.copy_(value)
         return
     if lse is not None:
         backends.kernel("attention").backward(dout, q, k, v, out, lse, *documents.spans, window,
@@ -267,6 +279,8 @@ def _groups(documents: Documents) -> list[_Group]:
     groups: dict[int, list[tuple[int, int]]] = {}
     start = 0
     for length in documents.lengths:
+        if not length:      # what pads a batch to a fixed number of documents
+            continue
         grain = 1 << max(4, length.bit_length() - 4) if length < 1024 else 1
         groups.setdefault(-(-length // grain) * grain, []).append((start, length))
         start += length

@@ -126,7 +126,7 @@ def _varlen() -> Varlen | None:
 def by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
     """One SDPA call for each run of equally long documents: any device, any dtype, differentiable. On a GPU by plain
     products, since its fused kernels have no repeatable backward for what FlashAttention does not take."""
-    outs, start, lengths = [], 0, list(documents.lengths)
+    outs, start, lengths = [], 0, [length for length in documents.lengths if length]
     while lengths:
         n = next((i for i, length in enumerate(lengths) if length != lengths[0]), len(lengths))
         length, lengths = lengths[0], lengths[n:]

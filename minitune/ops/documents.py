@@ -11,7 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """cu_seqlens int32 [n + 1] on the device; ``lengths`` (n ints) on the host, so attention never asks the device."""
+    """cu_seqlens int32 [n + 1] on the device; ``lengths`` (n ints) on the host, so attention never asks the device.
+
+    A document may be empty: a batch whose number of documents is fixed is padded with such.
+    """
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]

@@ -6,12 +6,13 @@ directly, in place where it may. Each runs whatever backend its op takes. Weight
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minitune.errors import InputError
 from minitune.ops import attention, linear_cross_entropy, lora_matmul, rms_norm, rope, swiglu
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
@@ -29,6 +30,28 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
 
 def _differentiable(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
     torch.library.register_autograd(f"minitune::{name}", backward, setup_context=setup, lib=_LIBRARY)
+
+
+def _operands(op: str, **given: Tensor | None) -> Iterator[Tensor]:
+    """The tensors, their rows contiguous, since kernels go by addresses: InputError unless all lie on the first one's
+    device. None is left out."""
+    first = next(iter(given.values()))
+    for name, x in given.items():
+        if x is None:
+            continue
+        assert first is not None
+        if x.device != first.device:
+            raise InputError(f"torch.ops.minitune.{op}: {name} lies on {x.device}, {next(iter(given))} on "
+                             f"{first.device}; move them together")
+        yield x if x.stride(-1) == 1 and (x.dim() < 3 or x.stride(-2) == x.shape[-1]) else x.contiguous()
+
+
+def _one_dtype(op: str, **given: Tensor | None) -> None:
+    """InputError unless all that are there have the first one's dtype."""
+    kinds = {name: x.dtype for name, x in given.items() if x is not None}
+    if len(set(kinds.values())) > 1:
+        raise InputError(f"torch.ops.minitune.{op}: the dtypes are {', '.join(f'{n} {k}' for n, k in kinds.items())}; "
+                         "they must be one")
 
 
 def _like(x: Tensor) -> Tensor:
@@ -51,12 +74,22 @@ def _norm_backward(ctx: Any, dy: Tensor, _: Any, past: Tensor) -> tuple[Any, ...
     return dx, dx, None, None
 
 
-_define("rms_norm(Tensor x, Tensor branch, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
-        lambda x, branch, weight, eps: rms_norm.forward(x, weight, eps, branch),
+def _norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    _one_dtype("rms_norm", x=x, branch=branch)
+    x, branch, weight = _operands("rms_norm", x=x, branch=branch, weight=weight)
+    return rms_norm.forward(x, weight, eps, branch)
+
+
+def _norm_gradient(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, past: Tensor) -> Tensor:
+    _one_dtype("rms_norm_backward", dy=dy, x=x, past=past)
+    dy, x, weight, past = _operands("rms_norm_backward", dy=dy, x=x, weight=weight, past=past)
+    return rms_norm.backward(dy, x, rstd.contiguous(), weight, past)
+
+
+_define("rms_norm(Tensor x, Tensor branch, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)", _norm,
         lambda x, branch, weight, eps: (_like(x), _row_scalars(x), torch.empty_like(x)))
 _define("rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, Tensor weight, Tensor past) -> Tensor",
-        lambda dy, x, rstd, weight, past: rms_norm.backward(dy, x, rstd, weight, past),
-        lambda dy, x, rstd, weight, past: _like(x))
+        _norm_gradient, lambda dy, x, rstd, weight, past: _like(x))
 _differentiable("rms_norm", _norm_setup, _norm_backward)
 
 
@@ -65,9 +98,15 @@ def _half_width(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
 
 
-_define("swiglu(Tensor gate_up) -> Tensor", swiglu.forward, _half_width)
-_define("swiglu_backward(Tensor dh, Tensor gate_up) -> Tensor",
-        lambda dh, gate_up: swiglu.backward(dh.clone(), gate_up)[0], lambda dh, gate_up: torch.empty_like(gate_up))
+def _swiglu_gradient(dh: Tensor, gate_up: Tensor) -> Tensor:
+    _one_dtype("swiglu_backward", dh=dh, gate_up=gate_up)
+    dh, gate_up = _operands("swiglu_backward", dh=dh, gate_up=gate_up)
+    return swiglu.backward(dh.clone(), gate_up, out=_like(gate_up))[0]      # dh is scratch there
+
+
+_define("swiglu(Tensor gate_up) -> Tensor", lambda gate_up: swiglu.forward(*_operands("swiglu", gate_up=gate_up)),
+        _half_width)
+_define("swiglu_backward(Tensor dh, Tensor gate_up) -> Tensor", _swiglu_gradient, lambda dh, gate_up: _like(gate_up))
 _differentiable("swiglu", lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
                 lambda ctx, dh: OPS.swiglu_backward(dh.contiguous(), *ctx.saved_tensors))
 
@@ -78,22 +117,35 @@ def _rope_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.back = inputs[3]
 
 
-_define("rope(Tensor x, Tensor cos, Tensor sin, bool back=False) -> Tensor",
-        lambda x, cos, sin, back=False: rope.rotate_(x.clone(memory_format=torch.contiguous_format), cos, sin,
-                                                     back=back),
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    _one_dtype("rope", cos=cos, sin=sin)
+    _, cos, sin = _operands("rope", x=x, cos=cos, sin=sin)
+    turned = x.clone(memory_format=torch.contiguous_format)
+    return rope.rotate_(turned, cos.contiguous(), sin.contiguous(), back=back)
+
+
+_define("rope(Tensor x, Tensor cos, Tensor sin, bool back=False) -> Tensor", _rotated,
         lambda x, cos, sin, back=False: _like(x))
 _differentiable("rope", _rope_setup, lambda ctx, dy: (OPS.rope(dy, *ctx.saved_tensors, not ctx.back), None, None, None))
 
 
 # ---- attention: the output and its log-sum-exp, which is empty where no kernel of ours ran ---------------------------
 def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: list[int],
-               window: int | None) -> tuple[Tensor, Tensor]:
+               window: int | None = None) -> tuple[Tensor, Tensor]:
+    _one_dtype("attention", q=q, k=k, v=v)
+    q, k, v, _ = _operands("attention", q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    if cu_seqlens.dtype != torch.int32 or len(cu_seqlens) != len(lengths) + 1 or sum(lengths) != len(q):
+        raise InputError(f"torch.ops.minitune.attention: cu_seqlens is {cu_seqlens.dtype} [{len(cu_seqlens)}] and "
+                         f"lengths are {len(lengths)} that add up to {sum(lengths)}, for {len(q)} tokens; give int32 "
+                         "[documents + 1], and lengths that add up to the tokens")
     out, saved = attention.forward(q, k, v, Documents(cu_seqlens, tuple(lengths)), window, needs_backward=False)
     return out.contiguous(), q.new_empty(0, dtype=torch.float32) if saved.lse is None else saved.lse
 
 
 def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
-                        lengths: list[int], window: int | None) -> Tensor:
+                        lengths: list[int], window: int | None = None) -> Tensor:
+    _one_dtype("attention_backward", dout=dout, q=q, k=k, v=v, out=out)
+    dout, q, k, v, out = _operands("attention_backward", dout=dout, q=q, k=k, v=v, out=out)
     saved = attention.Saved(q, k, v, Documents(cu_seqlens, tuple(lengths)), window, None, out, lse)
     if not lse.numel():     # the library's way keeps a graph, which no op can return
         saved = attention.forward(q, k, v, saved.documents, window)[1]
@@ -107,7 +159,7 @@ def _side_by_side(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: list[int],
-                    window: int | None) -> tuple[Tensor, Tensor]:
+                    window: int | None = None) -> tuple[Tensor, Tensor]:
     ours = attention.backend(q, k, max(lengths), window) == "triton"
     return _like(q), q.new_empty((q.shape[1], len(q)) if ours else 0, dtype=torch.float32)
 
@@ -134,6 +186,11 @@ _differentiable("attention", _attention_setup, _attention_gradients)
 
 # ---- linear_cross_entropy: the losses, and d loss / d hidden of each token -------------------------------------------
 def _losses(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    _one_dtype("linear_cross_entropy", hidden=hidden, weight=weight)
+    hidden, weight, labels = _operands("linear_cross_entropy", hidden=hidden, weight=weight, labels=labels)
+    if labels.dtype != torch.int64 or labels.shape != hidden.shape[:1]:
+        raise InputError(f"torch.ops.minitune.linear_cross_entropy: labels is {labels.dtype} {list(labels.shape)}; it "
+                         f"must be torch.int64 [{len(hidden)}]")
     losses, gradient = linear_cross_entropy.losses_and_gradient(hidden, weight, labels, smoothing, gradient=True)
     assert gradient is not None
     return losses, gradient
@@ -141,7 +198,7 @@ def _losses(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float = 0
 
 def _losses_backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
     (gradient,) = ctx.saved_tensors
-    return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None
+    return linear_cross_entropy.weighed(gradient, upstream), None, None, None
 
 
 def _losses_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -157,6 +214,8 @@ _differentiable("linear_cross_entropy", _losses_setup, _losses_backward)
 
 # ---- lora_matmul: y and S; b carries the scale ----------------------------------------------------------------------
 def _lora(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    _one_dtype("lora_matmul", x=x, weight=weight, a=a, b=b)
+    x, weight, a, b = _operands("lora_matmul", x=x, weight=weight, a=a.contiguous(), b=b.contiguous())
     y, s = lora_matmul.forward(x, LoraWeights(weight, bias, a, b))
     assert s is not None
     return y, s
@@ -164,6 +223,9 @@ def _lora(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) 
 
 def _lora_backward(dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, a: Tensor,
                    b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _one_dtype("lora_matmul_backward", dy=dy, x=x, s=s, weight=weight, a=a, b=b)
+    dy, x, s, weight, a, b = _operands("lora_matmul_backward", dy=dy, x=x, s=s.contiguous(), weight=weight,
+                                       a=a.contiguous(), b=b.contiguous())
     w = LoraWeights(weight, None, a, b)
     ds = lora_matmul.backward_s(dy, w)
     assert ds is not None

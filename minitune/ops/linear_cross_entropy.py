@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minitune.ops import backends
 from minitune.ops.chunks import in_cache
+from minitune.ops.versions import written
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Room for the fp32 logits of one chunk of tokens: at a vocabulary of 32,000 that is 524 tokens on a CPU, 4,194 on a
@@ -43,9 +44,11 @@ def losses_(logits: Tensor, labels: Tensor, losses: Tensor, smoothing: float, gr
     loss, p - (1 - ε)·onehot - ε/V, formed in fp32: 1 - p may be far smaller than p."""
     if backends.choose("linear_cross_entropy", logits.device, dtype=logits.dtype) == "triton":
         backends.kernel("linear_cross_entropy").losses_(logits, labels, losses, smoothing=smoothing, gradient=gradient)
+        written(losses, logits if gradient else None)
         return
     if backends.by_rows("linear_cross_entropy", logits):
         torch.ops.minitune.rows_losses(logits, labels.contiguous(), losses, smoothing, gradient)
+        written(losses, logits if gradient else None)
         return
     for rows in in_cache(len(logits), logits.shape[1], logits.device):
         part, label = logits[rows], labels[rows, None]
@@ -77,6 +80,13 @@ def losses_and_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, smoothin
     return losses, d_hidden
 
 
+def weighed(x: Tensor, weights: Tensor) -> Tensor:
+    """x [n, d] with each row times its weight, fp32 [n], in x's dtype."""
+    if backends.choose("linear_cross_entropy", x.device, dtype=x.dtype) == "triton":
+        return cast(Tensor, backends.kernel("linear_cross_entropy").weigh(x, weights))
+    return (x * weights[:, None]).to(x.dtype)
+
+
 class _FrozenHead(torch.autograd.Function):
     """The gradient is formed in the forward pass, while a chunk's logits are at hand (Hsu et al. 2024, Liger Kernel).
 
@@ -94,7 +104,7 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None
+        return weighed(gradient, upstream), None, None, None
 
 
 def _composed(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, head: Head | None) -> Tensor:

@@ -44,7 +44,8 @@ class LoraWeights(NamedTuple):
         """addmm, augmented or triton; `step` is "forward", "input" or "adapters" (of the backward)."""
         assert self.a is not None
         shape = (*self.weight.shape, len(self.a), tokens)
-        measured = tuned.way(f"lora_matmul {step}", shape, self.a.device, self.a.dtype)
+        decoded = step != "adapters" and isinstance(self.weight, FusedNF4)      # the adapters' gradients read no weight
+        measured = tuned.way(f"lora_matmul {step}", shape, self.a.device, self.a.dtype, decoded)
         if measured is None and step != "adapters" and tokens >= CPU_ROWS and _fits_cpu(self.weight.shape, self.a):
             measured = "augmented"
         chosen = backends.choose("lora_matmul", self.a.device, measured)
@@ -73,9 +74,9 @@ def _fits_cpu(shape: tuple[int, ...], like: Tensor) -> bool:
     return like.device.type == "cpu" and like.dtype == torch.bfloat16 and all(size % 64 == 0 for size in shape)
 
 
-def wants_margins(n_rows: int, columns: int, rank: int, like: Tensor) -> bool:
-    """Whether the augmented product is the fastest at this weight and rank, for some number of rows."""
-    found = (tuned.ways(f"lora_matmul {step}", (n_rows, columns, rank), like.device, like.dtype)
+def wants_margins(n_rows: int, columns: int, rank: int, like: Tensor, quantized: bool = False) -> bool:
+    """Whether the augmented product is the fastest at this weight, perhaps in NF4, and rank, for some rows."""
+    found = (tuned.ways(f"lora_matmul {step}", (n_rows, columns, rank), like.device, like.dtype, quantized)
              for step in ("forward", "input"))
     return _fits_cpu((n_rows, columns), like) or any("augmented" in ways for ways in found)
 

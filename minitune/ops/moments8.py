@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minitune.errors import InputError
+from minitune.ops.transfer import sent
 
 BLOCK = 256
 """Values that share one absmax."""
@@ -94,4 +95,4 @@ def table(signed: bool, device: torch.device) -> Tensor:
         span = 256 >> depth
         tree[1 << depth:2 << depth] = midpoints[span // 2 - 1::span]
     with torch.inference_mode(False):
-        return torch.stack((levels, tree)).to(device)
+        return sent(torch.stack((levels, tree)), device)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minitune.errors import InputError
 from minitune.ops import backends
+from minitune.ops.transfer import sent
 
 TABLE = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
          -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -304,7 +305,7 @@ def _rows_columns(shape: tuple[int, ...]) -> tuple[int, int]:
 def table(device: torch.device) -> Tensor:
     """TABLE as fp32 [16] on `device`."""
     with torch.inference_mode(False):
-        return torch.tensor(TABLE, dtype=torch.float32, device=device)
+        return sent(torch.tensor(TABLE, dtype=torch.float32), device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -320,4 +321,4 @@ def nested_code(device: torch.device) -> Tensor:
         fractions = (10 ** (bits - 6)) * ((bounds[:-1] + bounds[1:]) / 2)
         levels += [*fractions.tolist(), *(-fractions).tolist()]
     with torch.inference_mode(False):
-        return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
+        return sent(torch.tensor(sorted(levels), dtype=torch.float32), device)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from minitune.ops import backends
 from minitune.ops.chunks import in_cache
+from minitune.ops.versions import written
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -29,6 +30,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None = None,
     """
     if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
         y, rstd, total = backends.kernel("rms_norm").forward(x, weight, eps, branch, out=out)
+        written(out)
         return y, rstd, x if total is None else total
     y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     total = x if branch is None else torch.empty_like(x)
@@ -36,6 +38,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None = None,
     if backends.by_rows("rms_norm", x):
         torch.ops.minitune.rows_rms_norm(x, branch, weight.to(x.dtype), eps, False, rstd,
                                          None if branch is None else total, y)
+        written(out)
         return y, rstd, total
     for rows in in_cache(len(x), x[:1].numel(), x.device):
         if branch is not None:
@@ -68,10 +71,13 @@ def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, past: Tensor |
     where that is given, which may be dy.
     """
     if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
-        return cast(Tensor, backends.kernel("rms_norm").backward(dy, x, rstd, weight, past, out=out))
+        dx = backends.kernel("rms_norm").backward(dy, x, rstd, weight, past, out=out)
+        written(out)
+        return cast(Tensor, dx)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if backends.by_rows("rms_norm", x):
         torch.ops.minitune.rows_rms_norm_backward(dy, x, rstd, weight.to(x.dtype), past, dx)
+        written(out)
         return dx
     wide_weight = weight.to(rstd.dtype)
     for rows in in_cache(len(x), x[:1].numel(), x.device):

@@ -13,6 +13,8 @@ from minitune.config import ModelConfig, Rope
 from minitune.ops import backends
 from minitune.ops.chunks import in_cache
 from minitune.ops.documents import Documents
+from minitune.ops.transfer import sent
+from minitune.ops.versions import written
 
 
 def frequencies(rope: Rope, head_dim: int, max_positions: int, length: int = 0) -> tuple[Tensor, float]:
@@ -70,7 +72,7 @@ def tables(config: ModelConfig, positions: Tensor, documents: Documents) -> tupl
     if config.rope.kind == "dynamic" and documents.max_seqlen > config.max_positions:
         known = {n: frequencies(config.rope, config.head_dim, config.max_positions, n)[0] for n in documents.lengths}
         rows = torch.stack([known[n] for n in documents.lengths])
-        rows = (rows.pin_memory() if positions.is_cuda else rows).to(positions.device, non_blocking=True)
+        rows = sent(rows, positions.device)
         lengths = documents.cu_seqlens.to(positions.device).diff()
         return _angles(positions, rows.repeat_interleave(lengths, dim=0, output_size=documents.n_tokens), 1.0)
     return _angles(positions, *_static(config.rope, config.head_dim, config.max_positions, positions.device))
@@ -80,18 +82,18 @@ def tables(config: ModelConfig, positions: Tensor, documents: Documents) -> tupl
 def _static(rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> tuple[Tensor, float]:
     """Frequencies that no document changes, kept on the device: a copy in each pass would make a GPU wait."""
     inverse, factor = frequencies(rope, head_dim, max_positions)
-    return inverse.to(device), factor
+    return sent(inverse, device), factor
 
 
 def step_tables(config: ModelConfig, places: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin fp32 [n, head_dim / 2] for the tokens that stand at `places`, each the last of its document."""
     known = {p: frequencies(config.rope, config.head_dim, config.max_positions, p + 1) for p in places}
-    rows = torch.stack([known[p][0] for p in places])
-    return _angles(torch.tensor(places, device=device), rows, known[places[0]][1])
+    rows = sent(torch.stack([known[p][0] for p in places]), device)
+    return _angles(sent(torch.tensor(places), device), rows, known[places[0]][1])
 
 
 def _angles(positions: Tensor, inverse: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    angles = positions[:, None].float() * inverse.to(positions.device, non_blocking=True)
+    angles = positions[:, None].float() * inverse
     return angles.cos().mul_(factor), angles.sin().mul_(factor)
 
 
@@ -105,9 +107,11 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     """In place; ``back=True`` turns the other way, which is the backward of the rotation."""
     if backends.choose("rope", x.device, dtype=x.dtype) == "triton":
+        written(x)
         return cast(Tensor, backends.kernel("rope").rotate_(x, cos, sin, back=back))
     if backends.by_rows("rope", x):
         torch.ops.minitune.rows_rope(x, cos, sin, back)
+        written(x)
         return x
     sign = -1.0 if back else 1.0
     for rows in in_cache(len(x), x[:1].numel(), x.device):
@@ -120,3 +124,16 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tenso
         torch.mul(b, c, out=turned_b).addcmul_(a, s, value=sign)
         x[rows] = turned
     return x
+
+
+def join(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = False) -> Tensor:
+    """q [T, heads, head_dim], k and v [T, kv_heads, head_dim] -> side by side in `out` [T, heads + 2·kv_heads,
+    head_dim], q and k rotated with the bits of `rotate_`."""
+    if backends.choose("rope", out.device, dtype=out.dtype) == "triton":
+        parts = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
+        written(out)
+        return cast(Tensor, backends.kernel("rope").join(*parts, cos, sin, out, back=back))
+    for place, part in zip(out.split((q.shape[1], k.shape[1], k.shape[1]), dim=1), (q, k, v), strict=True):
+        place.copy_(part)
+    rotate_(out[:, : q.shape[1] + k.shape[1]], cos, sin, back=back)
+    return out

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitune.ops import backends
+from minitune.ops.versions import written
 
 
 def reference(gate_up: Tensor) -> Tensor:
@@ -20,10 +21,12 @@ def reference(gate_up: Tensor) -> Tensor:
 def forward(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """The same without autograd's book-keeping, in `out` [T, f] where that is given."""
     if backends.choose("swiglu", gate_up.device, dtype=gate_up.dtype) == "triton":
+        written(out)
         return cast(Tensor, backends.kernel("swiglu").forward(gate_up, out=out))
     if backends.by_rows("swiglu", gate_up):
         h = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2) if out is None else out
         torch.ops.minitune.rows_swiglu(gate_up, h)
+        written(out)
         return h
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up) if out is None else torch.mul(F.silu(gate), up, out=out)
@@ -39,10 +42,12 @@ def backward(dh: Tensor, gate_up: Tensor, *, want_h: bool = False, overwrite: bo
     if backends.choose("swiglu", dh.device, dtype=dh.dtype) == "triton":
         gradient = backends.kernel("swiglu").backward(dh, gate_up, gradient=gate_up if overwrite else out,
                                                       h=dh if want_h else None)
+        written(gate_up if overwrite else out, dh if want_h else None)
         return gradient, dh if want_h else None
     if backends.by_rows("swiglu", gate_up):
         gradient = gate_up if overwrite else torch.empty_like(gate_up) if out is None else out
         torch.ops.minitune.rows_swiglu_backward(dh, gate_up, gradient, dh if want_h else None)
+        written(gate_up if overwrite else out, dh if want_h else None)
         return gradient, dh if want_h else None
     gate, up = gate_up.chunk(2, dim=-1)
     gradient = torch.empty_like(gate_up) if out is None else out

@@ -41,28 +41,29 @@ def forced(**ways: str) -> Iterator[None]:
         _forced.update(before)
 
 
-def way(op: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The fastest way of `op` at `shape` on `device`, or None where nothing was measured."""
+def way(op: str, shape: Shape, device: torch.device, dtype: torch.dtype, quantized: bool = False) -> str | None:
+    """The fastest way of `op` at `shape` on `device`, or None where nothing was measured. quantized: its weight lies in
+    NF4 and is decoded for each product, which was measured for itself."""
     if _forced and op.replace(" ", "_") in _forced:
         return _forced[op.replace(" ", "_")]
     if device.type != "cuda":
         return None
-    return _nearest(name_of(op, dtype), shape, _indexed(device))
+    return _nearest(name_of(op, dtype, quantized), shape, _indexed(device))
 
 
-def ways(op: str, start: Shape, device: torch.device, dtype: torch.dtype) -> set[str]:
+def ways(op: str, start: Shape, device: torch.device, dtype: torch.dtype, quantized: bool = False) -> set[str]:
     """The fastest ways of `op` at all measured shapes that begin with `start`."""
     if _forced and op.replace(" ", "_") in _forced:
         return {_forced[op.replace(" ", "_")]}
     if device.type != "cuda":
         return set()
-    found = table(_indexed(device)).get(name_of(op, dtype), {})
+    found = table(_indexed(device)).get(name_of(op, dtype, quantized), {})
     return {_fastest(ms) for shape, ms in found.items() if shape[: len(start)] == start}
 
 
-def name_of(op: str, dtype: torch.dtype) -> str:
-    """The op's name in the table: each dtype is measured for itself."""
-    return f"{op} {str(dtype).removeprefix('torch.')}"
+def name_of(op: str, dtype: torch.dtype, quantized: bool = False) -> str:
+    """The op's name in the table: each dtype is measured for itself, and so are weights in NF4."""
+    return f"{op} {str(dtype).removeprefix('torch.')}{' nf4' * quantized}"
 
 
 def _indexed(device: torch.device) -> torch.device:

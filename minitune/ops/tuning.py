@@ -10,10 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minitune.ops import attention, backends, lora_matmul, tuned
+from minitune.ops import attention, backends, lora_matmul, nf4, tuned
 from minitune.ops.augmented import Augmented
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
+from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4
 from minitune.ops.tuned import Shape, Table
 
 Runs = dict[str, Callable[[], object]]
@@ -27,24 +28,29 @@ def measure(products: dict[str, tuple[int, int, int]], heads: tuple[int, int, in
     of a micro-batch in documents of `longest` -> what `tuned` keeps."""
     found: Table = {}
     for n, k, rank in set(products.values()):
-        for step, ms in product_times(n, k, rank, tokens, dtype, device).items():
-            found.setdefault(tuned.name_of(f"lora_matmul {step}", dtype), {})[n, k, rank, tokens] = ms
+        for quantized in (False, True):
+            for step, ms in product_times(n, k, rank, tokens, dtype, device, quantized).items():
+                name = tuned.name_of(f"lora_matmul {step}", dtype, quantized)
+                found.setdefault(name, {})[n, k, rank, tokens] = ms
     times = attention_times(heads, tokens, longest, dtype, device)
     found[tuned.name_of("attention", dtype)] = {(*heads, longest): times}
     return found
 
 
-def product_times(n: int, k: int, rank: int, tokens: int, dtype: torch.dtype,
-                  device: torch.device) -> dict[str, dict[str, float]]:
-    """step -> way -> milliseconds of a projection [N, K] with adapters of the summed rank."""
+def product_times(n: int, k: int, rank: int, tokens: int, dtype: torch.dtype, device: torch.device,
+                  quantized: bool = False) -> dict[str, dict[str, float]]:
+    """step -> way -> milliseconds of a projection [N, K] with adapters of the summed rank. quantized: its weight lies
+    in NF4; the adapters' gradients, which read no weight, are left out then."""
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype, device=device)
 
-    around = Augmented(random(n, k) * k**-0.5, rank, dtype)
+    dense = random(n, k) * k**-0.5
+    weight = FusedNF4([nf4.quantize(dense)], DecodeBuffer(dtype)) if quantized else dense
+    around = Augmented(weight, rank, dtype)
     a, b = random(rank, k) * k**-0.5, random(n, rank)
     around.fill(a, b)
-    w = LoraWeights(around.weight.contiguous(), None, a, b)
-    margins = w._replace(weight=around.weight, around=around)
+    w = LoraWeights(weight, None, a, b)
+    margins = w._replace(weight=weight if isinstance(weight, FusedNF4) else around.weight, around=around)
     x, dy = random(tokens, k), random(tokens, n)
     s, ds = x @ a.mT, dy @ b
     with tuned.forced(lora_matmul_forward="augmented", lora_matmul_input="augmented"):
@@ -58,7 +64,9 @@ def product_times(n: int, k: int, rank: int, tokens: int, dtype: torch.dtype,
             "augmented": lambda: lora_matmul.backward_input(d_rows, ds, margins),
             "triton": lambda: lora_matmul.backward_input(dy, ds, w)}
     adapters = {way: lambda: lora_matmul.backward_adapters(dy, x, s, ds, w) for way in ("reference", "triton")}
-    steps: dict[str, Runs] = {"forward": {**forward}, "input": {**back}, "adapters": {**adapters}}
+    steps: dict[str, Runs] = {"forward": {**forward}, "input": {**back}}
+    if not quantized:
+        steps["adapters"] = {**adapters}
     return {step: in_turns("lora_matmul", step, runs, device) for step, runs in steps.items()}
 
 

@@ -297,3 +297,21 @@ def test_whole_run_writes_a_marked_file(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.json")
     assert '"device": "cpu"' in path.read_text() and "products: passed" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line_and_runs_nothing(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")], cwd=harness.ROOT,
+                         capture_output=True, text=True)
+    assert run.returncode == 2 and not run.stdout and not (tmp_path / "out").exists()
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("make gpu: no GPU: torch ") and line.endswith("-m benchmarks.gpu --device cpu")
+
+
+def test_without_torch_it_says_so_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    run = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=harness.ROOT, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert run.returncode == 2 and not run.stdout
+    (line,) = run.stderr.splitlines()
+    assert "cannot import torch (ModuleNotFoundError: No module named 'torch')" in line and "PYTHON=" in line

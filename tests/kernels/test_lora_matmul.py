@@ -15,7 +15,6 @@ SHAPES = {"whole tiles, rank in the main loop": (96, 64, 64, 16), "divides nothi
           "divides nothing, several steps of rank": (33, 50, 70, 48), "no adapter": (40, 64, 33, 0),
           "one token": (1, 40, 24, 8), "one step": (19, 5, 7, 20)}
 PRODUCT = Config({"BT": 32, "BN": 32, "BK": 32, "GROUP": 2}, 4, 2)
-THIN = Config({"BT": 16, "BR": 32, "BK": 16}, 4, 2)
 ADAPTERS = Config({"BC": 32, "BR": 32, "BT": 16}, 4, 2)
 
 
@@ -90,31 +89,12 @@ def test_backward_input(shape, dtype, kernels, device):
     _check("dx", dx, lambda dy, weight, *low: dy @ weight + (low[0] @ low[1] if low else 0), dy, weight, *low)
 
 
-# (T, K, R): with ENOUGH = 5 programs of 16 tokens, fewer tokens split K.
-THIN_SHAPES = {"whole tiles": (80, 64, 16), "divides nothing": (85, 53, 3), "several tiles of rank": (70, 40, 48),
-               "K in parts": (32, 160, 8), "K in ragged parts": (21, 203, 40), "one token": (1, 16, 20)}
-
-
 @pytest.fixture
 def small_gpu(kernels, monkeypatch):
     """Splits at sizes that the interpreter can bear."""
     monkeypatch.setattr(kernels, "ENOUGH", 5)
     monkeypatch.setattr(kernels, "FULL", 12)
     monkeypatch.setattr(kernels, "LEAST_STEPS", 2)
-
-
-@pytest.mark.usefixtures("small_gpu")
-@pytest.mark.parametrize("transposed", [True, False], ids=["x·Aᵀ", "dy·b"])
-@pytest.mark.parametrize("shape", THIN_SHAPES.values(), ids=THIN_SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_thin(shape, dtype, transposed, kernels, device):
-    tokens, depth, rank = shape
-    x, a = _random(device, dtype, (tokens, depth), (rank, depth) if transposed else (depth, rank), pitched=1)
-    out = _nan(device, dtype, tokens, rank)
-    assert kernels.thin(x, a, transposed=transposed, out=out, config=THIN) is out
-    _check("s", out, lambda x, a: x @ (a.mT if transposed else a), x, a)
-    again = kernels.thin(x, a, transposed=transposed, config=THIN)
-    assert torch.equal(out, again)
 
 
 # (T, N, K, R): fewer than 5 tiles of 32 columns and 32 of the rank split T.
@@ -138,13 +118,11 @@ def test_backward_adapters(shape, dtype, kernels, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [16, 100], ids=["narrow", "wide"])
 def test_default_configurations(rank, dtype, kernels, device):
-    """A training step's four calls and their sums, as they are launched; the product twice, to the bit."""
+    """A training step's calls and their sums, as they are launched; the product twice, to the bit."""
     tokens, depth, width = 70, 144, 112      # whole 16-byte reads, part of a tile
     x, weight, a, b, dy = _random(device, dtype, (tokens, depth), (width, depth), (rank, depth), (width, rank),
                                   (tokens, width))
-    s, ds = kernels.thin(x, a, transposed=True), kernels.thin(dy, b, transposed=False)
-    _check("s", s, lambda x, a: x @ a.mT, x, a)
-    _check("ds", ds, lambda dy, b: dy @ b, dy, b)
+    s, ds = x @ a.mT, dy @ b
     y, dx = kernels.forward(x, weight, s, b, None), kernels.backward_input(dy, weight, ds, a)
     _check("y", y, lambda x, weight, s, b: x @ weight.mT + s @ b.mT, x, weight, s, b)
     _check("dx", dx, lambda dy, weight, ds, a: dy @ weight + ds @ a, dy, weight, ds, a)
@@ -159,7 +137,6 @@ def test_no_tokens(kernels, device):
     x, dy, s, weight, b = _random(device, torch.float32, (0, 24), (0, 40), (0, 8), (40, 24), (40, 8))
     assert kernels.forward(x, weight, s, b, None).shape == (0, 40)
     assert kernels.backward_input(dy, weight, None, None).shape == (0, 24)
-    assert kernels.thin(dy, b, transposed=False).shape == (0, 8)
     assert [g.count_nonzero().item() for g in kernels.backward_adapters(dy, x, s, s)] == [0, 0]
 
 
@@ -167,13 +144,12 @@ def test_rows_behind_two_to_the_31_elements(kernels, device):
     """Only the pages that hold a row are touched."""
     torch.use_deterministic_algorithms(False)
     pitch, tokens, dtype = 1 << 26, 40, torch.bfloat16
-    x, weight, square, a, s = _random(device, dtype, (tokens, 32), (16, 32), (32, 16), (8, 32), (tokens, 8))
+    x, weight, square, s = _random(device, dtype, (tokens, 32), (16, 32), (32, 16), (tokens, 8))
     apart = torch.empty(pitch * (tokens - 1) + 32, dtype=dtype, device=device).as_strided((tokens, 32), (pitch, 1))
     apart.copy_(x)
     product = Config({"BT": 16, "BN": 16, "BK": 32, "GROUP": 1}, 4, 2)
     for found, expected in zip(*((
             kernels.forward(x, weight, None, None, None, config=product),
             kernels.backward_input(x, square, None, None, config=product),
-            kernels.thin(x, a, transposed=True, config=THIN),
             *kernels.backward_adapters(x, x, s, s, config=ADAPTERS)) for x in (apart, x)), strict=True):
         assert torch.equal(found, expected)

@@ -90,37 +90,6 @@ def test_a_weight_of_another_dtype(device):
     check("y", y, op.reference(x, weight, EPS), op.reference(x.double(), weight.double(), EPS))
 
 
-@pytest.mark.parametrize(("rows", "d", "ranks"), [(37, 100, 5), (16, 1100, 16), (18, 516, 128), (3, 64, 48)],
-                         ids=["ragged", "several sweeps, ragged", "128 ranks", "ranks padded"])
-@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward_with_s(dtype, residual, rows, d, ranks, device):
-    x, around = _apart((rows, d), dtype, device)
-    given = x.copy_(_randn((rows, d), dtype, device)).clone()
-    past = _randn((rows, d), dtype, device) if residual else None
-    weight = _weight(d, dtype, device)
-    a, _ = _apart((ranks, d), dtype, device)
-    a.copy_(_randn((ranks, d), dtype, device))
-    y, rstd, total, s = kernels.forward_with_s(x, weight, EPS, a, past)
-    expected = given if past is None else given + past
-    assert total is None if past is None else torch.equal(total, expected)
-    _check_forward((y, rstd), expected, weight)
-    assert torch.equal(kernels.apply(expected, rstd, weight), y)
-    truth = op.reference(expected.double(), weight.double(), EPS) @ a.double().mT
-    check("s", s, op.reference(expected, weight, EPS) @ a.mT, truth)
-    assert torch.equal(x, given) and _untouched(x, around)
-
-
-def test_forward_with_s_on_other_generations(device):
-    """The tiles of older GPUs, and of none, give the same."""
-    x, weight, a = (_randn(shape, torch.float32, device) for shape in ((20, 200), (200,), (7, 200)))
-    truth = op.reference(x.double(), weight.double(), EPS) @ a.double().mT
-    small = Config({"ROWS": 16, "SWEEP": 64, "DEPTH_BYTES": 128, "LANES": 16}, num_warps=4)
-    for config in (kernels.CONFIGS["forward_with_s"][80], small):
-        _, _, _, s = kernels.forward_with_s(x, weight, EPS, a, config=config)
-        check("s", s, op.reference(x, weight, EPS) @ a.mT, truth)
-
-
 def _check_backward(dx, dy, x, weight, past):
     def gradient(dtype):
         leaf = x.to(dtype, copy=True).requires_grad_()

@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from minitune.kernels import rope as kernels
 from minitune.kernels.launch import Config
+from minitune.ops import backends
 from minitune.ops import rope as op
 from tests.tolerance import check, relative
 
@@ -60,3 +61,22 @@ def test_small_tiles(device):
     given = x.clone()
     kernels.rotate_(x, cos, sin, config=Config({"TILE": 32, "CHUNK": 2}, num_warps=1))
     check("x", x, op.reference(given, cos, sin), op.reference(given.double(), cos.double(), sin.double()))
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
+@pytest.mark.parametrize("shape", [(37, 3, 1, 10), (4, 11, 2, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_join_moves_and_turns_in_one_pass(dtype, shape, back, device):
+    tokens, heads, kv_heads, head_dim = shape
+    q, k, v = (_view((tokens, n, head_dim), dtype, device)[0] for n in (heads, kv_heads, kv_heads))
+    out, around = _view((tokens, heads + 2 * kv_heads, head_dim), dtype, device)
+    cos, sin = _tables(tokens, head_dim // 2, device)
+    assert kernels.join(q, k, v, cos, sin, out, back=back) is out
+    expected = torch.cat((q, k, v), 1)
+    kernels.rotate_(expected[:, :heads + kv_heads], cos, sin, back=back)
+    assert torch.equal(out, expected)
+    with backends.use("reference"):
+        joined = op.join(q, k, v, cos, sin, torch.full_like(expected, torch.nan), back=back)
+        assert torch.equal(joined[:, heads + kv_heads:], v) and relative(joined, expected) < 1e-2
+    out.fill_(-7.0)
+    assert bool((around == -7.0).all()), "values around the heads were written"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import minitune as mt
-from minitune.ops import tuned
+from minitune.ops import lora_matmul, tuned
 
 GPU, BF16 = torch.device("cuda", 0), torch.bfloat16
 
@@ -55,3 +55,16 @@ def test_tables_of_different_machines_lie_apart(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     one, other = tuned.place("NVIDIA H100 80GB HBM3"), tuned.place("NVIDIA H200")
     assert one != other and one.parent == tmp_path / "minitune"
+
+
+def test_a_weight_in_nf4_goes_by_what_was_measured_in_nf4(table, monkeypatch):
+    shape = 64, 32, 8, 512
+    _write(table, {f"lora_matmul forward bfloat16{kind}": [{"shape": shape, "ms": {"augmented": ms, "triton": 2}}]
+                   for kind, ms in (("", 1), (" nf4", 3))})
+    assert tuned.way("lora_matmul forward", shape, GPU, BF16) == "augmented"
+    assert tuned.way("lora_matmul forward", shape, GPU, BF16, quantized=True) == "triton"
+    assert tuned.way("lora_matmul input", shape, GPU, BF16, quantized=True) is None
+    like = torch.empty(0, dtype=BF16, device="meta")
+    ways = tuned.ways
+    monkeypatch.setattr(tuned, "ways", lambda op, start, device, *rest: ways(op, start, GPU, *rest))
+    assert lora_matmul.wants_margins(64, 32, 8, like) and not lora_matmul.wants_margins(64, 32, 8, like, True)

@@ -12,7 +12,8 @@ def test_every_way_that_is_there_is_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "ROUNDS", 1)
     found = tuning.measure({"o": (24, 16, 4), "same": (24, 16, 4)}, (4, 2, 8), 32, 16, torch.float32, CPU)
     assert set(found) == {f"{op} float32" for op in (
-        "attention", "lora_matmul forward", "lora_matmul input", "lora_matmul adapters")}
+        "attention", "lora_matmul forward", "lora_matmul input", "lora_matmul adapters")} | {
+        "lora_matmul forward float32 nf4", "lora_matmul input float32 nf4"}
     assert {"reference", "augmented"} <= set(found["lora_matmul forward float32"][24, 16, 4, 32])
     assert all(ms > 0 for shapes in found.values() for ways in shapes.values() for ms in ways.values())
     path = tmp_path / "cache" / "tuned.json"

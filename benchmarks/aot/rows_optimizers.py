@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from benchmarks.aot.compile import Row
 from minitune.kernels import adamw, sgd
 from minitune.kernels.launch import Config
-from tests.kernels.aot import Row
 
 SGD_SCALARS = ["decay", "lr", "momentum"]
 

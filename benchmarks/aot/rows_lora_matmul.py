@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from benchmarks.aot.compile import ARCHES, Row
 from minitune.kernels import lora_matmul
 from minitune.kernels.launch import Config
-from tests.kernels.aot import ARCHES, Row
 
 
 def _config(key: str, arch: int) -> Config:
@@ -41,13 +41,6 @@ def _product(name: str, rank: int, transposed: bool, bias: bool = False, key: st
                  dict.fromkeys(present, f"*{dtype}:16") | sizes | {"T": "i32"}, constants | absent, arches)
 
 
-def _thin(key: str, rank: int, transposed: bool, out: str = "bf16", arches: tuple[int, ...] = ARCHES) -> list[Row]:
-    kind = "fp32" if "fp32" in key else "bf16"
-    signature = {"x": f"*{kind}:16", "a": f"*{kind}:16", "out": f"*{out}:16", "T": "i32", "part_steps": "i32"}
-    return _rows(key, lora_matmul.lora_thin, f"{key} {'x·A' if transposed else 'dy·b'} R {rank}",
-                 signature | _sizes("K", "x_pitch"), {"R": rank, "TRANSPOSED": transposed, "EVEN": True}, arches, rank)
-
-
 def _adapters(key: str, rank: int, transposed: bool, arches: tuple[int, ...] = ARCHES) -> list[Row]:
     kind = "fp32" if "fp32" in key else "bf16"
     signature = {"wide": f"*{kind}:16", "narrow": f"*{kind}:16", "out": "*fp32:16", "T": "i32", "part_steps": "i32"}
@@ -64,10 +57,6 @@ ROWS = [
     *_product("backward", 128, transposed=False),
     *_product("forward", 16, transposed=True, key="product_small", dtype="fp32", arches=(80, 90)),
     *_product("forward, ragged", 20, transposed=True, key="product_small", arches=(80, 90), even=False),
-    *_thin("thin", 16, transposed=True),
-    *_thin("thin", 48, transposed=False, out="fp32", arches=(80, 90)),
-    *_thin("thin_wide", 128, transposed=False),
-    *_thin("thin_fp32", 16, transposed=True, arches=(90,)),
     *_adapters("adapters", 16, transposed=True),
     *_adapters("adapters", 48, transposed=False, arches=(80, 90)),
     *_adapters("adapters_wide", 128, transposed=False),

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from benchmarks.aot.compile import ARCHES, Row
 from minitune.kernels import attention
 from minitune.kernels.launch import Config
-from tests.kernels.aot import ARCHES, Row
 
 KERNELS = {
     "forward": (attention.attention_forward, ("q", "k", "v", "out"), ("starts",), ("lse",)),

@@ -1,9 +1,9 @@
-"""linear_cross_entropy and lora_images: what their kernels are compiled as, and what they may cost."""
+"""linear_cross_entropy, lora_images, lora_gradients: what their kernels are compiled as, and what they may cost."""
 
 from typing import Any
 
-from minitune.kernels import linear_cross_entropy, lora_images
-from tests.kernels.aot import Row
+from benchmarks.aot.compile import Row
+from minitune.kernels import linear_cross_entropy, lora_gradients, lora_images
 
 
 def _losses(kind: str, logits: str, V: str, smooth: bool = False, gradient: bool = True, pitch: str = "i32:16",
@@ -24,6 +24,26 @@ def _images(flat: str, group: int, **checks: Any) -> Row:
                {"GROUP": group, **config.tiles}, config.options(), config.registers, shared=config.shared, **checks)
 
 
+def _weigh(d: int) -> Row:
+    config = linear_cross_entropy.CONFIGS["weigh"][80]
+    return Row(f"linear_cross_entropy weigh {d}", linear_cross_entropy.linear_cross_entropy_weigh,
+               {"x": "*bf16:16", "weights": "*fp32:16", "out": "*bf16:16", "step": "i32", "pitch": "i32:16"},
+               {"D": d, **config.tiles}, config.options(), config.registers, shared=config.shared, stores=128)
+
+
+def _gradients(name: str, kind: str, rank: int, **checks: Any) -> Row:
+    """dB of the library's products comes transposed, of ours in rows; ours are fp32, of which dA is taken as it is."""
+    config, wide = lora_gradients.CONFIGS["apart"][80], kind == "fp32"
+    narrow = {} if wide else {"da": f"*{kind}:16", "out_a": "*fp32:16"}
+    moving, fixed = ("row_step", "rank_step") if wide else ("rank_step", "row_step")
+    signature = narrow | {"db": f"*{kind}:16", "out_b": "*fp32:16", "scale": "fp32", "A_VALUES": "i32:16",
+                          "N": "i32:16", moving: "i32:16"}
+    constants = {"R": rank, "RANK": 1 << (rank - 1).bit_length(), fixed: 1,
+                 **({"da": None, "out_a": None} if wide else {})}
+    return Row(f"lora_gradients {name} R {rank}", lora_gradients.lora_gradients_apart, signature,
+               {**constants, **config.tiles}, config.options(), config.registers, shared=config.shared, **checks)
+
+
 ROWS = [
     _losses("losses", "bf16", "i32:16"),
     _losses("losses", "bf16", "i32:16", gradient=False, arches=(90,)),
@@ -35,4 +55,8 @@ ROWS = [
     _images("bf16", lora_images.GROUP, stores=128),
     _images("fp32", lora_images.GROUP, stores=128, arches=(90,)),
     _images("bf16", 1),
+    _weigh(4096),
+    _gradients("of the library", "bf16", 16, stores=128),
+    _gradients("of the library", "bf16", 64, arches=(90,)),
+    _gradients("of our kernel", "fp32", 16, arches=(90,)),
 ]

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from benchmarks.aot.compile import Row
 from minitune.kernels import rms_norm, rope, swiglu
-from tests.kernels.aot import Row
 
 POINTER, SIZE = "*bf16:16", "i32:16"
 """Buffers of torch start, and rows of real models lie, at multiples of 16."""
@@ -36,15 +36,6 @@ def _norm_backward(name: str, d: int, residual: bool = False, heads: int = 1) ->
                  without, stores=128)
 
 
-def _norm_with_s(ranks: int, generation: int, arches: tuple[int, ...]) -> Row:
-    config = rms_norm.CONFIGS["forward_with_s"][generation]
-    signature = _pointers("x", "residual", "weight", "total", "y", "a", "s") | {
-        "rstd": "*fp32:16", "rows": "i32", "x_pitch": SIZE, "residual_pitch": SIZE, "eps": "fp32"}
-    return Row(f"rms_norm_forward_with_s {ranks}", rms_norm.rms_norm_forward_with_s, signature,
-               {"A_PITCH": 4096, "D": 4096, "R": ranks, **rms_norm.rank_tiles(config, ranks, 2)}, config.options(),
-               config.registers, config.shared, arches, matrix=True)
-
-
 def _swiglu(key: str, f: int, names: tuple[str, ...], **constants: Any) -> Row:
     config = swiglu.CONFIGS[key][80]
     signature = _pointers(*names) | {f"{name}_pitch": SIZE for name in names}
@@ -61,6 +52,16 @@ def _rope(heads: int, head_dim: int) -> Row:
                config.options(), config.registers, config.shared, stores=128)
 
 
+def _rope_join(heads: int, kv_heads: int, head_dim: int) -> Row:
+    config, names = rope.CONFIGS["join"][80], ("q", "k", "v", "out")
+    sizes = dict.fromkeys(("q_pitch", "k_pitch", "v_pitch", "pitch"), SIZE)
+    return Row(f"rope_join {heads}/{kv_heads} x {head_dim}", rope.rope_join,
+               _pointers(*names) | {"cos": "*fp32:16", "sin": "*fp32:16", "tokens": "i32"} | sizes,
+               {"BACK": True, "HEADS": heads, "KV_HEADS": kv_heads, "HALF": head_dim // 2,
+                **rope.rotate_tiles(config, heads, head_dim // 2)},
+               config.options(), config.registers, config.shared, stores=128)
+
+
 ROWS = [
     _norm_forward("residual", 4096, residual=True),
     _norm_forward("residual", 16384, residual=True),
@@ -69,11 +70,10 @@ ROWS = [
     _norm_backward("residual", 4096, residual=True),
     _norm_backward("residual", 16384, residual=True),
     _norm_backward("heads", 128, heads=32),
-    *(_norm_with_s(ranks, generation, arches) for ranks in (48, 128)
-      for generation, arches in ((80, (80, 89)), (90, (90, 100)))),
     _swiglu("forward", 11008, ("gate_up", "h")),
     _swiglu("backward", 18944, ("dh", "gate_up", "gradient", "h")),
     _swiglu("backward", 14336, ("dh", "gate_up", "gradient"), h=None, h_pitch=None),
     _rope(40, 128),
     _rope(40, 80),
+    _rope_join(32, 8, 128),
 ]

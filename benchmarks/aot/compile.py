@@ -1,6 +1,6 @@
 """Compiles Triton kernels for GPUs that are not there, and reads from the machine code what they cost.
 
-A `Row` is one kernel in one configuration; test_aot.py holds the list of them. The launcher tells the compiler which
+A `Row` is one kernel in one configuration; rows_*.py hold them. The launcher tells the compiler which
 pointers and sizes are divisible by 16; here the row says it (":16"), for without it loads and stores are narrow.
 What is 1 or None at a launch is a constant, and so are tl.constexpr arguments.
 """

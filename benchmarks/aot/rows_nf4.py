@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from benchmarks.aot.compile import SPILLS, Row
 from minitune.kernels import nf4
-from tests.kernels.aot import SPILLS, Row
 
 NF4 = {"packed": "*u8:16", "table": "*fp32:16"}
 PLAIN = {"absmax": "*fp32:16"}

@@ -1,0 +1,25 @@
+"""lora_gradients: each adapter's own gradients out of those of its whole projection."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from minitune.ops import backends
+
+
+def reference(da: Tensor, db: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """da [r, K] and db [n, r], rows and ranks of what `lora_matmul.backward_adapters` gives -> (da, scale · db) in
+    fp32 (fp64 stays)."""
+    wide = torch.promote_types(da.dtype, torch.float32)
+    return da.to(wide), db.to(wide) * scale
+
+
+def apart(da: Tensor, db: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same. da and db are given up: a result may lie in the memory of its operand."""
+    if backends.choose("lora_gradients", db.device, dtype=db.dtype) == "triton" and da.is_contiguous():
+        return cast(tuple[Tensor, Tensor], backends.kernel("lora_gradients").apart(da, db, scale))
+    wide = torch.promote_types(da.dtype, torch.float32)
+    return da.to(wide), db.to(wide).mul_(scale)
