@@ -61,7 +61,8 @@ def notes_of(parts: Sequence[Part], pieces: Sequence[Pieces], sources: Sequence[
         flags = corpus.flags[part.kept]
         whole = corpus.n_trained[part.kept] > 0
         for text, where in (
-                ("nothing in them is trained: all labels are masked", trained == 0),
+                ("nothing in them is trained: all labels are masked; remove them, or give an answer weight 1",
+                 trained == 0),
                 ("their answer is blank, so they teach to say nothing", flags & BLANK != 0),
                 ("no end-of-text token is trained, so they do not teach to stop", whole & (flags & ENDS == 0))):
             found.setdefault(text, []).append((part, part.kept[where]))

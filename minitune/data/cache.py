@@ -1,10 +1,10 @@
 """The cache of encoded files: a Corpus on disk, found by the content it was made of, mapped into memory.
 
-An entry's name is a hash of all that it depends on: the file's bytes, the tokenizer's files and settings, the field
-map, this package's code, the libraries' versions. An entry is never trusted: its bytes carry a checksum, which is
-verified before anything is used, and whatever is wrong with it (torn, changed, of another key, another user's), the
-file is encoded anew. Entries lie in ``data/`` of the folder that MINITUNE_CACHE names, else of the user's cache folder;
-the least recently used ones go when all take more than MAX_BYTES.
+An entry's name is a hash of all that it depends on: the file's bytes, the tokenizer's files, settings and chat
+templates, the field map, this package's code, the libraries' versions. An entry is never trusted: its bytes carry a
+checksum, which is verified before anything is used, and whatever is wrong with it (torn, changed, of another key,
+another user's), the file is encoded anew. Entries lie in ``data/`` of the folder that MINITUNE_CACHE names, else of the
+user's cache folder; the least recently used ones go when all take more than MAX_BYTES.
 
 An entry is: MAGIC, sha256 of all that follows (32 bytes), the header's length (8 bytes), the header (JSON), and each
 array at a multiple of 64 bytes.
@@ -57,8 +57,9 @@ def entry(path: Path, tokenizer: Tokenizer, field_map: Mapping[str, str] | None)
         "format": MAGIC.decode(), "code": _code(), "order": sys.byteorder, "suffix": path.suffix.lower(),
         "fields": sorted((field_map or {}).items()),
         "tokenizer": [tokenizer.kind, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids,
-                      tokenizer.adds_bos, sorted(tokenizer.control_ids), tokenizer.chat_template]}
-    if "strftime_now" in str(tokenizer.chat_template):
+                      tokenizer.adds_bos, sorted(tokenizer.control_ids), tokenizer.added],
+        "templates": sorted(tokenizer.chat_templates.items())}
+    if any("strftime_now" in source for source in tokenizer.chat_templates.values()):
         parts["day"] = datetime.date.today().isoformat()        # such a template writes the date
     try:
         parts["files"] = {name: _digest(tokenizer.folder / name)

@@ -143,8 +143,9 @@ def _encode(conversations: Sequence[Conversation], tokenizer: Tokenizer, mask: b
             found += _encode_plain(part, tokenizer, prompt=not mask)
             continue
         rendered = template.render(part, prompt=not mask, mask=mask)
-        stop = tokenizer.turn_end if template.marks_answers and mask else None
         while chunk := list(islice(rendered, _CHUNK)):
+            wanted = mask and (template.marks_answers or any(chat.marks for chat in chunk))
+            stop = tokenizer.turn_end if wanted else None
             spans = [trained_spans(chat, template, stop) if mask else ([], False) for chat in chunk]
             encoded = tokenizer.encode_rendered(chunk, [span for span, _ in spans])
             for chat, (ids, trained, lead), (_, ends) in zip(chunk, encoded, spans, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from array import array
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from minitune.errors import InputError
 
 if TYPE_CHECKING:
     from minitune.data.tokenizer import Tokenizer
+
+_TRUTH = bytes([0] + [1] * 255)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Document:
             raise InputError(f"{name}: its ids must be integers below 2**31 ({error})") from error
         if min(ids) < 0:
             raise InputError(f"{name}: {min(ids)} is no token id")
-        trained = array("b", map(bool, self.trained))
+        trained = _flags(self.trained)
         trained[0] = 0
         object.__setattr__(self, "ids", ids)
         object.__setattr__(self, "trained", trained)
@@ -53,6 +56,14 @@ class Document:
     def n_trained(self) -> int:
         """How many of its tokens are targets."""
         return sum(self.trained)
+
+
+def _flags(values: Sequence[int]) -> array[int]:
+    """0 or 1 for each value: a data set has one a token, so the usual kinds of them take no loop of Python's."""
+    if isinstance(values, list | tuple | bytes) or (isinstance(values, array) and values.itemsize == 1):
+        with contextlib.suppress(TypeError, ValueError):        # no integers, or large ones
+            return array("b", bytes(values).translate(_TRUTH))
+    return array("b", map(bool, values))
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ _OWNERS = {name: frozenset(kind for kind, form in FORMATS.items() if name in for
 _KNOWN = (*_OWNERS, *COMMON)
 _MAY_BE_EMPTY = MEANINGFUL | {"tools", "functions", "system"}
 _LONGEST_NAME = 40
+_UNKNOWN = "no known format"
 
 
 def check_field_map(field_map: Mapping[str, str]) -> None:
@@ -100,7 +101,7 @@ def recognise(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] |
     cheap = len(names) <= 64 and all(isinstance(name, str) and len(name) <= 64 for name in names)
     kind, fault = (_recognise if cheap else _recognise.__wrapped__)(names, mapped)
     if fault:
-        raise InputError(f"{where}: {fault}")
+        raise InputError(f"{where}: {fault}{_holds_samples(fields) if fault.startswith(_UNKNOWN) else ''}")
     known = FORMATS[kind].fields
     return kind, {name: value for name, value in fields.items() if name in known or name in COMMON}
 
@@ -132,7 +133,7 @@ def _recognise(names: tuple[Any, ...], mapped: tuple[str, ...]) -> tuple[str, st
         if close and not (mapped and name in _OWNERS):
             return "", f"unknown field {name!r}; did you mean {close!r}? (a field map reads it as that)"
     if not present:
-        return "", (f"no known format; found the fields: {_listed(others)}; accepted: {ACCEPTED}; a field map reads "
+        return "", (f"{_UNKNOWN}; found the fields: {_listed(others)}; accepted: {ACCEPTED}; a field map reads "
                     "others as these")
     covering = [kind for kind in kinds if FORMATS[kind].fields.issuperset(present)]
     kind = next((kind for kind in covering if set(FORMATS[kind].required).issubset(present)), "")
@@ -162,6 +163,16 @@ def _incomplete(present: list[str], kinds: list[str], covering: list[str]) -> st
     names = strangers[0] if strangers else tuple(present)
     return (f"{' and '.join(map(repr, names))} belong to different formats; keep the fields of one, or name them in a "
             f"field map, as {names[-1]}={names[-1]}; accepted: {ACCEPTED}")
+
+
+def _holds_samples(fields: Mapping[str, Any]) -> str:
+    """What to do with a file whose samples stand in a list inside one object, such as {"data": [{…}, {…}]}."""
+    lists = [name for name, value in fields.items()
+             if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)]
+    if len(lists) != 1:
+        return ""
+    return (f"; {_listed(lists)} holds a list of objects: if these are the samples, write that list alone into a .json "
+            "file")
 
 
 def _unread(name: str, beside: str) -> str:

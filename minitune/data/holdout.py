@@ -54,9 +54,16 @@ def split_off(whole: Stream, amount: float) -> tuple[Stream, Stream]:
 
 def streams(path: str | Path, tokenizer: Tokenizer, settings: Data, *, tokens: int, epochs: int = 1, seed: int = 0,
             progress: Progress | None = None) -> tuple[Stream, Stream | None]:
-    """The training stream of a file under `settings`, and the validation stream if they ask for one."""
+    """The training stream of a file under `settings`, and the validation stream if they ask for one.
+
+    Raises InputError where nothing of the training data is trained, besides all that `stream` refuses.
+    """
     train = stream(settings.shares(path), tokenizer, tokens=tokens, epochs=epochs, seed=seed,
                    field_map=settings.fields(), long=settings.long, cache=settings.cached, progress=progress)
+    if not any(part.corpus.n_trained.any() for part in train.parts):
+        first = next(part.corpus.where(0) for part in train.parts if len(part.corpus))
+        raise InputError(f"{first}: nothing is trained here, nor in any other sample: all answers have weight 0, or no "
+                         "segment is trainable; give what is to be learned weight 1 (trainable: true)")
     return hold_out(train, tokenizer, settings, progress)
 
 

@@ -18,12 +18,15 @@ def trained_spans(chat: Rendered, template: ChatTemplate, stop: str | None) -> t
     A turn is what the assistant says, with the control token that the template ends it by: without it a model never
     learns to stop. It comes from {% generation %} where the template has that; else it is the difference between the
     text up to the turn, with the prompt of a generation, and the text that ends with it. Both are rendered for every
-    turn and must be beginnings of the whole text. ``stop`` is the control string that ends a turn, where it is known.
+    turn and must be beginnings of the whole text. Where one is not (Qwen3 writes an empty thought into the last answer
+    alone), marks around the content tell where it stands, and the turn is that with all up to the next ``stop``, the
+    control string that ends a turn, where it is known.
 
-    Raises InputError, naming the template and the message, where that does not hold, and where the template leaves out
-    (part of) a trained turn, all of another message, the tools, or a call of one.
+    Raises InputError, naming the template and the message, where neither tells the turn, and where the template leaves
+    out (part of) a trained turn, all of another message, the tools, or a call of one.
     """
-    spans = _from_marks(chat, template) if template.marks_answers else _from_cuts(chat, template)
+    stop = stop if template.marks_answers or chat.marks else None
+    spans = _from_generation(chat, template) if template.marks_answers else _from_cuts(chat, template, stop)
     check_written(chat, template, dict(zip(chat.trained, spans, strict=False)))
     found: Spans = []
     ends = False
@@ -39,7 +42,7 @@ def trained_spans(chat: Rendered, template: ChatTemplate, stop: str | None) -> t
     return found, ends
 
 
-def _from_marks(chat: Rendered, template: ChatTemplate) -> Spans:
+def _from_generation(chat: Rendered, template: ChatTemplate) -> Spans:
     speakers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
     if chat.trained and not chat.spans:
         raise InputError(f"{chat.where}: the chat template {template.name} has {{% generation %}} but wraps nothing of "
@@ -53,22 +56,47 @@ def _from_marks(chat: Rendered, template: ChatTemplate) -> Spans:
     return chat.spans
 
 
-def _from_cuts(chat: Rendered, template: ChatTemplate) -> Spans:
+def _from_cuts(chat: Rendered, template: ChatTemplate, stop: str | None) -> Spans:
     spans: Spans = []
     for i, (start, end) in zip(chat.trained, chat.cuts, strict=True):
         name = f"{chat.where}: messages[{i}]"
+        if isinstance(start, int) and isinstance(end, int) and 0 <= start <= end:
+            spans.append((start, end))
+            continue
+        found = _from_marks(chat, i, start, end, stop)
+        if found is not None:
+            spans.append(found)
+            continue
         refused = next((cut for cut in (start, end) if isinstance(cut, str)), None)
         if refused is not None:
             raise InputError(f"{name}: the chat template {template.name} does not render the conversation up to here "
                              f"({chat.read(refused)}), so what is trained cannot be told; give this turn weight 0, or "
                              "begin with a user's")
-        assert isinstance(start, int) and isinstance(end, int)
-        if start < 0 or end < start:
-            raise InputError(f"{name}: the chat template {template.name} writes the conversation up to here otherwise "
-                             "once more follows (as those do that leave out the thinking of earlier turns), so what is "
-                             "trained cannot be told; give this turn weight 0, or make each answer a sample of its own")
-        spans.append((start, end))
+        raise InputError(f"{name}: the chat template {template.name} writes the conversation up to here otherwise "
+                         "once more follows (as those do that leave out the thinking of earlier turns), so what is "
+                         "trained cannot be told; give this turn weight 0, or make each answer a sample of its own")
     return spans
+
+
+def _from_marks(chat: Rendered, i: int, start: int | str, end: int | str, stop: str | None) -> tuple[int, int] | None:
+    """The turn of messages[i], whose ``start`` or ``end`` is no place in the text; None where it cannot be told.
+
+    What stands between the prompt of a generation and the content is the model's to say, so a ``start`` that holds
+    counts. Without it a call or a thought would lose what the template writes before it.
+    """
+    if i not in chat.marks:
+        return None
+    first, last, bound = chat.marks[i]
+    if not (isinstance(start, int) and 0 <= start <= first):
+        if any(chat.messages[i].get(field) for field in ("tool_calls", *REASONING)):
+            return None
+        start = first
+    if not (isinstance(end, int) and end >= last):
+        place = chat.text.find(stop, last, bound) if stop else -1
+        if place < 0:       # trained without what ends it, the model would not learn to stop
+            return None
+        end = place + len(stop or "")
+    return start, end
 
 
 def check_written(chat: Rendered, template: ChatTemplate, spans: Mapping[int, tuple[int, int]]) -> None:

@@ -17,6 +17,7 @@ MAX_TEXT = 2**30
 """The largest text file that is read, in bytes: it is one document, and held whole."""
 
 _CHUNK = 2**20
+_LIST = re.compile(r'\{\s*"([^"\\]{1,40})"\s*:\s*\[\s*\{')
 _SHOWN = 12
 _PARQUET_ROWS = 256
 _ADVICE = {
@@ -183,8 +184,11 @@ class _Window:
             except json.JSONDecodeError as error:
                 unfinished = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 16
                 if len(self.text) - self.at > MAX_LINE:
+                    inner = _LIST.match(self.text, self.at)
+                    advice = "close it, or split it" if inner is None else (
+                        f"if {inner[1]!r} holds the samples, write that list alone into a .json file")
                     raise InputError(f"{where}: the sample that begins here is longer than {MAX_LINE:,} characters, "
-                                     "or never ends; close it, or split it") from error
+                                     f"or never ends; {advice}") from error
                 if not (unfinished and self.more()):
                     raise self._broken(error) from error
 

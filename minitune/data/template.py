@@ -30,7 +30,8 @@ class Rendered:
     lone surrogate, so that what the template writes itself can be told from it; ``spelled`` maps them back. ``spans``
     are the [start, end) of what {% generation %} wraps. ``cuts`` answers, for each of ``trained`` (indices of
     messages), where in the text its turn begins and ends: a place, -1 (its beginning, rendered alone, is not how the
-    text begins), or what the template refused it with.
+    text begins), or what the template refused it with. ``marks``: for those where one of the two is no place, where
+    (first character, end of the last, first character of the next message) what it says stands, as far as is certain.
     """
 
     messages: list[dict[str, Any]]
@@ -41,6 +42,7 @@ class Rendered:
     text: str = ""
     spans: list[tuple[int, int]] = field(default_factory=list)
     cuts: list[tuple[int | str, int | str]] = field(default_factory=list)
+    marks: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
     def read(self, text: str) -> str:
         """`text`, a part of this one's, with the control strings that messages spell put back."""
@@ -92,6 +94,7 @@ class ChatTemplate:
                 raise InputError(f"{each.where}: the chat template {self.name} does not render this conversation: "
                                  f"{each.read(answer['error'])}")
             each.text, each.spans = answer["text"], [(start, end) for start, end in answer["spans"]]
+            each.marks = {number: (first, last, bound) for number, first, last, bound in answer["marks"]}
             cuts = iter(answer["cuts"])
             if mask and not self.marks_answers:
                 last = len(each.messages)

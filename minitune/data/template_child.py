@@ -5,9 +5,11 @@ the machine: it can open no file, and the kernel ends it when a conversation tak
 The file is run by its path and imports nothing of minitune, so that it starts quickly.
 
 A batch on stdin: a line with {"source", "variables", "n"}, then n lines of {"messages", "tools", "prompt", "cuts"}. For
-each of these a line on stdout: {"text", "spans", "cuts"} or {"error"}. ``spans`` are the [start, end) of what the
-template wraps in {% generation %}. A cut [k, prompt] asks whether the first k messages, rendered by themselves, give a
-beginning of the text: its length, -1 where they do not, or the error.
+each of these a line on stdout: {"text", "spans", "cuts", "marks"} or {"error"}. ``spans`` are the [start, end) of what
+the template wraps in {% generation %}. A cut [k, prompt] asks whether the first k messages, rendered by themselves,
+give a beginning of the text: its length, -1 where they do not, or the error. Where a cut of a message fails, ``marks``
+tells where the message stands in the text, found by rendering all once more with marks around what it says: [message,
+first character, end of the last, first character of the message behind it]; nothing where that is not certain.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -26,9 +29,10 @@ MEMORY = 64 * 2**20
 """Bytes that one conversation may take, beside 32 for each byte of its own."""
 SECONDS = 0.4
 """Processor time for one conversation, beside what `_allowance` adds for its length."""
-OPEN, CLOSE = "\udffe", "\udfff"
-"""Around what {% generation %} wraps. Text has no lone surrogates (they are refused before), so none is mistaken."""
-_MARKS = re.compile(f"([{OPEN}{CLOSE}])")
+NEXT, OPEN, CLOSE = "\udffd", "\udffe", "\udfff"
+"""OPEN and CLOSE stand around what {% generation %} wraps and what a marked message says, NEXT before the message
+behind. Text has no lone surrogates (they are refused before), so none is mistaken."""
+_MARKS = re.compile(f"([{NEXT}{OPEN}{CLOSE}])")
 _BEYOND_ASCII = re.compile("[^\\x00-\\x7f\\ud800-\\udfff]")      # lone surrogates stand for control strings: left alone
 
 
@@ -108,25 +112,82 @@ def _allowance(size: int, renders: int) -> float:
 def _render(template: Any, variables: dict[str, str], request: dict[str, Any], size: int) -> dict[str, Any]:
     messages, tools = request["messages"], request["tools"]
 
-    def text_of(count: int, prompt: bool) -> str:
-        found = template.render(messages=messages[:count], tools=tools, documents=None, add_generation_prompt=prompt,
+    def write(messages: list[dict[str, Any]], prompt: bool) -> str:
+        found = template.render(messages=messages, tools=tools, documents=None, add_generation_prompt=prompt,
                                 **variables)
         if len(found) > MEMORY // 8 + 8 * size:
             raise MemoryError
         return str(found)
 
-    text, spans = _spans(text_of(len(messages), request["prompt"]))
+    text, spans = _spans(write(messages, request["prompt"]))
     cuts: list[int | str] = []
     for count, prompt in request["cuts"]:
         try:
-            part = text_of(count, prompt)
+            part = write(messages[:count], prompt)
         except MemoryError:
             raise
         except Exception as error:
             cuts.append(_name(error))
         else:
             cuts.append(len(part) if text.startswith(part) else -1)
-    return {"text": text, "spans": spans, "cuts": cuts}
+    failed = {count - (not prompt) for (count, prompt), cut in zip(request["cuts"], cuts, strict=True)
+              if isinstance(cut, str) or cut < 0}
+    marks = [place for message in sorted(failed)
+             if (place := _place(message, text, messages, lambda marked: write(marked, request["prompt"])))]
+    return {"text": text, "spans": spans, "cuts": cuts, "marks": marks}
+
+
+def _place(number: int, text: str, messages: list[dict[str, Any]], write: Callable[[list[dict[str, Any]]], str]
+           ) -> list[int] | None:
+    """Where message `number` stands in the text, as ``marks`` tells it.
+
+    It is certain only where the template writes the same text around the marks, each of them once. It may trim: then
+    they must stand inside of what it cuts off.
+    """
+    for inside in (False, True):
+        marked, count = list(messages), 0
+        marked[number], count = _wrapped(messages[number], OPEN, CLOSE, inside)
+        behind = 0
+        if number + 1 < len(messages):
+            marked[number + 1], behind = _wrapped(messages[number + 1], NEXT, "", inside)
+        try:
+            parts = _MARKS.split(write(marked))
+        except MemoryError:
+            raise
+        except Exception:       # the template refuses what the marks made of the content: they tell nothing
+            return None
+        if "".join(parts[::2]) != text:
+            continue
+        ends = [len("".join(parts[:place:2])) for place in range(1, len(parts), 2)]
+        found = {mark: [end for end, part in zip(ends, parts[1::2], strict=True) if part == mark]
+                 for mark in (OPEN, CLOSE, NEXT)}
+        bound = min(found[NEXT], default=-1) if number + 1 < len(messages) else len(text)
+        if count and len(found[OPEN]) == len(found[CLOSE]) == count and len(found[NEXT]) == behind \
+                and max(found[CLOSE]) <= bound:
+            return [number, min(found[OPEN]), max(found[CLOSE]), bound]
+    return None
+
+
+def _wrapped(message: dict[str, Any], left: str, right: str, inside: bool) -> tuple[dict[str, Any], int]:
+    """The message with marks around its content and the names of the functions it calls, and how many were marked.
+    ``inside``: the content's outer blanks stay outside of the marks."""
+    calls, content = message.get("tool_calls") or [], message.get("content")
+    made, count = dict(message), 0
+    if isinstance(content, str) and (content.strip() or not calls):
+        core = content.strip() if inside else content
+        head, _, tail = content.partition(core) if core else ("", "", content)
+        made["content"] = f"{head}{left}{core}{right}{tail}"
+        count += 1
+    if calls:
+        made["tool_calls"] = [_named(call, left, right) for call in calls]
+        count += len(calls)
+    return made, count
+
+
+def _named(call: dict[str, Any], left: str, right: str) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _named(call["function"], left, right)}
+    return {**call, "name": f"{left}{call.get('name')}{right}"}
 
 
 def _spans(text: str) -> tuple[str, list[list[int]]]:
@@ -192,7 +253,7 @@ def main() -> None:
         for line in lines:
             request = json.loads(line)
             limit_memory(MEMORY + 32 * len(line))
-            _limit_time(_allowance(len(line), 1 + len(request["cuts"])))
+            _limit_time(_allowance(len(line), 1 + 3 * len(request["cuts"])))
             found = _answer(templates, environment, header, request, len(line))
             _limit_time(0)
             limit_memory(2**40)

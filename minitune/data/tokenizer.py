@@ -36,8 +36,9 @@ class Tokenizer:
 
     ``vocab_size`` (the largest id + 1), ``bos_id``, ``eos_id``, ``pad_id``, ``unk_id`` (int or None), ``eos_ids`` (all
     ids that end a generation), ``control_ids`` (frozenset: no text spells them), ``adds_bos`` (does this family begin a
-    text with BOS), ``chat_template`` (its Jinja source, or None), ``kind`` ("sentencepiece" or "tokenizers"),
-    ``folder``, ``added`` (the tokens that `load_tokenizer` was asked to add to the folder's).
+    text with BOS), ``chat_template`` (its Jinja source, or None), ``chat_templates`` (that of each use, as "default" or
+    "tool_use"), ``kind`` ("sentencepiece" or "tokenizers"), ``folder``, ``added`` (the tokens that `load_tokenizer` was
+    asked to add to the folder's).
     """
 
     def __init__(self, files: TokenizerFiles, backend: Backend, added: Sequence[str] = ()) -> None:
@@ -46,6 +47,7 @@ class Tokenizer:
         self.folder = files.folder
         self.kind = backend.kind
         self.vocab_size = backend.vocab_size
+        self.chat_templates = files.chat_templates
         self.chat_template = files.chat_templates.get("default")
         named = {number for token in files.control if (number := backend.id_of(token)) is not None}
         control = frozenset(backend.control | named)
@@ -59,7 +61,7 @@ class Tokenizer:
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(number for number in stops if number is not None))
         says = (files.add_bos, backend.puts_bos, True)
         self.adds_bos = self.bos_id is not None and next(flag for flag in says if flag is not None)
-        self._templates, self._template_file = files.chat_templates, files.template_file
+        self._template_file = files.template_file
 
     def _role(self, role: str, files: TokenizerFiles, control: frozenset[int]) -> int | None:
         """The id of bos, eos, pad or unk: by name, else by the tokenizer file, else by config.json's id.
@@ -178,18 +180,19 @@ class Tokenizer:
 
     def template_for(self, tools: Sequence[Any] | None = None) -> ChatTemplate | None:
         """The chat template for conversations with or without tools; None where the folder has none."""
-        if not self._templates:
+        if not self.chat_templates:
             return None
-        use = "tool_use" if tools and "tool_use" in self._templates else "default"
-        if use not in self._templates:
-            raise InputError(f"{self._template_file}: has chat templates for {', '.join(sorted(self._templates))}, but "
-                             "none named default; name one so")
+        use = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+        if use not in self.chat_templates:
+            uses = ", ".join(sorted(self.chat_templates))
+            raise InputError(f"{self._template_file}: has chat templates for {uses}, but none named default; name one "
+                             "so")
         if use not in self._made:
             roles = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
             variables = {f"{role}_token": self.token(number) for role, number in roles.items() if number is not None}
             name = str(self._template_file) if use == "default" else f"{self._template_file} ({use})"
             control = [self.token(number) for number in self.control_ids]
-            self._made[use] = ChatTemplate(name, self._templates[use], variables, control)
+            self._made[use] = ChatTemplate(name, self.chat_templates[use], variables, control)
         return self._made[use]
 
     @cached_property

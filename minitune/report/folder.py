@@ -35,7 +35,7 @@ class RunFolder(Observer):
     starts; `what`-best at each evaluation whose loss is the lowest so far; `what` (adapter, or model) when it ends.
 
     `save` writes what is trained into a folder. A run that Ctrl-C or an error stopped keeps what its last step made,
-    unless the numbers are no longer finite. Each file takes its name when it is whole.
+    one that diverged does not. Each file takes its name when it is whole.
     """
 
     def __init__(self, folder: str | Path, save: Callable[[Path], None], what: str, config: Mapping[str, Any]) -> None:
@@ -67,8 +67,7 @@ class RunFolder(Observer):
 
     def on_end(self, run: Run) -> None:
         run.best_adapter = self._best
-        last = run.records[-1:]
-        if last and math.isfinite(last[0].loss) and math.isfinite(last[0].grad_norm):
+        if run.records and run.end != "diverged":
             self.save(self.folder / self.what)
             run.adapter = self.folder / self.what
 

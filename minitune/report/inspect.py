@@ -11,12 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from minitune.data.document import Document
 from minitune.data.ledger import COLUMNS, Ledger
-from minitune.data.tokenizer import Tokenizer
 from minitune.report.tables import print_table
+
+if TYPE_CHECKING:
+    from minitune.data.document import Document
+    from minitune.data.tokenizer import Tokenizer
 
 SHOWN = 512
 """Tokens of a sample that are shown at most."""

@@ -71,6 +71,9 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     except KeyboardInterrupt:
         run.end = "interrupted"
         raise
+    except TrainingDiverged:
+        run.end = "diverged"
+        raise
     finally:
         model.train(was_training)
         with contextlib.ExitStack() as told:        # every observer hears of the end, even if another one fails

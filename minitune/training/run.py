@@ -82,14 +82,14 @@ class Run:
     """A training run: every step's record, every evaluation's, and how it ended.
 
     ``end`` is "finished" when all planned steps were done, "out of data" when the data ended before, "interrupted" when
-    Ctrl-C stopped it, "failed" when another exception did. ``adapter`` is the folder of what was trained, if it was
+    Ctrl-C stopped it, "diverged" when its numbers were no longer finite, "failed" when another exception did. ``adapter`` is the folder of what was trained, if it was
     saved; ``best_adapter`` that of the lowest validation loss.
     """
 
     info: RunInfo
     records: list[StepRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
-    end: Literal["finished", "out of data", "interrupted", "failed"] = "failed"
+    end: Literal["finished", "out of data", "interrupted", "diverged", "failed"] = "failed"
     adapter: Path | None = None
     best_adapter: Path | None = None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import random
 import shutil
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,39 @@ def test_whatever_counts_makes_another_entry(path: Path, tokenizer: Tokenizer, f
     assert len(found) == 7 and None not in found
 
 
+def test_every_template_and_added_token_counts(path: Path, tokenizer: Tokenizer, folder: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tokenizer.folder
+    days = [f"2026-01-0{day}" for day in (1, 2)]
+
+    def entries() -> set[Path | None]:
+        """One, or two where the day counts."""
+        found = set()
+        for day in days:
+            monkeypatch.setattr(cache, "datetime", types.SimpleNamespace(date=types.SimpleNamespace(
+                today=lambda day=day: datetime.date.fromisoformat(day))))
+            found.add(cache.entry(path, load_tokenizer(home), None))
+        return found
+
+    (home / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    found = entries()
+    named = home / "additional_chat_templates" / "tool_use.jinja"
+    named.parent.mkdir()
+    for text, size in (("{{ tools }}", 1), ("{{ tools }}.", 1), ("{{ strftime_now('%d') }}", 2)):
+        named.write_text(text, encoding="utf-8")
+        assert len(entries()) == size and not entries() & found
+        found |= entries()
+    shutil.rmtree(named.parent)
+    (home / "chat_template.jinja").unlink()
+    for text, size in (("j", 1), ("{{ strftime_now('%d') }}", 2)):
+        (home / "chat_template.json").write_text(json.dumps({"chat_template": text}), encoding="utf-8")
+        assert len(entries()) == size and not entries() & found
+        found |= entries()
+    for added in ((), ("<new>",), ("<new>", "<old>"), ("<old>", "<new>")):
+        found.add(cache.entry(path, load_tokenizer(home, add=added), None))
+    assert len(found) == 1 + 4 + 3 + 3 and None not in found
+
+
 @pytest.mark.parametrize("fault", ["flip", "cut", "empty", "foreign", "head", "link", "folder"])
 def test_a_broken_entry_is_made_anew(fault: str, path: Path, tokenizer: Tokenizer, folder: Path) -> None:
     plain = stream(path, tokenizer)
@@ -181,7 +216,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(path: Path, tokenize
 
 def test_the_least_recently_used_go_first(path: Path, tokenizer: Tokenizer, folder: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = []
+    entries: list[Path] = []
     for place in range(3):
         path.write_text(json.dumps({"text": f"number {place}"}))
         stream(path, tokenizer)

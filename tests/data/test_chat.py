@@ -105,8 +105,6 @@ LEFT_OUT: list[tuple[str, list[dict[str, Any]], Any, str]] = [
      [USER, ANSWER, USER, ANSWER], None, r"messages\[1\]: .* otherwise once more follows"),
     ("{{ messages[0].content }}{{ messages[-1].content }}<|end|>", [USER, ANSWER, USER, ANSWER | {"content": "Other."}],
      None, r"messages\[1\]: .* otherwise once more follows"),
-    (CHATML.replace("{% for", "{{ messages[0].content[:0] }}{% for"), [ANSWER, USER], None,
-     r"messages\[0\]: .* does not render the conversation up to here \(.*begin with a user's"),
     ("{% for m in messages %}{% generation %}{% endgeneration %}{{ m.content }}{% endfor %}",
      [USER, ANSWER | {"weight": 0}, USER, ANSWER], None, "marks 4 parts as generated, but there are 2 assistant turns"),
     ("{% for m in messages %}{% if m.x %}{% generation %}{% endgeneration %}{% endif %}{{ m.content }}{% endfor %}",

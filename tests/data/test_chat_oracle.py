@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from minitune.data.chat import encode_conversations
 from minitune.data.tokenizer import Tokenizer, load_tokenizer
-from minitune.errors import InputError
 from tests.data.chat_templates import KINDS, Kind
 
 transformers = pytest.importorskip("transformers")
@@ -85,14 +84,10 @@ def test_text_and_ids_are_those_of_transformers(pair: tuple[Kind, Tokenizer, Any
             for messages, prompt in ((chat, False), (chat[:-1], True)):
                 assert tokenizer.render_chat(messages, None, prompt) == truth.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=prompt)
-                if kind is KINDS["qwen-3"] and not prompt and len(chat) == 4:
-                    with pytest.raises(InputError, match=r"messages\[1\]: .*tokenizer_config.json writes"):
-                        tokenizer.encode_chat(messages)
-                    messages = [*chat[:1], chat[1] | {"weight": 0}, *chat[2:]]
                 ids, trained = tokenizer.encode_chat(messages, None, prompt)
                 if not kind.stop and not prompt:
                     assert ids.pop() == tokenizer.eos_id
-                assert ids == _ids(truth, chat if not prompt else messages, prompt) and len(trained) >= len(ids)
+                assert ids == _ids(truth, messages, prompt) and len(trained) >= len(ids)
                 assert any(trained) != prompt
                 compared += 1
     assert compared > 50
@@ -121,8 +116,7 @@ def test_answers_are_trained_with_what_ends_them(pair: tuple[Kind, Tokenizer, An
     assert (tokenizer.turn_end or "") == kind.stop
     for text in ("the dog", "👍 naïve", "שלום", "def f():\n    return 1"):
         chat = _chats(kind, text)[1]
-        first = [] if kind is KINDS["qwen-3"] else [f"{text}{kind.stop}"]
-        chat = chat if first else [chat[0], chat[1] | {"weight": 0}, *chat[2:]]
+        first = [f"{text}{kind.stop}"]
         last = kind.stop or tokenizer.token(tokenizer.require_eos())
         assert _answers(kind, tokenizer, chat) == [*first, f"{text}y{last}"]
         assert _answers(kind, tokenizer, [*chat[:3], chat[3] | {"weight": 0}]) == first
@@ -174,15 +168,13 @@ def test_many_at_once_are_the_same(pair: tuple[Kind, Tokenizer, Any], hard: list
 @pytest.mark.parametrize("pair", [(name, how) for name in ("qwen-3", "llama-3.1", "mistral-3")
                                   for how in ("fast", "spm")], indirect=True, ids="-".join)
 def test_tools_and_their_calls(pair: tuple[Kind, Tokenizer, Any]) -> None:
-    kind, tokenizer, truth = pair
-    chat = [{"role": "user", "content": "How warm is it?"},
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "abcdefghi", "type": "function", "function": {
-                "name": "weather", "arguments": {"city": "Zürich </s>"}}}]},
-            {"role": "tool", "content": "12 degrees", "tool_call_id": "abcdefghi"},
-            {"role": "assistant", "content": "It is 12 degrees."}]
-    if kind is KINDS["qwen-3"]:     # without thoughts it puts empty ones into the last answer alone
-        chat = [message | ({"reasoning_content": "Let me think."} if message["role"] == "assistant" else {})
-                for message in chat]
+    _, tokenizer, truth = pair
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": "How warm is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "abcdefghi", "type": "function", "function": {
+            "name": "weather", "arguments": {"city": "Zürich </s>"}}}]},
+        {"role": "tool", "content": "12 degrees", "tool_call_id": "abcdefghi"},
+        {"role": "assistant", "content": "It is 12 degrees."}]
     clean = [message | ({"tool_calls": [{"id": "abcdefghi", "type": "function", "function": {
         "name": "weather", "arguments": {"city": "Zürich"}}}]} if "tool_calls" in message else {}) for message in chat]
     for turns in (2, 4):

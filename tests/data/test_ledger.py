@@ -122,7 +122,8 @@ def test_notes_name_the_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
         {"text": "abc"}, silent, open_end, {"text": "abc"}, {"prompt": "a", "completion": " \n "},
         {"prompt": "a", "chosen": "b", "rejected": "xx yy"}, *[{"text": "same"}] * 13]])
     found = [str(note) for note in data.stream(path, tokenizer, tokens=64, cache=False).ledger.notes]
-    assert any(f"1 sample: nothing in them is trained: all labels are masked ({path}:2)" in note for note in found)
+    assert any(f"1 sample: nothing in them is trained: all labels are masked; remove them, or give an answer weight 1 "
+               f"({path}:2)" in note for note in found)
     assert any(f"1 sample: no end-of-text token is trained, so they do not teach to stop ({path}:3)" in note
                for note in found)
     assert any(note.startswith("1 sample: their answer is blank") and f"({path}:5)" in note for note in found)

@@ -101,7 +101,10 @@ def test_a_sample_that_never_ends_is_refused_early(tmp_path: Path, monkeypatch: 
     with path.open("wb") as file:
         file.write(b'[\n{"a": "' + b"x" * 2**23)
         file.truncate(2**31)
-    with pytest.raises(InputError, match=":2: the sample that begins here is longer than 1,048,576"):
+    with pytest.raises(InputError, match=r":2: the sample that begins here is longer than 1,048,576.*; close it"):
+        list(read_rows(path))
+    path.write_text('{ "data" : [ {"text": "' + "x" * 2**21 + '"}]}')
+    with pytest.raises(InputError, match=r":1: .* 1,048,576 .*; if 'data' holds the samples, write that list alone"):
         list(read_rows(path))
 
 

@@ -149,6 +149,19 @@ def test_streams_by_settings(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert streams(train, tokenizer, Data(field_map=fields), tokens=64, epochs=2)[1] is None
 
 
+def test_data_that_trains_nothing_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Here, where a run is prepared; a Stream of it can be made, to look at."""
+    silent = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\n{json.dumps(silent)}\n{json.dumps(silent)}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"a.jsonl:2: nothing is trained here, nor in any other .*weight 1"):
+        streams(path, tokenizer, Data(), tokens=64)
+    assert data.stream(path, tokenizer, tokens=64).n_trained == 0
+    more = tmp_path / "b.jsonl"
+    more.write_text('{"text": "x"}', encoding="utf-8")
+    assert streams(path, tokenizer, Data(mix=(f"{more}=1",)), tokens=64)[0].n_trained > 0
+
+
 def test_refused_paths_and_settings(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ["one"])
     for wrong, message in [

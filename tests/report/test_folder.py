@@ -77,7 +77,7 @@ def test_the_best_is_that_of_the_lowest_validation_loss(tmp_path):
 
 
 @pytest.mark.parametrize(("records", "end", "saved"), [
-    ([step(1)], "interrupted", True), ([], "interrupted", False), ([step(1), step(2, math.nan)], "failed", False),
+    ([step(1)], "interrupted", True), ([], "interrupted", False), ([step(1), step(2, math.nan)], "diverged", False),
     ([step(1)], "failed", True)])
 def test_a_run_that_was_stopped_keeps_what_is_sound(tmp_path, records, end, saved):
     saver = Saver()

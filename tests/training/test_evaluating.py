@@ -74,7 +74,7 @@ def test_time_spent_evaluating_is_no_time_of_a_step(fakes):
         return EvaluationRecord(step=step, seconds=0.3)
 
     run = fit(fakes.TinyModel(), data(fakes), Training(evaluate_every=1), fakes.objective, evaluate=slow)
-    assert len(run.evaluations) == 7 and run.seconds < 0.3
+    assert len(run.evaluations) == 7 and run.seconds < 1.5       # with them it would be 1.8 at least
 
 
 def test_the_best_is_the_lowest_finite_loss_after_training_began():

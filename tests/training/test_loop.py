@@ -178,7 +178,7 @@ def test_divergence_names_the_step_and_still_ends(fakes):
     with pytest.raises(TrainingDiverged, match=r"step 3: loss nan.*are not saved.*a lower lr \(it is 0\.0002\)"):
         fit(model, data(fakes), Training(), objective, [listener])
     run = listener.heard[-1]
-    assert isinstance(run, Run) and run.end == "failed" and len(run.records) == 3
+    assert isinstance(run, Run) and run.end == "diverged" and len(run.records) == 3
     assert listener.heard[1:-1] == [1, 2, 3] and not model.training
 
 
