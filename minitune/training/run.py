@@ -82,8 +82,8 @@ class Run:
     """A training run: every step's record, every evaluation's, and how it ended.
 
     ``end`` is "finished" when all planned steps were done, "out of data" when the data ended before, "interrupted" when
-    Ctrl-C stopped it, "diverged" when its numbers were no longer finite, "failed" when another exception did. ``adapter`` is the folder of what was trained, if it was
-    saved; ``best_adapter`` that of the lowest validation loss.
+    Ctrl-C stopped it, "diverged" when its numbers were no longer finite, "failed" when another exception did.
+    ``adapter`` is the folder of what was trained, if it was saved; ``best_adapter`` that of the lowest validation loss.
     """
 
     info: RunInfo
