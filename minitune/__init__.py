@@ -1,4 +1,4 @@
-"""minitune: fine-tune Llama-family models with LoRA, from code that one person can read in an evening."""
+"""minitune: fine-tune Llama-family models with LoRA, by a transformer, kernels and a training step of its own."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ VARIANTS: dict[str, PretrainedConfig] = {
 def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A transformers model with random weights, norms and biases included, saved to `folder`."""
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(VARIANTS[name], dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(VARIANTS[name]), dtype=dtype).eval()
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name:
             parameter.data.uniform_(0.5, 1.5)

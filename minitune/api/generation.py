@@ -194,7 +194,8 @@ class Generation(nn.Module):
         """The answer in pieces, as it is written: texts for a text or a conversation, ids for ids.
 
         No piece holds half a character or the beginning of a stop text, and joined they are what `complete`, `chat` or
-        `generate` would give. While it runs the model must not be trained.
+        `generate` would give. While it runs the model must not be trained; made within `adapter_disabled`, it is the
+        base's throughout.
         """
         asked = self._asked(prompt, tools)
         if not asked.single:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from minitune.api.model import Model, as_path
-from minitune.checkpoint.adapter import check_copies, match_adapter, match_rows
-from minitune.checkpoint.adapter_reader import read_adapter, read_token_rows
+from minitune.checkpoint.adapter import match_adapter, match_rows, take_copies
+from minitune.checkpoint.adapter_reader import base_copies, read_adapter, read_token_rows
 from minitune.checkpoint.hf_config import is_prequantized, read_config
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import Quantized, load_weights
@@ -20,6 +21,7 @@ from minitune.config import LoRA, MemoryPolicy, ModelConfig, Quant, check_seed, 
 from minitune.data.tokenizer import Tokenizer, load_tokenizer
 from minitune.devices import DTYPES, choose_device, choose_dtype
 from minitune.errors import InputError
+from minitune.model.adapter import HEAD
 from minitune.model.init import init_weights
 from minitune.model.llama import Llama
 from minitune.model.memory import reuse_freed_memory
@@ -57,14 +59,15 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     network = _read_network(folder, compute, place, memory, quant)
     tokenizer = _tokenizer(folder, adapter, network.config.vocab_size, added)
     model = Model(network, tokenizer, folder)
+    rows = _room_for_tokens(network, tokenizer, adapter, added)
     if adapter is not None:
         lora, tensors = read_adapter(Path(adapter))
         network.add_adapters(lora, seed)
         match_adapter(tensors, network.adapters(), Path(adapter), folder)
-        check_copies(Path(adapter), network.hf_weights(), network.config.tied_head)
+        model.adapter_path = Path(adapter)
     elif lora is not None:
         network.add_adapters(lora, seed)
-    _train_rows(network, tokenizer, adapter, added)
+    _train_rows(network, adapter, rows)
     model.lora = lora
     if train is not None:
         network.unfreeze(train if isinstance(train, str) else tuple(train))
@@ -101,22 +104,43 @@ def _tokenizer(folder: Path, adapter: str | Path | None, vocab_size: int, added:
     return load_tokenizer(folder, added) if added else tokenizer
 
 
-def _train_rows(network: Llama, tokenizer: Tokenizer | None, adapter: str | Path | None,
-                added: tuple[str, ...]) -> None:
-    """Make room for tokens that were added, here or in the adapter, and beside an adapter train their rows."""
-    stored = None if adapter is None else read_token_rows(Path(adapter))
+def _room_for_tokens(network: Llama, tokenizer: Tokenizer | None, adapter: str | Path | None,
+                     added: tuple[str, ...]) -> set[int]:
+    """Make room for tokens that were added, here or in the adapter -> the ids of those added here. The rows that PEFT
+    stored of a vocabulary that had grown are taken over; the others must be the base's."""
     ids = {number for token in added if tokenizer is not None and (number := tokenizer.id_of(token)) is not None}
-    ids |= set() if stored is None else set(stored.ids)
-    if ids and max(ids) >= network.config.vocab_size:
-        network.grow(max(ids) + 1)
-    if not ids or not network.adapters():
+    old, size = network.config.vocab_size, max((network.config.vocab_size, *(number + 1 for number in ids)))
+    copies: dict[str, Tensor] = {}
+    if adapter is not None:
+        copies, stored = base_copies(Path(adapter)), read_token_rows(Path(adapter))
+        known = max((size, *map(len, copies.values())))
+        more = sorted(number for number in (() if stored is None else stored.ids) if number >= known)
+        if more and more != list(range(known, known + len(more))):
+            raise InputError(f"{adapter}: adapter_config.json's trainable_token_indices go up to {more[-1]}, and the "
+                             f"rows between {known - 1} and that are nowhere; load the base that it was trained on")
+        size = known + len(more)
+    if size > old:
+        network.grow(size)
+    if adapter is not None:
+        take_copies(Path(adapter), copies, network, old)
+    return ids
+
+
+def _train_rows(network: Llama, adapter: str | Path | None, added: set[int]) -> None:
+    """Beside an adapter train the rows of the tokens that were added, here or before."""
+    stored = None if adapter is None else read_token_rows(Path(adapter))
+    if (stored is None and not added) or not network.adapters():
         return
+    if HEAD in network.adapters():
+        raise InputError("load: an adapter on lm_head and trained rows of single tokens together are not part of this "
+                         "version; leave lm_head out of the targets, or add_tokens")
     if stored is not None and adapter is not None:
-        network.train_tokens(stored.ids)
+        network.train_tokens(stored.ids, head=stored.head is not None)
         assert network.output.rows is not None
         match_rows(stored, network.output.rows, Path(adapter))
-    if stored is None or ids > set(stored.ids):
-        network.train_tokens(sorted(ids))
+    if stored is None or added - set(stored.ids):
+        network.train_tokens(sorted(added | set(() if stored is None else stored.ids)),
+                             head=stored is None or stored.head is not None)
 
 
 def _check_load(quant: Any, lora: Any, adapter: Any, train: Any, memory: Any, seed: Any) -> None:

@@ -39,6 +39,7 @@ class Model(Generation):
     def __init__(self, network: Llama, tokenizer: Tokenizer | None, path: Path | None = None):
         super().__init__(network, tokenizer, path)
         self.lora: LoRA | None = None
+        self.adapter_path: Path | None = None       # of the adapter that was loaded, if one was
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
         """`to(device)` and its kin. InputError for another dtype: what is trained stays fp32, and all else has the
@@ -114,7 +115,7 @@ class Model(Generation):
     @contextlib.contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """Within it the model answers as its base does."""
-        with self.network.adapters_disabled():
+        with self.network.adapters_switched(False):
             yield
 
     def save_adapter(self, folder: str | Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minitune.checkpoint.adapter_reader import AdapterTensors, TokenTensors, base_copies
+from minitune.checkpoint.adapter_reader import AdapterTensors, TokenTensors
 from minitune.checkpoint.files import json_bytes, listing, read_json_object, show, staged
 from minitune.checkpoint.folders import ADAPTER as CONFIG
 from minitune.checkpoint.folders import WEIGHTS as TENSORS
@@ -21,6 +21,7 @@ from minitune.checkpoint.patterns import compress, same_in_every_layer, short_na
 from minitune.checkpoint.writer import write_safetensors
 from minitune.config import LoRA
 from minitune.errors import InputError
+from minitune.model.llama import Llama
 
 PREFIX = "base_model.model."
 
@@ -166,16 +167,6 @@ def _pairs(found: AdapterTensors, adapter: Adapter) -> list[tuple[str, Tensor, T
     return pairs if found.m is None or adapter.m is None else [*pairs, ("m", found.m, adapter.m)]
 
 
-def check_copies(folder: Path, weights: Mapping[str, Tensor], tied_head: bool) -> None:
-    """InputError if the adapter brings an embedding or head of its own: PEFT stores a copy of the base's beside an
-    adapter on lm_head, and one that was trained as well would be lost. ``weights``: the network's, by name."""
-    for name, copy in base_copies(folder).items():
-        base = weights.get("model.embed_tokens.weight" if tied_head else name)
-        if base is None or base.shape != copy.shape or not torch.equal(copy.to(base.dtype), base.cpu()):
-            raise InputError(f"{folder / TENSORS}: its {name} is not the base's; a changed embedding or head beside an "
-                             "adapter is not supported: load the base that it was trained on, or merge it with peft")
-
-
 def _trained_on(folder: Path | None) -> str:
     """What adapter_config.json says of its base, and the advice that follows."""
     said = None if folder is None else read_json_object(folder / CONFIG).get("base_model_name_or_path")
@@ -193,3 +184,18 @@ def match_rows(found: TokenTensors, rows: Rows, folder: Path) -> None:
                 raise InputError(f"{folder / TENSORS}: its token rows of {name} have {source.shape[1]} elements, the "
                                  f"model's {out.shape[1]}; load the base that it was trained on")
             out.copy_(source)
+
+
+@torch.no_grad()
+def take_copies(folder: Path, copies: Mapping[str, Tensor], network: Llama, vocab_size: int) -> None:
+    """What `base_copies` found: its first `vocab_size` rows must be the base's, those behind them, of a vocabulary that
+    had grown, are put into the network. InputError for an embedding or head that was trained as a whole: PEFT stores a
+    copy of the base's beside an adapter on lm_head, and another one would be lost."""
+    weights = network.hf_weights()
+    for name, copy in copies.items():
+        base = weights.get("model.embed_tokens.weight" if network.config.tied_head else name)
+        if base is None or base.shape[1:] != copy.shape[1:] or len(copy) < vocab_size or not torch.equal(
+                copy[:vocab_size].to(base.dtype), base[:vocab_size].cpu()):
+            raise InputError(f"{folder / TENSORS}: its {name} is not the base's; a changed embedding or head beside an "
+                             "adapter is not supported: load the base that it was trained on, or merge it with peft")
+        base[vocab_size : len(copy)] = copy[vocab_size:].to(base.device, base.dtype)

@@ -25,7 +25,7 @@ from minitune.errors import InputError
 
 _NAME = re.compile(r"base_model\.model\.([A-Za-z0-9_.]{1,200})\."
                    r"lora_(?:(?P<matrix>[AB])\.weight|(?P<m>m)agnitude_vector(?:\.weight)?)")
-_BASE = re.compile(r"base_model\.model\.(lm_head|model\.embed_tokens)(?:\.base_layer)?\.weight")
+_BASE = re.compile(r"base_model\.model\.(lm_head|model\.embed_tokens)(?:\.token_adapter)?(?:\.base_layer)?\.weight")
 
 
 _ROWS = re.compile(r"base_model\.model\.(lm_head|model\.embed_tokens)\.token_adapter\.trainable_tokens_delta")
@@ -241,7 +241,7 @@ def _check_targets(where: str, said: list[str], paths: list[str], narrowed: bool
             refuse(where, "target_modules", said, f"but {TENSORS} adapts {path}; fetch or copy both files again")
     adapted = set().union(*ends.values())
     for target in said:
-        if short_name(target) in LINEAR_NAMES and target not in adapted and not narrowed:
+        if short_name(target) in (*LINEAR_NAMES, "lm_head") and target not in adapted and not narrowed:
             refuse(where, "target_modules", said,
                    f"but {TENSORS} has no tensor of {show(target)}; fetch or copy both files again")
 
@@ -256,7 +256,8 @@ def read_token_rows(folder: Path) -> TokenTensors | None:
     said = _token_ids(where, read_json_object(folder / CONFIG).get("trainable_token_indices"))
     with Checkpoint.open_file(folder / TENSORS) as checkpoint:
         names = {match[1].rpartition(".")[2]: name for name in checkpoint.names() if (match := _ROWS.fullmatch(name))}
-        extra = sorted(set(names) - set(said))
+        twin = "lm_head" in names and "lm_head" not in said and "embed_tokens" in said     # of a tied head
+        extra = sorted(set(names) - set(said) - ({"lm_head"} if twin else set()))
         lacking = [name for name in said if name not in names and name != "lm_head"]    # a tied head has none
         if extra or lacking:
             raise InputError(f"{folder / TENSORS}: {'has' if extra else 'lacks'} trained rows of "
@@ -274,6 +275,9 @@ def read_token_rows(folder: Path) -> TokenTensors | None:
                                  f"matrix of {len(ids)} rows, as many as {CONFIG} names tokens")
             rows[name] = torch.empty(info.shape, dtype=torch.float32)
             checkpoint.read_into(tensor, rows[name])
+    if twin and not torch.equal(rows["embed_tokens"], rows.pop("lm_head")):
+        raise InputError(f"{folder / TENSORS}: its trained rows of lm_head are not those of embed_tokens, but {CONFIG} "
+                         "names no rows of lm_head; fetch or copy both files again")
     return TokenTensors(tuple(ids[place] for place in order), rows["embed_tokens"][order],
                         rows["lm_head"][order] if "lm_head" in rows else None)
 

@@ -24,7 +24,8 @@ class Batch:
     last position of a document. What the host knows it keeps as plain numbers, so that no device has to be asked:
     ``documents`` (lengths, longest), ``positions`` (int64 [T], restarting in each document), ``trained`` (int64
     [n_trained], the trained positions), ``n_trained``, ``max_seqlen``, ``longest_trained`` (of the documents in which
-    something is trained: a row's filler is none), ``highest_token``.
+    something is trained: a row's filler is none), ``highest_token``. ``n_filler`` says how many of the last tokens are
+    no data, only what packing left of a row.
 
     Raises InputError for shapes or values that break this contract.
     """
@@ -33,6 +34,7 @@ class Batch:
     labels: Tensor
     cu_seqlens: Tensor
     weights: Tensor | None = None
+    n_filler: int = 0
     documents: Documents = field(init=False, repr=False)
     positions: Tensor = field(init=False, repr=False)
     trained: Tensor = field(init=False, repr=False)

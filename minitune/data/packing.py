@@ -119,7 +119,8 @@ def make_batch(pieces: Iterable[Piece], tokens: int, weighted: bool = False) -> 
     if weighted:
         each = torch.tensor([1.0 if weight is None else weight for _, _, weight in found] + [1.0] * len(filler))
         weights = each.repeat_interleave(torch.tensor(bounds).diff())
-    return Batch(tokens=ids, labels=labels, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), weights=weights)
+    return Batch(tokens=ids, labels=labels, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), weights=weights,
+                 n_filler=rest)
 
 
 def _piece(document: Document) -> Piece:

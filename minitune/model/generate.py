@@ -89,34 +89,36 @@ def steps(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int,
     """The next token of each prompt, one list a step, up to `max_new_tokens` steps; close it to end sooner.
 
     Nothing is computed before a step is asked for. InputError, at once, for an empty prompt or an id outside the
-    vocabulary. Between two steps the model must not be trained.
+    vocabulary. Between two steps the model must not be trained; whether its adapters are on counts as it is now.
     """
     _check(network, prompts, max_new_tokens)
-    return _steps(network, prompts, max_new_tokens, choose)
+    return _steps(network, prompts, max_new_tokens, choose, network.output.enabled)
 
 
 @torch.no_grad()
 def _steps(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-           choose: Choose) -> Generator[list[int]]:
+           choose: Choose, adapted: bool) -> Generator[list[int]]:
     if max_new_tokens == 0 or not prompts:
         return
     longest = max(map(len, prompts))
     cache = Cache(network, len(prompts), longest + min(ROOM, max_new_tokens), longest + max_new_tokens)
     network.check_length(longest)
-    hidden = prefill(network, prompts, cache)
+    with network.adapters_switched(adapted):
+        hidden = prefill(network, prompts, cache)
     size = sum(math.prod(shape) for _, shape, _, _ in network.dense_weights()) * network.dtype.itemsize
     prepare = (max_new_tokens >= WORTH_PREPARING and network.device.type == "cpu"
                and 2 * size < free_bytes(network.device))
     with network.weights_at_hand(len(prompts)) if prepare else contextlib.nullcontext():
-        row = one_row_of(network) if len(prompts) == 1 and one_row.fits(network.dtype, network.device) else None
-        for step in range(max_new_tokens):
+        with network.adapters_switched(adapted):
+            row = one_row_of(network) if len(prompts) == 1 and one_row.fits(network.dtype, network.device) else None
             tokens: list[int] = choose(network.logits(hidden)).tolist()
-            yield tokens
-            if step == max_new_tokens - 1:
-                return
+        yield tokens
+        for step in range(max_new_tokens - 1):
             if longest + step == network.config.max_positions:     # the first token behind the last place it knows
                 network.check_length(longest + step + 1)
-            hidden = decode(network, tokens, cache, row)
+            with network.adapters_switched(adapted):
+                tokens = choose(network.logits(decode(network, tokens, cache, row))).tolist()
+            yield tokens
 
 
 def _check(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

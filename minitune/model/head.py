@@ -29,8 +29,9 @@ class Head(nn.Module):
         self.packed: Tensor | None = None       # the weight for generation of several sequences on a CPU
 
     @property
-    def _is_plain(self) -> bool:
-        return not self.enabled or (self.adapter is None and self.rows is None)
+    def is_adapted(self) -> bool:
+        """Whether more than the weight stands here, and is switched on."""
+        return self.enabled and (self.adapter is not None or self.rows is not None)
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden [n, d_model] -> fp32 [n, vocab_size]."""
@@ -39,14 +40,14 @@ class Head(nn.Module):
 
     def losses(self, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]; logits are never whole."""
-        if self._is_plain:
+        if not self.is_adapted:
             return linear_cross_entropy(hidden, weight, labels, smoothing)
         return linear_cross_entropy(hidden, weight, labels, smoothing,
                                     lambda part: self._with_trained(part, F.linear(part, weight.to(part.dtype))))
 
     def _with_trained(self, hidden: Tensor, logits: Tensor) -> Tensor:
         """The frozen weight's logits [n, vocab_size] with what is trained beside it, if it is switched on."""
-        if self._is_plain:
+        if not self.is_adapted:
             return logits
         if self.adapter is not None:
             logits = logits + self.adapter(hidden)

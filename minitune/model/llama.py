@@ -218,30 +218,32 @@ class Llama(nn.Module):
                 setattr(self, name, nn.Parameter(torch.cat([old, more]), requires_grad=old.requires_grad))
         self.config = replace(self.config, vocab_size=vocab_size)
 
-    def train_tokens(self, ids: Sequence[int]) -> None:
-        """Train the rows of these tokens beside an adapter; from where they stand, if they are trained already."""
+    def train_tokens(self, ids: Sequence[int], head: bool = True) -> None:
+        """Train the rows of these tokens beside an adapter, those of a head of its own only with `head`; rows that are
+        trained already go on from where they stand."""
         known = self.output.rows
-        embedding: Tensor = self.embedding
-        head: Tensor | None = self.head
+        rows = TokenRows(ids, self.embedding, self.head if head else None, self.config.tied_head)
         if known is not None:
-            embedding = known.written(embedding, of_head=False)
-            head = None if head is None else known.written(head, of_head=True)
-        self.output.rows = TokenRows(ids, embedding, head)
+            rows.take(known)
+        self.output.rows = rows
 
     @contextlib.contextmanager
-    def adapters_disabled(self) -> Iterator[None]:
-        """Within it the network computes what its base does."""
-        projections, head = self.projections(), self.output.enabled
-        before = [projection.enabled for projection in projections]
+    def adapters_switched(self, on: bool) -> Iterator[None]:
+        """Within it the network computes with its adapters and trained token rows, or as its base does."""
+        before = self.output.enabled
+        if before == on:
+            yield
+            return
         try:
-            self.output.enabled = False
-            for projection in projections:
-                projection.enabled = False
+            self._switch(on)
             yield
         finally:
-            self.output.enabled = head
-            for projection, enabled in zip(projections, before, strict=True):
-                projection.enabled = enabled
+            self._switch(before)
+
+    def _switch(self, on: bool) -> None:
+        self.output.enabled = on
+        for projection in self.projections():
+            projection.enabled = on
 
     def refresh_images(self) -> None:
         """Copies of all adapters in the compute dtype, laid out for the products, made anew from the fp32 parameters.

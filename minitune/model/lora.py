@@ -169,8 +169,9 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def refresh_lengths(self) -> None:
-        """For DoRA: the lengths that go with the images."""
-        self.lengths = self._row_lengths() if self.enabled and self.has_magnitudes else None
+        """For DoRA: the lengths that go with the images. A pass without the adapters leaves them to the others."""
+        if self.enabled and self.has_magnitudes:
+            self.lengths = self._row_lengths()
 
     def gain(self) -> Tensor | None:
         """fp32 [N], what DoRA multiplies the rows of the output by, 1 for other parts; None without DoRA."""

@@ -13,17 +13,17 @@ class TokenRows(nn.Module):
     """The rows of the tokens `ids`, fp32, in place of the frozen ones: for tokens that were added to a vocabulary, or
     whose meaning is to change. PEFT calls them trainable tokens.
 
-    ``embedding`` [n, d_model]; ``head`` [n, d_model], or None where the head is tied to the embedding: then the same
-    rows serve both.
+    ``embedding`` [n, d_model]; ``head`` [n, d_model], or None: where the head is ``tied`` to the embedding the same
+    rows serve both, else the head's rows stay frozen.
     """
 
     head: nn.Parameter | None
     slots: Tensor
     places: Tensor
 
-    def __init__(self, ids: Sequence[int], embedding: Tensor, head: Tensor | None):
+    def __init__(self, ids: Sequence[int], embedding: Tensor, head: Tensor | None, tied: bool):
         super().__init__()
-        self.ids = tuple(sorted(set(ids)))
+        self.ids, self.tied = tuple(sorted(set(ids))), tied
         places = torch.tensor(self.ids, device=embedding.device)
         self.embedding = nn.Parameter(embedding.detach()[places].float())
         self.register_parameter("head", None if head is None else nn.Parameter(head.detach()[places].float()))
@@ -40,13 +40,25 @@ class TokenRows(nn.Module):
 
     def logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
         """logits [n, vocab_size] of the frozen head -> those with the columns of the trained tokens anew."""
-        rows = self.embedding if self.head is None else self.head
+        rows = self.embedding if self.tied else self.head
+        if rows is None:
+            return logits
         return logits.index_copy(1, self.places, (hidden @ rows.to(hidden.dtype).mT).to(logits.dtype))
+
+    @torch.no_grad()
+    def take(self, known: TokenRows) -> None:
+        """The values of rows that were trained before."""
+        places = torch.tensor([self.ids.index(token) for token in known.ids], device=self.embedding.device)
+        self.embedding[places] = known.embedding
+        if self.head is not None and known.head is not None:
+            self.head[places] = known.head
 
     @torch.no_grad()
     def written(self, weight: Tensor, of_head: bool) -> Tensor:
         """A copy of the embedding or head [vocab_size, d_model] with the trained rows in it, rounded to its dtype."""
-        rows = self.head if of_head and self.head is not None else self.embedding
+        rows = self.head if of_head and not self.tied else self.embedding
+        if rows is None:
+            return weight
         return weight.index_copy(0, self.places.to(weight.device), rows.to(weight.device, weight.dtype))
 
     def extra_repr(self) -> str:

@@ -214,8 +214,9 @@ _differentiable("linear_cross_entropy", _losses_setup, _losses_backward)
 
 # ---- lora_matmul: y and S; b carries the scale ----------------------------------------------------------------------
 def _lora(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    _one_dtype("lora_matmul", x=x, weight=weight, a=a, b=b)
-    x, weight, a, b = _operands("lora_matmul", x=x, weight=weight, a=a.contiguous(), b=b.contiguous())
+    _one_dtype("lora_matmul", x=x, weight=weight, bias=bias, a=a, b=b)
+    x, weight, a, b, *rest = _operands("lora_matmul", x=x, weight=weight, a=a.contiguous(), b=b.contiguous(), bias=bias)
+    bias = rest[0] if rest else None
     y, s = lora_matmul.forward(x, LoraWeights(weight, bias, a, b))
     assert s is not None
     return y, s

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from minitune.ops import backends
 
+MAX_RANK = 1024
+"""The kernel takes the ranks of a row in one program."""
+
 
 def reference(da: Tensor, db: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """da [r, K] and db [n, r], rows and ranks of what `lora_matmul.backward_adapters` gives -> (da, scale · db) in
@@ -19,7 +22,8 @@ def reference(da: Tensor, db: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 def apart(da: Tensor, db: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The same. da and db are given up: a result may lie in the memory of its operand."""
-    if backends.choose("lora_gradients", db.device, dtype=db.dtype) == "triton" and da.is_contiguous():
+    small = db.shape[1] <= MAX_RANK and max(da.numel(), db.numel()) < 2**30
+    if small and da.is_contiguous() and backends.choose("lora_gradients", db.device, dtype=db.dtype) == "triton":
         return cast(tuple[Tensor, Tensor], backends.kernel("lora_gradients").apart(da, db, scale))
     wide = torch.promote_types(da.dtype, torch.float32)
     return da.to(wide), db.to(wide).mul_(scale)

@@ -53,7 +53,8 @@ def costs_of(network: Llama) -> Costs:
     """The Costs of a network as it stands: what is trained and which adapters it carries."""
     config, blocks = network.config, network.blocks()
     moving = [any(p.requires_grad for p in block.parameters()) for block in blocks]
-    idle = 0 if network.embedding.requires_grad else [*moving, True].index(True)
+    whole = network.embedding.requires_grad or network.output.rows is not None      # the backward reaches the embedding
+    idle = 0 if whole else [*moving, True].index(True)
     sizes = [_linears(block) for block in blocks]
     trained = sum(own for _, own in sizes)
     head = network.head_weight

@@ -131,7 +131,7 @@ def _groups(batches: Iterable[Batch], size: int, limit: int | None, device: torc
     group: list[Batch] = []
     n_filler, flops = 0, 0.0
     for batch in islice(_stream(batches), limit):
-        n_own = _filler(batch)
+        n_own = int(getattr(batch, "n_filler", 0))
         n_filler += n_own
         flops += 0.0 if costs is None else costs.of_batch(batch, n_own)
         group.append(_to(batch, device))
@@ -140,15 +140,6 @@ def _groups(batches: Iterable[Batch], size: int, limit: int | None, device: torc
             group, n_filler, flops = [], 0, 0.0
     if any(b.n_trained for b in group):
         yield Group(group, n_filler, flops)
-
-
-def _filler(batch: Batch) -> int:
-    """The length of the last document if nothing in it is trained: what packing left of the row. 0 for a batch that is
-    on a device already, which is not asked."""
-    if not batch.n_trained or batch.trained.device.type != "cpu":
-        return 0
-    last = batch.documents.lengths[-1]
-    return last if int(batch.trained[-1]) < batch.n_tokens - last else 0
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from minitune.checkpoint.adapter import CONFIG, TENSORS, match_adapter, write_adapter
 from minitune.checkpoint.adapter_reader import AdapterTensors, read_adapter
-from minitune.checkpoint.patterns import Patterns, compress
 from minitune.config import LINEAR_NAMES, LoRA
 from minitune.errors import InputError
 
@@ -342,38 +340,6 @@ def test_write_refuses(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no adapter"):
         write_adapter(tmp_path, {}, LoRA(), None)
     assert not list(tmp_path.iterdir())
-
-
-KEYS = ["q_proj", "layers.1.self_attn.q_proj", "^model.layers.11.mlp.up_proj", r"model\.layers\.[0-3]\..*", "proj",
-        r"(q|k)_proj", r".*\.1\..*", "layers.1", "model", ".*", r"self_attn\.q_proj|mlp.up_proj",
-        "^q_proj"]  # fmt: skip
-
-
-@pytest.mark.parametrize("keys", [*itertools.permutations(KEYS, 2), tuple(KEYS), tuple(KEYS[::-1])])
-def test_patterns_match_as_in_peft(keys: tuple[str, ...]) -> None:
-    pytest.importorskip("peft")
-    from peft.utils.other import get_pattern_key
-
-    table = {key: i for i, key in enumerate(keys)}
-    ours = Patterns("x", table)
-    for path in [*LINEARS[::5], "lm_head", "q_proj"]:
-        assert ours.find(path, -1) == table.get(get_pattern_key(list(keys), path), -1), (path, keys)
-
-
-def test_hostile_patterns_end_in_time() -> None:
-    slow = {f"(.*{i}.*|.*x.*|y|z|w)": 1 for i in range(3000)} | {f".*{'a' * (i % 190)}.*{i}b": 1 for i in range(3000)}
-    start = time.process_time()
-    with pytest.raises(InputError, match=r"too complex|too long"):
-        table = Patterns("x", {key: value for key, value in slow.items() if key.count("*") <= 2})
-        for i in range(2000):
-            table.find("a." * 95 + str(i), 0)
-    assert time.process_time() - start < 4
-
-
-@given(st.dictionaries(st.sampled_from(LINEARS), st.integers(1, 3), min_size=1), st.integers(1, 3))
-def test_compress_keeps_every_value(values: dict[str, int], default: int) -> None:
-    keys = Patterns("x", compress(values, default))
-    assert all(keys.find(path, default) == value for path, value in values.items())
 
 
 JSON = st.recursive(

@@ -153,10 +153,63 @@ def test_more_tokens_beside_those_of_an_adapter(tmp_path):
     ({"train": "norms"}, "add_tokens needs rows of the embedding to train"),
     ({"lora": LORA, "add_tokens": "<call>"}, "add_tokens is '<call>'; give a list of texts"),
     ({"lora": LORA, "add_tokens": [" a"]}, "without blanks around it"),
-], ids=["frozen", "norms", "text", "blank"])
+    ({"lora": mt.LoRA(rank=4, targets=("lm_head",))}, "an adapter on lm_head and trained rows of single tokens"),
+], ids=["frozen", "norms", "text", "blank", "lm_head"])
 def test_bad_use_is_named(settings, message):
     with pytest.raises(mt.InputError, match=message):
         mt.load(BASE, **{"add_tokens": NEW, "device": "cpu", **settings})
+
+
+def test_rows_go_on_in_full_precision_beside_more_tokens(tmp_path):
+    model = mt.load(BASE, lora=mt.LoRA(rank=4), add_tokens=NEW[:1], device="cpu", dtype="bfloat16")
+    with torch.no_grad():
+        model.network.output.rows.embedding.normal_()
+    model.save_adapter(tmp_path)
+    again = mt.load(BASE, adapter=tmp_path, add_tokens=NEW[1:], device="cpu", dtype="bfloat16")
+    assert torch.equal(again.network.output.rows.embedding[0], model.network.output.rows.embedding[0])
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "llama-2-gqa"])
+def test_a_vocabulary_that_peft_resized_is_taken_over(tmp_path, variant):
+    base = make(variant, tmp_path / "base")
+    base.resize_token_embeddings(100)
+    ids = [98, 99] if variant.endswith("tied") else {"embed_tokens": [98, 99], "lm_head": [98, 99]}
+    theirs = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"],
+                                             trainable_token_indices=ids)).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name or "trainable_tokens" in name:
+            parameter.data.normal_(0, 0.1)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    ours = mt.load(tmp_path / "base", adapter=tmp_path / "theirs", device="cpu", dtype="float32")
+    tokens = torch.tensor([3, 97, 98, 5, 99])
+    with torch.no_grad():
+        assert relative(ours.logits(tokens), theirs(tokens[None]).logits[0]) < 1e-5
+
+
+def test_a_list_of_tokens_leaves_an_untied_head_alone_as_in_peft(tmp_path):
+    base = make("llama-2-gqa", tmp_path / "base")
+    theirs = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"],
+                                             trainable_token_indices=IDS))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = mt.load(tmp_path / "base", adapter=tmp_path / "theirs", device="cpu", dtype="float32")
+    assert ours.network.output.rows.head is None
+    with torch.no_grad():
+        ours.network.output.rows.embedding.add_(0.1)
+    ours.save_adapter(tmp_path / "ours")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()(TOKENS[None]).logits[0]
+        assert relative(ours.logits(TOKENS), expected) < 1e-5
+    ours.save_merged(tmp_path / "merged")
+    assert relative(mt.load(tmp_path / "merged", device="cpu", dtype="float32").logits(TOKENS), expected) < 1e-5
+
+
+def test_ids_far_beyond_the_vocabulary_take_no_memory(tmp_path):
+    _theirs(tmp_path, "llama-tied")
+    path = tmp_path / "theirs" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trainable_token_indices": [5, 9, 2_000_000_000]}))
+    with pytest.raises(mt.InputError, match="trainable_token_indices go up to 2000000000, and the rows between 96 and"):
+        mt.load(tmp_path / "base", adapter=tmp_path / "theirs", device="cpu")
 
 
 @pytest.mark.parametrize(("said", "message"), [

@@ -1,5 +1,6 @@
 """DoRA and adapters on the head, through every path of the model: training, generation, merging, files."""
 
+import contextlib
 import json
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM
 
 import minitune as mt
+from minitune.ops import backends
 from tests.oracles import make
 from tests.tolerance import relative
 
@@ -149,3 +151,34 @@ def test_the_slower_path_is_announced(tmp_path):
     make("llama-2-gqa", tmp_path)
     with pytest.warns(UserWarning, match="plain autograd"):
         mt.load(tmp_path, lora=KINDS["dora"], device="cpu").loss(_batch())
+
+
+@pytest.mark.parametrize("memory", ["keep", "pointwise", "full"])
+def test_a_pass_of_the_base_between_forward_and_backward_changes_no_gradient(tmp_path, lora, memory):
+    """As a reference model's pass does in preference training."""
+    make("llama-2-gqa", tmp_path)
+    model = _model(tmp_path, lora, memory=memory)
+    parameters = model.trainable_parameters()
+    expected = torch.autograd.grad(model.loss(_batch()), parameters)
+    loss = model.loss(_batch())
+    with model.adapter_disabled(), torch.no_grad():
+        model.loss(_batch())
+    for gradient, truth in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
+        assert torch.equal(gradient, truth)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_stream_keeps_its_adapter_whatever_runs_between_two_pieces(tmp_path, lora, backend):
+    make("llama-2-gqa", tmp_path)
+    model = _model(tmp_path, lora)
+    with backends.use(backend) if backend else contextlib.nullcontext():
+        adapted = model.generate([5, 6, 7], 12)
+        with model.adapter_disabled():
+            base = model.generate([5, 6, 7], 12)
+            of_base = model.stream([5, 6, 7], 12)
+        of_adapter = model.stream([5, 6, 7], 12)
+        found = [], []
+        for _ in range(12):
+            for ids, stream in zip(found, (of_base, of_adapter), strict=True):
+                ids += [token for token in [next(stream, None)] if token is not None]
+    assert base != adapted and found == (base, adapted)
