@@ -34,11 +34,11 @@ def learning_rate(step: int, total_steps: int, training: Training) -> float:
     """The learning rate of step 0 … total_steps - 1.
 
     With w warm-up steps: lr · (step + 1) / (w + 1) while step < w, so the first step already moves; lr at step w; then
-    it stays (constant), or falls and reaches lr · min_lr_ratio exactly at the last step: on a straight line (linear),
-    on half a cosine (Loshchilov & Hutter 2017, arXiv:1608.03983), or, after standing still, on a line over the last
-    part, ``decay`` (warmup-stable-decay, "wsd": Hu et al. 2024, arXiv:2404.06395). "slanted-triangular" (Howard & Ruder
-    2018, arXiv:1801.06146, eq. 3) is two lines, both of which begin or end at lr · min_lr_ratio. A run of one step has
-    lr.
+    it stays (constant), or falls towards lr · min_lr_ratio, which it would reach one step behind the last, so that no
+    step is wasted at 0: on a straight line (linear), on half a cosine (Loshchilov & Hutter 2017, arXiv:1608.03983), or,
+    after standing still, on a line over the last part, ``decay`` (warmup-stable-decay, "wsd": Hu et al. 2024,
+    arXiv:2404.06395). "slanted-triangular" (Howard & Ruder 2018, arXiv:1801.06146, eq. 3) is a line up from
+    lr · min_lr_ratio and one down. A run of one step has lr.
     """
     if total_steps < 1 or not 0 <= step < total_steps:
         raise InputError(f"learning_rate: step is {step} of {total_steps}; steps go from 0 to total_steps - 1")
@@ -51,9 +51,7 @@ def learning_rate(step: int, total_steps: int, training: Training) -> float:
     start = warmup if training.schedule != "wsd" else max(warmup, last - _steps(training.decay, total_steps))
     if step <= start or training.schedule == "constant":
         return peak
-    if step == last:
-        return low
-    progress = (step - start) / (last - start)
+    progress = (step - start) / (total_steps - start)
     left = 0.5 * (1 + math.cos(math.pi * progress)) if training.schedule == "cosine" else 1 - progress
     return low + (peak - low) * left
 

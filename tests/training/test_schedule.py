@@ -22,8 +22,8 @@ def test_constant_after_warmup():
 
 
 def test_linear_is_a_straight_line_to_the_minimum():
-    assert curve(5, schedule="linear", warmup=0, min_lr_ratio=0.5) == pytest.approx([2.0, 1.75, 1.5, 1.25, 1.0])
-    assert curve(6, schedule="linear", warmup=1) == pytest.approx([1.0, 2.0, 1.5, 1.0, 0.5, 0.0])
+    assert curve(4, schedule="linear", warmup=0, min_lr_ratio=0.5) == pytest.approx([2.0, 1.75, 1.5, 1.25])
+    assert curve(5, schedule="linear", warmup=1) == pytest.approx([1.0, 2.0, 1.5, 1.0, 0.5])
 
 
 @pytest.mark.parametrize(("warmup", "low"), [(0, 0.0), (7, 0.1), (0.05, 0.25)])
@@ -31,7 +31,7 @@ def test_cosine_closed_form(warmup, low):
     total = 101
     w = 6 if warmup == 0.05 else warmup
     for step, lr in enumerate(curve(total, schedule="cosine", warmup=warmup, min_lr_ratio=low)):
-        decayed = 2 * (low + (1 - low) * (1 + math.cos(math.pi * (step - w) / (total - 1 - w))) / 2)
+        decayed = 2 * (low + (1 - low) * (1 + math.cos(math.pi * (step - w) / (total - w))) / 2)
         assert lr == pytest.approx(2 * (step + 1) / (w + 1) if step < w else decayed, abs=1e-12)
 
 
@@ -42,15 +42,18 @@ def test_ends_are_exact(schedule, total, warmup):
     rates = curve(total, schedule=schedule, warmup=warmup, min_lr_ratio=0.125)
     assert rates[0] > 0
     assert max(rates) == 2.0
-    assert rates[-1] == (0.25 if schedule != "constant" and total > 1 else 2.0)
+    if schedule != "constant" and total > 1:
+        assert 0.25 < rates[-1] < 2.0       # one step more would be there
+    else:
+        assert rates[-1] == 2.0
     peak = rates.index(2.0)
     assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
 def test_wsd_stands_still_and_falls_at_the_end():
-    assert curve(9, schedule="wsd", warmup=2, decay=4) == pytest.approx([2 / 3, 4 / 3, 2, 2, 2, 1.5, 1, 0.5, 0])
+    assert curve(8, schedule="wsd", warmup=2, decay=3) == pytest.approx([2 / 3, 4 / 3, 2, 2, 2, 1.5, 1, 0.5])
     rates = curve(1000, schedule="wsd", warmup=0.05, decay=0.2, min_lr_ratio=0.1)
-    assert rates[50:800] == [2.0] * 750 and rates[800] < 2 and rates[-1] == 0.2
+    assert rates[50:800] == [2.0] * 750 and rates[800] < 2 and rates[-1] == pytest.approx(0.2 + 1.8 / 201)
     assert curve(1000, schedule="wsd")[:900] == [2 * (i + 1) / 31 for i in range(30)] + [2.0] * 870     # the defaults
     late = curve(10, schedule="wsd", warmup=5, decay=9)
     assert late[5:] == curve(10, schedule="linear", warmup=5)[5:]
@@ -58,15 +61,15 @@ def test_wsd_stands_still_and_falls_at_the_end():
 
 @pytest.mark.parametrize("total", [100, 1000])
 def test_slanted_triangular_is_that_of_the_paper(total):
-    """Howard & Ruder 2018, eq. 3, with its cut_frac and ratio; its last point would come one step after ours."""
+    """Howard & Ruder 2018, eq. 3, with its cut_frac and ratio."""
     cut_frac, ratio = 0.1, 32
     cut = math.floor(total * cut_frac)
     for t, lr in enumerate(curve(total, schedule="slanted-triangular")):
         p = t / cut if t < cut else 1 - (t - cut) / (cut * (1 / cut_frac - 1))
-        assert lr == pytest.approx(2 * (1 + p * (ratio - 1)) / ratio, abs=2 / (total - cut - 1))
+        assert lr == pytest.approx(2 * (1 + p * (ratio - 1)) / ratio, abs=1e-12)
     assert curve(total, schedule="slanted-triangular")[:cut + 1] == pytest.approx(
         [2 * (1 + t / cut * (ratio - 1)) / ratio for t in range(cut + 1)])
-    assert curve(5, schedule="slanted-triangular", warmup=2, min_lr_ratio=0.5) == pytest.approx([1, 1.5, 2, 1.5, 1])
+    assert curve(4, schedule="slanted-triangular", warmup=2, min_lr_ratio=0.5) == pytest.approx([1, 1.5, 2, 1.5])
 
 
 def test_warmup_below_one_is_a_share():
