@@ -220,6 +220,8 @@ MISUSE = {
     "target": (lambda f: mt.load(f, lora=mt.LoRA(targets=("qproj",))), "qproj"),
     "pattern": (lambda f: mt.load(f, lora=mt.LoRA(rank_pattern={"o_prj": 2})), "o_prj"),
     "path": (lambda f: mt.load(None), "path is None"),
+    "batch": (lambda f: mt.load(f).loss("text"), "loss: batch is 'text'; give an mt.Batch"),
+    "batch of ids": (lambda f: mt.load(f).loss_sum([1, 2]), r"loss_sum: batch is \[1, 2\]; give an mt.Batch"),
     "adapter path": (lambda f: mt.load(f, adapter=3), "adapter is 3"),
     "seed": (lambda f: mt.load(f, lora=mt.LoRA(), seed="a"), "seed is 'a'"),
     "device meta": (lambda f: mt.load(f, device="meta"), "'meta' is not one that minitune runs on"),

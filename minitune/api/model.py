@@ -33,6 +33,13 @@ def as_path(owner: str, name: str, value: Any) -> Path:
     return Path(value)
 
 
+def _batch(owner: str, batch: Any) -> Batch:
+    if not isinstance(batch, Batch):
+        raise InputError(f"{owner}: batch is {short(batch)}; give an mt.Batch, as mt.data.stream and mt.data.pack make "
+                         "them")
+    return batch
+
+
 class Model(Generation):
     """A network with its tokenizer (None if the checkpoint has none) and the folder it came from."""
 
@@ -77,17 +84,17 @@ class Model(Generation):
 
     def token_losses(self, batch: Batch) -> Tensor:
         """fp32 [T]: negative log-likelihood at trained positions, without their weights, and 0 elsewhere."""
-        batch = batch.to(self.device)
+        batch = _batch("token_losses", batch).to(self.device)
         losses = sft.token_losses(self, batch)
         return losses.new_zeros(batch.n_tokens).index_put((batch.trained,), losses)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
         """(sum over trained tokens of weight · loss, fp32 scalar; number of trained tokens)."""
-        return sft.sft(self, batch.to(self.device))
+        return sft.sft(self, _batch("loss_sum", batch).to(self.device))
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean of weight · loss over the trained tokens, fp32 scalar. InputError if no token is trained."""
-        if batch.n_trained == 0:
+        if _batch("loss", batch).n_trained == 0:
             raise InputError("loss: the batch trains no token (all labels are -100), so its mean is not defined")
         total, n = self.loss_sum(batch)
         return total / n

@@ -91,6 +91,15 @@ class Batch:
             raise InputError(f"Batch: cu_seqlens must rise strictly from 0 to the {tokens} tokens, "
                              f"not {short(bounds.tolist())}")
 
+    def without_filler(self) -> Batch:
+        """The documents alone: what packing left of the row is cut off. Losses and gradients stay what they are; on a
+        CPU, where a fixed length saves nothing, the work for it is."""
+        if not self.n_filler:
+            return self
+        end = -self.n_filler
+        return Batch(tokens=self.tokens[:end], labels=self.labels[:end], cu_seqlens=self.cu_seqlens[:-1],
+                     weights=None if self.weights is None else self.weights[:end])
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; the copies from pinned memory do not block the host."""
         return self._map(lambda value: value.to(device, non_blocking=True))

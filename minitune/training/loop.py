@@ -129,21 +129,23 @@ def _groups(batches: Iterable[Batch], size: int, limit: int | None, device: torc
             costs: Costs | None) -> Iterator[Group]:
     """What each step takes. Drawn while the device is still busy with the step before."""
     group: list[Batch] = []
-    n_filler, flops = 0, 0.0
+    n_tokens, n_filler, flops = 0, 0, 0.0
     for batch in islice(_stream(batches), limit):
         n_own = int(getattr(batch, "n_filler", 0))
-        n_filler += n_own
+        n_tokens, n_filler = n_tokens + batch.n_tokens, n_filler + n_own
         flops += 0.0 if costs is None else costs.of_batch(batch, n_own)
         group.append(_to(batch, device))
         if len(group) >= size and any(b.n_trained for b in group):
-            yield Group(group, n_filler, flops)
-            group, n_filler, flops = [], 0, 0.0
+            yield Group(group, n_tokens, n_filler, flops)
+            group, n_tokens, n_filler, flops = [], 0, 0, 0.0
     if any(b.n_trained for b in group):
-        yield Group(group, n_filler, flops)
+        yield Group(group, n_tokens, n_filler, flops)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
     # A copy from pageable memory would wait for the work queued before it; a batch type that can pin itself does.
+    if device.type == "cpu" and getattr(batch, "n_filler", 0):
+        return batch.without_filler()
     pin = getattr(batch, "pin_memory", None) if device.type == "cuda" else None
     return (pin() if pin is not None else batch).to(device)
 

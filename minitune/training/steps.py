@@ -32,9 +32,11 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Group:
-    """The micro-batches of one step, on the device; how many of their tokens are filler, and their FLOPs."""
+    """The micro-batches of one step, on the device; how many positions their rows have, how many of these are filler
+    (which a CPU leaves out), and their FLOPs."""
 
     batches: list[Batch]
+    n_tokens: int
     n_filler: int
     flops: float
 
@@ -94,7 +96,7 @@ class Steps:
         launched.mark.wait()
         loss, norm = launched.values.tolist()
         record = StepRecord(step=launched.step, loss=loss, lr=launched.lr, grad_norm=norm,
-                            n_trained=launched.result.n_trained, n_tokens=launched.result.n_tokens,
+                            n_trained=launched.result.n_trained, n_tokens=launched.group.n_tokens,
                             seconds=launched.mark.since(self.before), n_filler=launched.group.n_filler,
                             flops=launched.group.flops, memory=peak_memory(self.device))
         self.before = launched.mark
@@ -140,7 +142,7 @@ class _Launched:
 
     def __init__(self, step: int, lr: float, result: StepResult, group: Group, device: torch.device) -> None:
         self.step, self.lr, self.result = step, lr, result
-        self.group = Group([], group.n_filler, group.flops)     # its batches need not stay in memory
+        self.group = Group([], group.n_tokens, group.n_filler, group.flops)     # its batches need not stay in memory
         values = torch.stack([result.loss.float(), result.grad_norm.to(result.loss.device)])
         # Into pinned memory, and never read before the mark has passed: `.item()` would wait for the next step, too.
         self.values: Tensor = values.to("cpu", non_blocking=True)

@@ -62,6 +62,9 @@ def test_a_run_folder_holds_all_and_the_best_is_the_best(folder, data, tmp_path)
     assert found.loss == pytest.approx(run.best.loss, rel=1e-6) and run.best.loss == min(
         e.loss for e in run.evaluations[1:])
     config = json.loads((out / "config.json").read_text())
+    assert config["ask"] == ["Number 0 is", "Number 1 is", "Number 2 is"] and config["max_new_tokens"] == 4
+    assert (config["adapter"], config["quant"], config["add_tokens"]) == (None, None, [])
+    assert (config["model"]["memory"], config["model"]["memory_taken"]) == ("auto", "keep")
     assert config["lora"]["rank"] == 2 and config["training"]["lr"] == 2e-2 and config["purpose"] == "a test"
     assert config["data"] == str(data) and config["valid"] == str(valid) and config["model"]["path"] == str(folder)
     ledger = json.loads((out / "ledger.json").read_text())
@@ -158,6 +161,62 @@ def test_misuse_is_refused_before_anything_is_written(folder, data, tmp_path, ar
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"ask": "Who?"}, "ask is 'Who[?]'; give a list"), ({"ask": 3}, "ask is 3; give a list"),
+    ({"ask": [""]}, "ask has"),
+    ({"ask": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]},
+     "the question 'b' cannot be asked: chat: the last message is the assistant's"),
+    ({"valid": [mt.data.pack([[5, 6, 10**6]], 8)[0]]}, "valid: batch 0 holds the token id 1000000; the vocabulary"),
+    ({"data": [mt.data.pack([[5, 6, 10**6]], 8)[0]]}, "data: batch 0 holds the token id 1000000; the vocabulary"),
+    ({"data": [mt.data.pack([([1, 5], [-100, -100])], 8)[0]]}, "the data has no trained token")])
+def test_what_could_not_be_asked_or_measured_is_refused_before_anything_is_written(folder, data, tmp_path, arguments,
+                                                                                   message):
+    arguments = {"data": data, "out": tmp_path / "run", "ask": (), "tokens": 64, **arguments}
+    with pytest.raises(mt.InputError, match=message):
+        mt.train(model(folder), **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_question_needs_a_tokenizer_and_a_template_that_takes_it(data, tmp_path):
+    mt.init("tiny", tmp_path / "bare", seed=1)
+    batch = mt.data.pack([[5, 6, 7]], 8)
+    with pytest.raises(mt.InputError, match=r"the question 'Hi' cannot be asked: .*no tokenizer"):
+        mt.train(model(tmp_path / "bare"), batch, out=tmp_path / "run", ask=["Hi"])
+    base = Path(mt.__file__).parent / "examples" / "base"
+    mt.init("tiny", tmp_path / "strict", tokenizer=base, seed=1)
+    (tmp_path / "strict" / "chat_template.jinja").write_text("{{ raise_exception('no chats here') }}")
+    with pytest.raises(mt.InputError, match=r"the question 'Hi' cannot be asked: .*no chats here"):
+        mt.train(model(tmp_path / "strict"), batch, out=tmp_path / "run", ask=[[{"role": "user", "content": "Hi"}]])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("quant", ["nf4", "nf4-dq"])
+def test_config_json_says_what_was_resolved(folder, data, tmp_path, quant):
+    asked = [{"role": "user", "content": "Hi"}]
+    how = {"tokens": 64, "max_steps": 1, "max_new_tokens": 1, "ask": [asked, "Number 3 is"]}
+    mt.train(model(folder, lora=mt.LoRA(rank=2), quant=quant, add_tokens=["<tool>"], memory="full"), data,
+             out=tmp_path / "a", **how)
+    mt.train(model(folder, adapter=tmp_path / "a" / "adapter", quant=quant), data, out=tmp_path / "b", **how)
+    first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
+    assert first["ask"] == second["ask"] == [asked, "Number 3 is"]
+    assert first["quant"] == second["quant"] == quant and first["add_tokens"] == ["<tool>"]
+    assert first["adapter"] is None and second["adapter"] == str(tmp_path / "a" / "adapter")
+    assert (first["model"]["memory"], first["model"]["memory_taken"]) == ("full", "full")
+
+
+def test_ctrl_c_after_a_step_that_spoilt_the_weights_saves_nothing(folder, data, tmp_path):
+    trained = model(folder)
+
+    class Spoiler(Observer):
+        def on_step(self, record):
+            trained.trainable_parameters()[0].data.fill_(float("nan"))
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="is not written"), pytest.raises(KeyboardInterrupt):
+        mt.train(trained, data, out=tmp_path / "run", tokens=64, observers=[Spoiler()], ask=())
+    assert (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "adapter").exists()
+
+
 def test_norms_beside_weights_in_4_bits_are_saved_with_the_decoded_ones(folder, data, tmp_path):
     trained = model(folder, train="norms", quant="nf4")
     mt.train(trained, data, out=tmp_path / "run", tokens=64, max_steps=2)
@@ -170,3 +229,20 @@ def test_a_last_update_that_spoils_the_weights_saves_nothing(folder, data, tmp_p
     with pytest.raises(mt.TrainingDiverged, match="step 1: its update made weights that are not finite"):
         mt.train(model(folder), data, out=tmp_path / "run", tokens=64, max_steps=1, lr=1e39, clip=0, warmup=0)
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_on_a_cpu_no_step_works_for_filler(folder, data, monkeypatch):
+    seen = []
+    trained = model(folder)
+    network = type(trained.network)
+    real = network.forward
+    monkeypatch.setattr(network, "forward", lambda self, tokens, *rest: (seen.append(len(tokens)),
+                                                                        real(self, tokens, *rest))[1])
+    batches = mt.data.stream(data, trained.tokenizer, tokens=512)
+    whole = [float(trained.loss(batch).detach()) for batch in batches]
+    cut = [float(trained.loss(batch.without_filler()).detach()) for batch in batches]
+    assert whole == pytest.approx(cut, rel=1e-6)
+    seen.clear()
+    run = mt.train(trained, batches, valid=batches, tokens=512, max_steps=2, lr=1e-3)
+    assert batches.n_filler > 100 and max(seen) <= 512 - batches.n_filler
+    assert run.n_tokens == 2 * 512 and run.n_filler == 2 * batches.n_filler
