@@ -156,7 +156,7 @@ def run_part(name: str, where: str, seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(LIMITS),
-                        default=os.environ.get("PARTS", " ".join(n for n in LIMITS if n not in ASKED)).split(),
+                        default=(os.environ.get("PARTS", "").split() or [n for n in LIMITS if n not in ASKED]),
                         help=f"default: $PARTS, else all but {', '.join(ASKED)}")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny shapes, to try it out")
     parser.add_argument("--out", type=Path, help="folder of the raw file, default benchmarks/results")

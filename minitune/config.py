@@ -223,7 +223,7 @@ class Training:
     decay: float = 0.1
     """wsd: the last part of the run, in which lr falls; below 1 a share of the steps, else a number of steps."""
     min_lr_ratio: float | None = None
-    """The schedule ends at lr · min_lr_ratio; by default 0 (slanted-triangular: 1/32)."""
+    """The schedule falls towards lr · min_lr_ratio; by default 0 (slanted-triangular: 1/32)."""
     weight_decay: float = 0.0
     """Decoupled (AdamW's)."""
     momentum: float = 0.9

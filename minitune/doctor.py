@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minitune.checkpoint.hf_config import read_config
-from minitune.config import LoRA, ModelConfig, check_whole
+from minitune.config import LoRA, ModelConfig, check_whole, short
 from minitune.devices import choose_device, choose_dtype
 from minitune.errors import InputError
 from minitune.model.llama import Llama
@@ -25,16 +25,22 @@ EXTRAS = {"pyarrow": ("Parquet files", "parquet"), "tensorboard": ("TensorBoard 
 """Package -> (what it is for, the extra of minitune that brings it)."""
 
 
-def config_of(base: str) -> ModelConfig:
-    """Of a checkpoint folder, or of a named shape."""
-    return read_config(Path(base)) if Path(base).is_dir() else shape(base)
+def config_of(command: str, base: str) -> ModelConfig:
+    """Of a checkpoint folder, or of a named shape. InputError for what is neither."""
+    if Path(base).exists():
+        return read_config(Path(base))
+    try:
+        return shape(base)
+    except InputError as error:
+        reason = str(error).removeprefix("init: ")
+        raise InputError(f"{command}: there is no folder {short(base)}, and {reason}") from None
 
 
 def doctor(base: str, device: str | None, dtype: str | None, tokens: int | None) -> bool:
     """Print what there is and check every op at the shapes of `base`; whether all are right."""
     place = choose_device(device)
     compute = choose_dtype(dtype, place)
-    config = config_of(base)
+    config = config_of("doctor", base)
     count = tokens if tokens is not None else 2048 if place.type == "cuda" else 64
     check_whole("doctor", "tokens", count)
     print_table("This machine", ("", "here"), machine(place, compute))
@@ -86,7 +92,7 @@ def tune(base: str, device: str | None, dtype: str | None, tokens: int, longest:
         raise InputError("tune: there is nothing to choose without a GPU; what a CPU takes is settled")
     if longest > tokens:
         raise InputError(f"tune: longest is {longest}; it must be between 1 and tokens ({tokens})")
-    config = config_of(base)
+    config = config_of("tune", base)
     network = Llama(config, dtype=torch.bfloat16, device="meta")
     network.add_adapters(lora, seed=0)
     products = {next(iter(p.parts)): (p.n_rows, p.n_columns, p.image_shapes()[0][0]) for p in network.projections()}

@@ -231,7 +231,7 @@ MISUSE = {
     "float": (lambda f: mt.load(f, dtype="bfloat16").float(), "cast to torch.float32"),
     "to dtype": (lambda f: mt.load(f, dtype="float32").to("cpu", torch.float64), "cast to torch.float64"),
     "init folder": (lambda f: mt.init("tiny", None), "folder is None"),
-    "train data": (lambda f: mt.train(mt.load(f), 3), "data is 3"),
+    "train data": (lambda f: mt.train(mt.load(f, lora=mt.LoRA()), 3), "data is 3"),
     "rank": (lambda f: mt.LoRA(rank=0), "rank"),
     "dropout": (lambda f: mt.LoRA(dropout=1.0), "dropout"),
     "train": (lambda f: mt.load(f, train="lst:2"), "lst:2"),

@@ -247,25 +247,54 @@ def test_a_reader_that_stops_early_is_no_error():
     assert done.stderr == "" and done.stdout.count("\n") == 1
 
 
-def test_the_list_of_commands_needs_neither_torch_nor_tyro():
-    code = f"""
+PACKAGE = f"""
 import sys, types
 package = types.ModuleType("minitune")          # what minitune/__init__.py loads is not the command line's
 package.__path__, package.__version__ = [{str(Path(cli.__file__).parent)!r}], "1"
 sys.modules["minitune"] = package
 from minitune.cli import main
+"""
+
+
+def _python(code):
+    done = subprocess.run([sys.executable, "-c", PACKAGE + code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_list_of_commands_needs_neither_torch_nor_tyro():
+    _python("""
 main(["--help"])
 main(["--version"])
 try:
     main(["tran"])
 except SystemExit as ended:
     assert ended.code == 2
-loaded = {{"torch", "tyro", "rich", "numpy"}} & set(sys.modules)
+loaded = {"torch", "tyro", "rich", "numpy"} & set(sys.modules)
 assert not loaded, loaded
-main(["demo", "--help"])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "--device" in done.stdout, done.stderr
+""")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_and_the_misuse_of_a_command_need_no_torch(name):
+    assert "--device" in _python(f"""
+for args, code in ((["--help"], 0), (["--zzzz"], 2), (["--config", "nowhere.toml"], 2)):
+    try:
+        main([{name!r}, *args])
+    except SystemExit as ended:
+        assert (ended.code or 0) == code, ended.code
+    assert "torch" not in sys.modules, args
+""") or name in ("init", "inspect")
+
+
+def test_completion_needs_no_torch():
+    assert "--rank" in _python("""
+try:
+    main(["--completion", "bash"])
+except SystemExit as ended:
+    assert not ended.code
+assert "torch" not in sys.modules
+""")
 
 
 def _run(*args, **environment):

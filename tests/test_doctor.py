@@ -35,7 +35,16 @@ def test_doctor_takes_a_folder_and_ends_with_1_if_an_op_is_wrong(tmp_path, monke
 def test_a_wrong_name_is_named(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["doctor", "lama-2-7b"])
-    assert ended.value.code == 2 and "llama-2-7b" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("minitune: doctor: there is no folder 'lama-2-7b', and no shape")
+    assert "did you mean 'llama-2-7b'?" in said
+
+
+def test_a_folder_that_is_missing_is_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "models/nowhere"])
+    assert ended.value.code == 2
+    assert "doctor: there is no folder 'models/nowhere', and no shape is named" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")

@@ -41,16 +41,42 @@ def as_prompt(question: Any) -> Prompt:
     raise InputError(f"train: ask has {short(question)}; a question is a text, or a list of messages")
 
 
+def as_prompts(questions: Any) -> tuple[Prompt, ...]:
+    """InputError for what is no list of questions."""
+    if not isinstance(questions, list | tuple):
+        raise InputError(f"train: ask is {short(questions)}; give a list of questions, each a text or a list of "
+                         "messages")
+    return tuple(map(as_prompt, questions))
+
+
+def as_asked(question: Prompt) -> Any:
+    """The question as a file of settings holds it: its text, or its messages, with their tools if there are any."""
+    if question.messages is None:
+        return question.text
+    return {"messages": question.messages, "tools": question.tools} if question.tools else question.messages
+
+
 class Examiner:
     """Called by the loop between steps. `valid` are batches, or None; greedy answers have `max_new_tokens` at most.
 
     ``always_ask``: questions are put at every evaluation, not only at the first and the last.
     """
 
-    def __init__(self, model: Model, valid: Sequence[Batch] | None, questions: Sequence[Question], max_new_tokens: int,
+    def __init__(self, model: Model, valid: Sequence[Batch] | None, questions: Sequence[Prompt], max_new_tokens: int,
                  always_ask: bool) -> None:
-        self.model, self.valid, self.questions = model, valid, tuple(map(as_prompt, questions))
+        self.model, self.valid, self.questions = model, valid, tuple(questions)
         self.max_new_tokens, self.always_ask = max_new_tokens, always_ask
+
+    def check(self) -> None:
+        """InputError for a question that the model cannot be asked: it has no tokenizer, its chat template refuses the
+        messages, or these end with an answer; and for validation batches with ids outside the vocabulary."""
+        for each in self.questions:
+            try:
+                # it encodes the prompt, and computes nothing before a piece is drawn
+                self.model.stream(each.text or each.messages or "", self.max_new_tokens, tools=each.tools).close()
+            except InputError as error:
+                raise InputError(f"train: the question {short(shown(each))} cannot be asked: {error}") from None
+        check_vocabulary("valid", self.valid or (), self.model)
 
     def __call__(self, step: int, end: bool) -> EvaluationRecord | None:
         begun = time.perf_counter()
@@ -77,6 +103,14 @@ def shown(question: Prompt) -> str:
         return question.text or ""
     content = question.messages[-1].get("content")
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+
+
+def check_vocabulary(name: str, batches: Iterable[Batch], model: Model) -> None:
+    """InputError for a batch with an id that the model has no row for."""
+    for place, batch in enumerate(batches):
+        if batch.highest_token >= model.config.vocab_size:
+            raise InputError(f"train: {name}: batch {place} holds the token id {batch.highest_token}; the vocabulary "
+                             f"ends at {model.config.vocab_size - 1}; encode the data with the model's own tokenizer")
 
 
 def validation_batches(batches: Iterable[Batch]) -> list[Batch]:

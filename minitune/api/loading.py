@@ -57,14 +57,14 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     if place.type == "cpu":
         reuse_freed_memory()
     network = _read_network(folder, compute, place, memory, quant)
+    found = None if adapter is None else read_adapter(Path(adapter))
     tokenizer = _tokenizer(folder, adapter, network.config.vocab_size, added)
     model = Model(network, tokenizer, folder)
     rows = _room_for_tokens(network, tokenizer, adapter, added)
-    if adapter is not None:
-        lora, tensors = read_adapter(Path(adapter))
+    if adapter is not None and found is not None:
+        lora, model.adapter_path = found[0], Path(adapter)
         network.add_adapters(lora, seed)
-        match_adapter(tensors, network.adapters(), Path(adapter), folder)
-        model.adapter_path = Path(adapter)
+        match_adapter(found[1], network.adapters(), Path(adapter), folder)
     elif lora is not None:
         network.add_adapters(lora, seed)
     _train_rows(network, adapter, rows)

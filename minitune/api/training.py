@@ -5,17 +5,26 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minitune.api.examine import Examiner, Question, first_questions, validation_batches
+from minitune.api.examine import (
+    Examiner,
+    Question,
+    as_asked,
+    as_prompts,
+    check_vocabulary,
+    first_questions,
+    validation_batches,
+)
 from minitune.api.model import Model, as_path
-from minitune.config import Training, check_whole, short
+from minitune.config import MemoryPolicy, Quant, Training, check_whole, short
 from minitune.data.account import overlap
 from minitune.data.batch import Batch
 from minitune.data.stream import Stream, stream
 from minitune.errors import InputError
+from minitune.model.memory import choose_policy
 from minitune.objectives import sft
 from minitune.report.folder import check_free, run_folder
 from minitune.report.progress import is_watched, progress
@@ -46,31 +55,59 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: str | Path | It
     evaluation where ``evaluate_every`` is set; with `out` and a path by default the data's first three prompts.
     quiet: True shows no progress, False shows it always; by default it is shown on a terminal and in a notebook.
 
-    Raises InputError before anything is written; TrainingDiverged where the loss is no longer a number.
+    Raises InputError before anything is written, where the data can be looked at before (an iterator cannot);
+    TrainingDiverged where the loss is no longer a number.
     """
     training = _training(training, settings)
     folder = None if out is None else as_path("train", "out", out)
-    if folder is not None:
-        check_free(folder)
-    check_whole("train", "max_new_tokens", max_new_tokens)
-    about: dict[str, Any] = {"data": _name(data), "valid": None if valid is None else _name(valid), **(config or {})}
-    if ask is None:
-        ask = first_questions(data) if folder is not None and isinstance(data, str | Path) else ()
-    batches = _batches("data", data, model, training)
-    held_out = None if valid is None else _batches("valid", valid, model, training)
-    if training.evaluate_every is not None and held_out is None and not ask:
-        raise InputError(f"train: evaluate_every is {training.evaluate_every}, but there is nothing to evaluate; give "
-                         "valid=… (held-out data) or ask=… (questions), or leave it out")
+    ready = prepare(model, data, valid=valid, training=training, out=folder, ask=ask, max_new_tokens=max_new_tokens)
+    about = {"data": _name(data), "valid": None if valid is None else _name(valid),
+             "ask": list(map(as_asked, ready.examiner.questions)), "max_new_tokens": max_new_tokens, **(config or {})}
     shown = is_watched() if quiet is None else not quiet
-    everyone = [*(_folder(folder, model, about) if folder is not None else ()), *observers,
+    everyone = [*(_folder(folder, model, ready.batches, about) if folder is not None else ()), *observers,
                 *([progress()] if shown else ())]
-    examiner = Examiner(model, None if held_out is None else validation_batches(held_out), ask, max_new_tokens,
-                        training.evaluate_every is not None)
-    _tell_ledgers(batches, held_out, everyone, shown)
+    _tell_ledgers(ready.batches, ready.held_out, everyone, shown)
     rate = matrix_rate(model.device, model.network.dtype) if shown or folder is not None else None
     objective = functools.partial(sft.sft, label_smoothing=training.label_smoothing)
-    return fit(model, batches, training, objective, everyone, evaluate=examiner, costs=costs_of(model.network),
-               matrix_rate=rate)
+    return fit(model, ready.batches, training, objective, everyone, evaluate=ready.examiner,
+               costs=costs_of(model.network), matrix_rate=rate)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a run is made of, read and checked: the batches, the validation data, and what is asked between steps."""
+
+    batches: Iterable[Batch]
+    held_out: Iterable[Batch] | None
+    examiner: Examiner
+
+
+def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Path | None, ask: Any,
+            max_new_tokens: Any) -> Ready:
+    """All that is checked before a run, for `train` and for a dry run: InputError for whatever could not be trained,
+    evaluated, asked or written. Nothing is computed and nothing written."""
+    if out is not None:
+        check_free(out)
+    check_whole("train", "max_new_tokens", max_new_tokens)
+    if ask is None:
+        ask = first_questions(data) if out is not None and isinstance(data, str | Path) else ()
+    questions = as_prompts(ask)
+    model.trainable_parameters()
+    batches = _batches("data", data, model, training)
+    held_out = None if valid is None else _batches("valid", valid, model, training)
+    if training.evaluate_every is not None and held_out is None and not questions:
+        raise InputError(f"train: evaluate_every is {training.evaluate_every}, but there is nothing to evaluate; give "
+                         "valid=… (held-out data) or ask=… (questions), or leave it out")
+    if isinstance(batches, Sequence):
+        check_vocabulary("data", batches, model)
+        if not any(batch.n_trained for batch in batches):
+            raise InputError("train: the data has no trained token (no batch, or all labels are -100)")
+    elif isinstance(batches, Stream) and not batches.n_trained:
+        raise InputError("train: the data has no trained token (all labels are -100)")
+    examiner = Examiner(model, None if held_out is None else validation_batches(held_out), questions, max_new_tokens,
+                        training.evaluate_every is not None)
+    examiner.check()
+    return Ready(batches, held_out, examiner)
 
 
 def _training(training: Training | None, settings: Mapping[str, Any]) -> Training:
@@ -127,13 +164,41 @@ def _name(data: Any) -> Any:
     return data if _is_files(data) else f"batches of a {type(data).__name__}"
 
 
-def _folder(folder: Path, model: Model, about: Mapping[str, Any]) -> list[Observer]:
+def _folder(folder: Path, model: Model, batches: Iterable[Batch], about: Mapping[str, Any]) -> list[Observer]:
     """The observers that write the run folder."""
     network, adapted = model.network, model.lora is not None
+    longest = _longest_row(batches)
     config = {"model": {"path": model.path, "device": str(model.device), "dtype": str(network.dtype).split(".")[-1],
-                        "memory": network.memory, "in_4_bits": bool(network.nf4_shapes()),
+                        "memory": network.memory,
+                        "memory_taken": None if longest is None else functools.partial(policy_of, model, longest),
                         "config": asdict(model.config)},
-              "lora": None if model.lora is None else asdict(model.lora),
-              "trained_weights": sorted(network.trained_names()), **about}
+              "lora": None if model.lora is None else asdict(model.lora), "adapter": model.adapter_path,
+              "quant": _quant(model), "trained_weights": sorted(network.trained_names()),
+              "add_tokens": [] if model._tokenizer is None else model._tokenizer.added, **about}
     save = model.save_adapter if adapted else model.save_merged if network.nf4_shapes() else model.save
-    return run_folder(folder, save, "adapter" if adapted else "model", config)
+    return run_folder(folder, save, functools.partial(_sound, model), "adapter" if adapted else "model", config)
+
+
+def policy_of(model: Model, tokens: int) -> MemoryPolicy:
+    """The memory policy of a step's pass over so many tokens, by what is free now."""
+    network = model.network
+    composed = any(layer.attention.needs_composed or layer.mlp.needs_composed for layer in network.blocks())
+    return choose_policy(model.config, tokens, network.memory, network.dtype, model.device, composed)
+
+
+def _longest_row(batches: Iterable[Batch]) -> int | None:
+    """T of the batches, the largest; None where it shows only as they come."""
+    if isinstance(batches, Stream):
+        return batches.tokens
+    return max((batch.n_tokens for batch in batches), default=None) if isinstance(batches, Sequence) else None
+
+
+def _quant(model: Model) -> Quant | None:
+    """How the base's linears lie in 4 bits, as `load` calls it; also for a checkpoint that was stored so."""
+    parts = [part for projection in model.network.projections() for _, part in projection.nf4_parts()]
+    return None if not parts else "nf4-dq" if parts[0].nested else "nf4"
+
+
+def _sound(model: Model) -> bool:
+    """Whether all that is trained is finite."""
+    return all(bool(weight.detach().isfinite().all()) for weight in model.trainable_parameters())

@@ -7,14 +7,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from minitune.api import Model, load
 from minitune.commands.sampling import Sampling
 from minitune.config import Quant
 from minitune.errors import InputError
+
+if TYPE_CHECKING:
+    from minitune.api import Model
 
 HELP = """\
 /reset            begin anew
@@ -48,6 +50,8 @@ class Chat:
     sampling: Sampling = field(default_factory=Sampling)
 
     def run(self) -> None:
+        from minitune.api import load
+
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
         Conversation(model, self.system, self.max_new_tokens, asdict(self.sampling)).run()
 
@@ -127,6 +131,9 @@ class Conversation:
     def ask(self, line: str) -> None:
         """Print the answer as it is written. What Ctrl-C leaves of it stays in the conversation; if that is nothing,
         the message is taken back, as after an error."""
+        from minitune.report.tables import harmless
+
+        shown = harmless if sys.stdout.isatty() else str
         messages = [*self.messages, {"role": "user", "content": line}]
         pieces: list[str] = []
         note = ""
@@ -135,7 +142,7 @@ class Conversation:
                 answer = self.model.stream(messages, self.max_new_tokens, **self.sampling)
                 for piece in answer:
                     pieces.append(piece)
-                    print(piece, end="", flush=True)
+                    print(shown(piece), end="", flush=True)
                 if answer.finish_reason == "length":
                     note = f"(cut off after {self.max_new_tokens} tokens; --max-new-tokens allows more)"
             except KeyboardInterrupt:

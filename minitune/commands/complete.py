@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from minitune.api import load
 from minitune.commands.sampling import Sampling
 from minitune.config import Quant
 
@@ -33,7 +33,11 @@ class Complete:
     sampling: Sampling = field(default_factory=Sampling)
 
     def run(self) -> None:
+        from minitune.api import load
+        from minitune.report.tables import harmless
+
+        shown = harmless if sys.stdout.isatty() else str
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
         for piece in model.stream(self.text, self.max_new_tokens, **asdict(self.sampling)):
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
         print()

@@ -7,10 +7,11 @@ import math
 import torch
 
 from minitune.api import Model
+from minitune.api.training import policy_of
 from minitune.config import Training
 from minitune.data.stream import Stream
 from minitune.errors import InputError
-from minitune.model.memory import choose_policy, free_bytes, kept_bytes
+from minitune.model.memory import free_bytes, kept_bytes
 from minitune.report.inspect import print_ledger
 from minitune.report.tables import print_table
 
@@ -59,12 +60,10 @@ def plan(model: Model, data: Stream, training: Training) -> list[tuple[str, str]
 
 
 def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, str]]:
-    network = model.network
-    composed = any(layer.attention.needs_composed or layer.mlp.needs_composed for layer in network.blocks())
-    policy = choose_policy(model.config, tokens, network.memory, network.dtype, model.device, composed)
+    policy = policy_of(model, tokens)
     moments = {"adamw": 2 if training.moments == "8bit" else 8, "sgd": 4 if training.momentum else 0}
     state = _count(model) * (4 + moments[training.optimizer])
-    kept = kept_bytes(model.config, tokens, policy, network.dtype.itemsize)
+    kept = kept_bytes(model.config, tokens, policy, model.network.dtype.itemsize)
     free = free_bytes(model.device)
     fits = "" if state + kept <= free else ("; it does not fit: fewer --tokens, a smaller --rank, --moments 8bit or "
                                             "--quant nf4-dq take less")

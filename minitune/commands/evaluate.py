@@ -7,16 +7,12 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from minitune.api import load
-from minitune.config import Data, Long, Quant
-from minitune.data.stream import stream
-from minitune.objectives.evaluate import evaluate
-from minitune.report.inspect import reading
-from minitune.report.tables import print_table
+from minitune.commands.reading import Reading
+from minitune.config import Quant
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Reading):
     """Loss, perplexity and token accuracy on the trained tokens of a data file, the base beside its adapter."""
 
     base: Positional[Path]
@@ -27,19 +23,19 @@ class Evaluate:
     """PEFT adapter folder; its figures stand beside those of the base alone."""
     quant: Quant | None = None
     """nf4 or nf4-dq (double quantisation): the base's linears in 4 bits."""
-    tokens: int = 2048
-    """T, the length of one packed batch; no sample may be longer."""
-    long: Long = "refuse"
-    """A sample longer than --tokens: refuse it, split it (no context across pieces) or truncate it."""
-    field_map: tuple[str, ...] = ()
-    """Your names of fields, as ours=yours: prompt=question completion=answer."""
     device: str | None = None
     """cuda or cpu; by default the GPU if there is one."""
     dtype: str | None = None
     """bfloat16 or float32; by default the one that the device is good at."""
 
     def run(self) -> None:
-        fields = Data(field_map=self.field_map).fields()
+        from minitune.api import load
+        from minitune.data.stream import stream
+        from minitune.objectives.evaluate import evaluate
+        from minitune.report.inspect import reading
+        from minitune.report.tables import print_table
+
+        fields = self.fields()
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
         batches = stream(self.data, model.tokenizer, tokens=self.tokens, shuffle=False, field_map=fields,
                          long=self.long, progress=reading())

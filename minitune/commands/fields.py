@@ -11,6 +11,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
 
 
+Given = frozenset[tuple[str, ...]]
+"""The paths of settings that flags or --config set, be it to their defaults; `parse` notes them on a command."""
+
+
 class Misfit(Exception):
     """A value is not of the declared type."""
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from minitune.config import Data, check_whole
-from minitune.data.holdout import hold_out
-from minitune.data.ledger import PLACES, Note
-from minitune.data.stream import Stream, read_parts
-from minitune.data.tokenizer import load_tokenizer
-from minitune.report.inspect import print_ledger, print_lengths, print_samples, reading, spread
+from minitune.config import Data, check_seed, check_whole
 
 
 @dataclass(frozen=True)
@@ -29,30 +24,29 @@ class Inspect:
     """How many samples are shown, from the first on, evenly spread."""
     tokens: int = 2048
     """T, the length of one packed micro-batch."""
+    seed: int = 0
+    """Random seed, as train's: it draws what --valid-split holds out."""
     samples: Data = field(default_factory=Data)
 
     def run(self) -> None:
         check_whole("inspect", "n", self.n, low=0)
         check_whole("inspect", "tokens", self.tokens, low=2)
+        check_seed("inspect", self.seed)
+        from minitune.data.holdout import hold_out, read_valid
+        from minitune.data.stream import Stream, read_parts
+        from minitune.data.tokenizer import load_tokenizer
+        from minitune.report.inspect import packed, print_ledger, print_lengths, print_samples, reading, refused
+
         tokenizer, settings = load_tokenizer(self.base, self.add_tokens), self.samples
         parts = read_parts(settings.shares(self.data), tokenizer, settings.fields(), settings.cached, reading())
-        lengths = [(length, part.corpus, index) for part in parts
-                   for index, length in enumerate(part.corpus.bounds.diff().tolist())]
-        longest = max(length for length, _, _ in lengths)
-        row = max(self.tokens, longest) if settings.long == "refuse" else self.tokens
-        train, valid = hold_out(Stream(parts, row, long=settings.long), tokenizer, settings)
-        ledger = train.ledger
-        if row > self.tokens:
-            places = [corpus.where(index) for length, corpus, index in lengths if length > self.tokens]
-            note = Note(f"longer than {self.tokens:,} tokens, so training refuses them: raise --tokens to {longest:,}, "
-                        "or say --long split or truncate", len(places), tuple(places[:PLACES]))
-            ledger = replace(ledger, notes=(note, *ledger.notes))
-        print_ledger(ledger)
-        if valid is not None:
-            print()
-            print_ledger(valid.ledger, title="Held out")
-        print()
-        print_lengths([length for length, _, _ in lengths], self.tokens)
-        chosen = [lengths[place] for place in spread(len(lengths), self.n)]
-        print_samples((corpus.document(index, int(corpus.bounds[index]), int(corpus.bounds[index + 1]))
-                       for _, corpus, index in chosen), tokenizer)
+        held = read_valid(settings, tokenizer, reading())
+        longest = max(max(part.corpus.bounds.diff().tolist(), default=0) for part in [*parts, *(held or ())])
+        refuses = settings.long == "refuse"
+        row = max(self.tokens, longest) if refuses else self.tokens
+        train, valid = hold_out(Stream(parts, row, seed=self.seed, long=settings.long), settings, held)
+        for title, stream in (("Where the tokens go", train), ("Held out", valid)):
+            if stream is not None:
+                print_ledger(refused(stream, self.tokens) if refuses else stream.ledger, title=title)
+                print()
+        print_lengths([length for part in parts for length in part.corpus.bounds.diff().tolist()], self.tokens)
+        print_samples(packed(train, self.n), tokenizer)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tyro.conf import Positional
 
-from minitune.api import Model, load
-from minitune.checkpoint.hf_config import is_prequantized
-from minitune.checkpoint.merge import Onto
-from minitune.commands.shared import check_out
+from minitune.commands.fields import Given
+from minitune.commands.reading import Reading
 from minitune.config import Quant
-from minitune.data.stream import stream
-from minitune.objectives.evaluate import evaluate
+from minitune.errors import InputError
+
+if TYPE_CHECKING:
+    from minitune.api import Model
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Reading):
     """Add an adapter into its base: a checkpoint folder for transformers, vLLM or further training."""
 
     base: Positional[Path]
@@ -28,21 +29,30 @@ class Merge:
     """Folder to write; it must not exist yet, or be empty."""
     quant: Quant | None = None
     """nf4 or nf4-dq, if the adapter was trained on the base in 4 bits."""
-    onto: Onto = "loaded"
+    onto: Literal["loaded", "original"] = "loaded"
     """In 4 bits: loaded merges into the decoded weights, which the adapter was trained on, original into the 16-bit
     weights of the folder."""
     data: Path | None = None
     """Held-out samples, in any format that training takes: prints the loss on them of the base, of the adapter (in 4
     bits on either base) and of what was written."""
-    tokens: int = 2048
-    """T, the length of one packed batch of --data; no sample may be longer."""
     device: str | None = None
     """cuda or cpu; by default the GPU if there is one."""
     dtype: str | None = None
-    """bfloat16 or float32; by default the one that the device is good at."""
+    """bfloat16 or float32 to compute in; by default the one that the device is good at. The files keep the base's."""
+
+    given: ClassVar[Given] = frozenset()
 
     def run(self) -> None:
-        check_out(self.out)
+        from minitune.api import load
+        from minitune.checkpoint.hf_config import is_prequantized
+        from minitune.report.folder import check_free
+
+        idle = sorted(name for (name, *_) in self.given if name in Reading.__dataclass_fields__)
+        if self.data is None and idle:
+            raise InputError(f"merge: {' and '.join(idle)} say how --data is read, and there is no --data; give it, or "
+                             "leave them out")
+        self.fields()
+        check_free(self.out)
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
         if self.data is not None:
             with model.adapter_disabled():
@@ -60,6 +70,10 @@ class Merge:
         self._say("the merged model", load(self.out, device=self.device, dtype=self.dtype))
 
     def _say(self, what: str, model: Model) -> None:
+        from minitune.data.stream import stream
+        from minitune.objectives.evaluate import evaluate
+
         assert self.data is not None
-        found = evaluate(model, stream(self.data, model.tokenizer, tokens=self.tokens))
+        found = evaluate(model, stream(self.data, model.tokenizer, tokens=self.tokens, shuffle=False,
+                                       field_map=self.fields(), long=self.long))
         print(f"loss {found.loss:.4f}: {what}")

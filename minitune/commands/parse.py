@@ -26,6 +26,8 @@ from minitune.config import short
 from minitune.errors import InputError
 
 FLAG = re.compile(r"(--[A-Za-z][\w-]*)(=.*)?", re.DOTALL)
+FOREIGN = re.compile(r"--?[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
+"""A flag as others write it: with dots, or behind one hyphen."""
 LIKE_A_FLAG = re.compile(r"--?(?!h$|(?i:inf|infinity|nan)$)[A-Za-z].*", re.DOTALL)
 """What tyro takes for a flag too, whatever else stands in it."""
 
@@ -37,9 +39,12 @@ def parse(name: str, args: Sequence[str]) -> Any:
     """
     command = load_command(name)
     twin = shown(command)
-    _check_flags(name, args, settings(twin))
+    given = _check_flags(name, args, settings(twin))
     file = _config_of(args)
-    default = {} if file is None else {"default": read_defaults(twin, file)}
+    default: dict[str, Any] = {}
+    if file is not None:
+        default["default"], in_file = read_defaults(twin, file)
+        given |= in_file
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), _colours():
@@ -49,7 +54,9 @@ def parse(name: str, args: Sequence[str]) -> Any:
             raise
         raise InputError(f"{name}: {_plain(said.getvalue(), settings(twin))} ({_see(name)})") from None
     sys.stderr.write(said.getvalue())
-    return own(made, command)
+    found = own(made, command)
+    object.__setattr__(found, "given", frozenset(given))       # no field: it is nothing that a flag could set
+    return found
 
 
 def load_command(name: str) -> type[Any]:
@@ -97,15 +104,19 @@ def _config_of(args: Sequence[str]) -> Path | None:
     return file
 
 
-def _check_flags(name: str, args: Sequence[str], known: dict[tuple[str, ...], Any]) -> None:
-    """InputError for a flag that the command does not have, and for a single value that its flag does not take."""
+def _check_flags(name: str, args: Sequence[str], known: dict[tuple[str, ...], Any]) -> set[tuple[str, ...]]:
+    """The paths of the settings that flags give. InputError for a flag that the command does not have, and for a single
+    value that its flag does not take."""
+    paths = {f"--{path[-1].replace('_', '-')}": path for path in known}
+    given: set[tuple[str, ...]] = set()
     hints = {f"--{path[-1].replace('_', '-')}": hint for path, hint in known.items()}
     every = {"--help"} | set(hints) | {f"--no-{flag[2:]}" for flag, hint in hints.items() if hint is bool}
     for arg, following in itertools.zip_longest(args, args[1:]):
         if arg == "--":
-            return
+            break
         match = FLAG.fullmatch(arg)
         if match is None and LIKE_A_FLAG.fullmatch(arg):
+            _check_foreign(name, arg, every)
             raise InputError(f"{name}: {short(arg)} looks like a flag; put -- before text that begins with a hyphen, "
                              f"or = between a flag and such a value ({_see(name)})")
         if match is None:
@@ -119,6 +130,18 @@ def _check_flags(name: str, args: Sequence[str], known: dict[tuple[str, ...], An
         value = match[2][1:] if match[2] is not None else following
         if value is not None and flag in hints:
             _check_value(name, flag, value, hints[flag])
+        setting = paths.get(flag) or paths.get(f"--{flag.removeprefix('--no-')}")
+        given |= set() if setting is None else {setting}
+    return given
+
+
+def _check_foreign(name: str, arg: str, every: set[str]) -> None:
+    """InputError for a flag as others write it (--train.epochs, -r) that is meant to be one of ours."""
+    if FOREIGN.fullmatch(arg):
+        flag = arg.partition("=")[0]
+        meant = nearest(flag.lstrip("-").rpartition(".")[2], {each[2:] for each in every})
+        if meant:
+            raise InputError(f"{name}: there is no flag {short(flag)[1:-1]}; did you mean --{meant}? ({_see(name)})")
 
 
 def _check_value(name: str, flag: str, value: str, hint: Any) -> None:

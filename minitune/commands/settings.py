@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from tyro import MISSING
 
-from minitune.commands.fields import Misfit, choices, convert, describe, settings
+from minitune.commands.fields import Misfit, choices, convert, describe, options, settings
 from minitune.commands.shared import nearest
 from minitune.config import short
 from minitune.errors import InputError
@@ -24,8 +25,9 @@ LARGEST = 1 << 18
 T = TypeVar("T")
 
 
-def read_defaults(command: type[T], file: Path) -> T:
-    """`command` with the settings of a TOML file; those that neither the file nor the class gives are tyro's MISSING.
+def read_defaults(command: type[T], file: Path) -> tuple[T, set[tuple[str, ...]]]:
+    """(`command` with the settings of a TOML file, the paths of those that it gives). What neither the file nor the
+    class gives is tyro's MISSING.
 
     Raises InputError that names the file, the line where it can be found, the key, the value and what to do.
     """
@@ -44,7 +46,7 @@ def read_defaults(command: type[T], file: Path) -> T:
         except Misfit:
             raise InputError(f"{source.at(keys)}: {'.'.join(keys)} is {short(value)}; it must be "
                              f"{describe(known[path])}{_meant(value, known[path])}") from None
-    return _build(command, given, seen, source)
+    return _build(command, given, seen, source), set(given)
 
 
 class _Source:
@@ -98,11 +100,21 @@ def _leaves(table: dict[str, Any], known: dict[tuple[str, ...], Any]) -> list[tu
     groups = {path[:-1] for path in known}
     found: list[tuple[tuple[str, ...], Any]] = []
     for key, value in table.items():
-        if isinstance(value, dict) and (_plain(key),) in groups:
+        if isinstance(value, dict) and ((_plain(key),) in groups or _is_table(key, value, known)):
             found += [((key, inner), each) for inner, each in value.items()]
         else:
             found.append(((key,), value))
     return found
+
+
+def _is_table(key: str, value: dict[str, Any], known: dict[tuple[str, ...], Any]) -> bool:
+    """Whether a table that is none here, or no table, holds a setting of one: it is told where that belongs."""
+    hint = known.get((_plain(key),))
+    if hint is not None and any(get_origin(each) in (dict, Mapping) for each in options(hint)):
+        return False
+    nested = {path[-1] for path in known if len(path) > 1}
+    return nearest(key, {path[0] for path in known if len(path) > 1}) is None and any(
+        _plain(inner) in nested for inner in value)
 
 
 def _path_of(keys: tuple[str, ...], known: dict[tuple[str, ...], Any], source: _Source) -> tuple[str, ...]:
@@ -118,6 +130,10 @@ def _path_of(keys: tuple[str, ...], known: dict[tuple[str, ...], Any], source: _
     if len(keys) == 1 and keys[0] in groups:
         raise InputError(f"{source.at(keys)}: {keys[0]} is a table of settings; write [{keys[0]}] and the settings "
                          "below it")
+    home = next((path[0] for path in known if len(path) > 1 and path[-1] == last), None)
+    if table and home is not None:
+        raise InputError(f"{source.at(keys)}: {short('.'.join(keys))} is no setting of this command; {last} belongs to "
+                         f"[{home}]")
     meant = nearest(last, {path[-1] for path in known if not table or path[:-1] == tuple(table)} | groups)
     hint = f"did you mean {meant}?" if meant else f"there are {', '.join(sorted({path[-1] for path in known}))}"
     raise InputError(f"{source.at(keys)}: {short('.'.join(keys))} is no setting of this command; {hint}")

@@ -1,12 +1,9 @@
-"""What several commands share: whether a folder is free, and the nearest known name to a mistyped one."""
+"""nearest: the known name that a mistyped one is most likely meant to be, other trainers' names included."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from pathlib import Path
-
-from minitune.errors import InputError
 
 ELSEWHERE = {
     "learning_rate": "lr", "lora_r": "rank", "lora_rank": "rank", "r": "rank", "lora_alpha": "alpha",
@@ -23,12 +20,6 @@ ELSEWHERE = {
     "eval_steps": "evaluate_every"}
 """Settings as PEFT, transformers, Unsloth, LitGPT, Axolotl, LLaMA-Factory and OpenAI call them -> as they are called
 here. They are suggested, not taken: their units differ (a batch of sequences there, tokens here)."""
-
-
-def check_out(out: Path) -> None:
-    """InputError unless `out` is free: not there yet, or an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already; name another folder, or remove it")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

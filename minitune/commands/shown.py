@@ -43,7 +43,7 @@ def own(value: Any, command: type[Any]) -> Any:
 
 
 def _twin(owner: type[Any], more: tuple[Any, ...] = ()) -> type[Any]:
-    hints, texts = get_type_hints(owner, include_extras=True), _texts(owner)
+    hints, texts = get_type_hints(owner, include_extras=True), texts_of(owner)
     fields = []
     for field in dataclasses.fields(owner):
         hint, text = hints[field.name], texts.get(field.name, "")
@@ -71,7 +71,7 @@ def _start(twin: type[Any], factory: Any) -> Any:
     return twin(**{field.name: getattr(made, field.name) for field in dataclasses.fields(made)})
 
 
-def _texts(owner: type[Any]) -> dict[str, str]:
+def texts_of(owner: type[Any]) -> dict[str, str]:
     """Field -> the text that stands below it in the source, in one line; of base classes too. Nothing where the source
     is not at hand."""
     found: dict[str, str] = {}

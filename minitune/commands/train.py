@@ -5,21 +5,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar
 
 from tyro.conf import Positional
 
-from minitune.api import Model, load, train
-from minitune.api.examine import first_questions
-from minitune.commands.dry_run import show
-from minitune.commands.shared import check_out
+from minitune.commands.fields import Given
 from minitune.config import Data, LoRA, MemoryPolicy, Quant, Training
-from minitune.data.holdout import streams
 from minitune.errors import InputError
-from minitune.report.inspect import reading
-from minitune.report.tables import Answer, print_answers
-from minitune.report.tensorboard import TensorBoard
-from minitune.training.run import Run
+
+if TYPE_CHECKING:
+    from minitune.api import Model
+    from minitune.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -61,19 +57,34 @@ class Train:
     samples: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
 
+    given: ClassVar[Given] = frozenset()
+
     def run(self) -> None:
-        check_out(self.out)
+        from minitune.api import train
+        from minitune.api.examine import first_questions
+        from minitune.api.training import prepare
+        from minitune.commands.dry_run import show
+        from minitune.data.holdout import streams
+        from minitune.report.folder import check_free
+        from minitune.report.inspect import reading
+        from minitune.report.tables import Answer, print_answers
+        from minitune.report.tensorboard import TensorBoard
+
+        check_free(self.out)
         boards = [TensorBoard(self.out / "tensorboard")] if self.tensorboard else []
         model = self._load()
         samples = dataclasses.replace(self.samples, cache=False) if self.dry_run else self.samples
         data, valid = streams(self.data, model.tokenizer, samples, tokens=self.training.tokens,
                               epochs=self.training.epochs, seed=self.training.seed, progress=reading())
+        questions = self.ask or first_questions(self.data, self.samples.fields())
         if self.dry_run:
+            prepare(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
+                    max_new_tokens=self.max_new_tokens)
             show(model, data, valid, self.training)
             return
-        questions = self.ask or first_questions(self.data, self.samples.fields())
         run = train(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
-                    max_new_tokens=self.max_new_tokens, quiet=False, config=self._about(), observers=boards)
+                    max_new_tokens=self.max_new_tokens, quiet=False, observers=boards,
+                    config={"samples": dataclasses.asdict(self.samples)})
         before, after = run.evaluations[:1], run.evaluations[-1:]
         if questions:
             print_answers([Answer(old.question, old.answer, new.answer) for old, new in
@@ -81,9 +92,11 @@ class Train:
         print(f"loss {run.final_loss:.4f}, {run.tokens_per_second:,.0f} tokens/s; {self._where(run)}")
 
     def _load(self) -> Model:
+        from minitune.api import load
+
         lora: LoRA | None = self.lora
         if self.adapter is not None or self.train:
-            if self.lora != LoRA():
+            if self.lora != LoRA() or any(path[0] == "lora" for path in self.given):
                 given = "--adapter brings its own rank, alpha and targets" if self.adapter else "--train has no adapter"
                 raise InputError(f"train: {given}; leave out the flags of LoRA")
             lora = None
@@ -91,12 +104,6 @@ class Train:
         return load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, memory=self.memory,
                     seed=self.training.seed, lora=lora, adapter=self.adapter, train=names or None,
                     add_tokens=self.add_tokens)
-
-    def _about(self) -> dict[str, Any]:
-        """What config.json says beside the model and the training: the other flags."""
-        return {"samples": dataclasses.asdict(self.samples), "adapter": self.adapter,
-                "train": self.train, "add_tokens": self.add_tokens, "quant": self.quant, "ask": self.ask,
-                "max_new_tokens": self.max_new_tokens}
 
     def _where(self, run: Run) -> str:
         what = "adapter" if run.adapter is not None and run.adapter.name == "adapter" else "model"

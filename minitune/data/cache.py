@@ -1,10 +1,10 @@
 """The cache of encoded files: a Corpus on disk, found by the content it was made of, mapped into memory.
 
-An entry's name is a hash of all that it depends on: the file's bytes, the tokenizer's files, settings and chat
-templates, the field map, this package's code, the libraries' versions. An entry is never trusted: its bytes carry a
-checksum, which is verified before anything is used, and whatever is wrong with it (torn, changed, of another key,
-another user's), the file is encoded anew. Entries lie in ``data/`` of the folder that MINITUNE_CACHE names, else of the
-user's cache folder; the least recently used ones go when all take more than MAX_BYTES.
+An entry's name is a hash of all that it depends on: the file's bytes, the tokenizer's files as they were loaded, its
+settings and chat templates, the field map, this package's code, the libraries' versions. An entry is never trusted: its
+bytes carry a checksum, which is verified before anything is used, and whatever is wrong with it (torn, changed, of
+another key, another user's), the file is encoded anew. Entries lie in ``data/`` of the folder that MINITUNE_CACHE
+names, else of the user's cache folder; the least recently used ones go when all take more than MAX_BYTES.
 
 An entry is: MAGIC, sha256 of all that follows (32 bytes), the header's length (8 bytes), the header (JSON), and each
 array at a multiple of 64 bytes.
@@ -23,6 +23,7 @@ import mmap
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -31,7 +32,6 @@ import torch
 from torch import Tensor
 
 from minitune.data.corpus import ARRAYS, Corpus
-from minitune.data.tokenizer_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from minitune.data.tokenizer import Tokenizer
@@ -42,6 +42,8 @@ MIN_FILE = 1_000_000
 MAX_BYTES = 20_000_000_000
 """The most that all entries together may take."""
 _ALIGNED = 64
+_ABANDONED = 86_400.0
+"""Seconds after which a file that is still half written belongs to a process that was killed."""
 
 
 def folder() -> Path:
@@ -57,14 +59,12 @@ def entry(path: Path, tokenizer: Tokenizer, field_map: Mapping[str, str] | None)
         "format": MAGIC.decode(), "code": _code(), "order": sys.byteorder, "suffix": path.suffix.lower(),
         "fields": sorted((field_map or {}).items()),
         "tokenizer": [tokenizer.kind, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids,
-                      tokenizer.adds_bos, sorted(tokenizer.control_ids), tokenizer.added],
+                      tokenizer.adds_bos, sorted(tokenizer.control_ids), tokenizer.added,
+                      sorted(tokenizer.digests.items())],
         "templates": sorted(tokenizer.chat_templates.items())}
     if any("strftime_now" in source for source in tokenizer.chat_templates.values()):
         parts["day"] = datetime.date.today().isoformat()        # such a template writes the date
     try:
-        parts["files"] = {name: _digest(tokenizer.folder / name)
-                          for name in (*TOKENIZER_FILES, "config.json", "generation_config.json")
-                          if (tokenizer.folder / name).is_file()}
         parts["data"] = _digest(path)
         where = folder()
     except (OSError, RuntimeError):
@@ -168,7 +168,11 @@ def _temporary(path: Path) -> Iterator[BinaryIO]:
 
 
 def _prune(kept: Path) -> None:
-    """Remove the least recently used entries until the rest takes at most MAX_BYTES; `kept` stays."""
+    """Remove what a killed process left half written, and the least recently used entries until the rest takes at most
+    MAX_BYTES; `kept` stays."""
+    for path in kept.parent.glob(".*.partial"):
+        if time.time() - path.stat().st_mtime > _ABANDONED:
+            path.unlink(missing_ok=True)
     found = sorted(((stat.st_mtime, stat.st_size, path) for path in kept.parent.glob("*.corpus")
                     if (stat := path.stat())), reverse=True)
     taken = 0

@@ -21,14 +21,14 @@ stays text; a content that spells a header is not told from one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 from minitune.config import short
 from minitune.data.document import Segment, encode_samples
 from minitune.data.mask import trained_spans
-from minitune.data.template import REASONING, Conversation
+from minitune.data.template import REASONING, ChatTemplate, Conversation
 from minitune.errors import InputError
 
 if TYPE_CHECKING:
@@ -76,8 +76,11 @@ def _check(messages: Any, where: str, tools: Any = None) -> None:
         if not isinstance(role, str) or role not in ROLES:
             raise InputError(f"{name}.role is {short(role)}; accepted: {', '.join(ROLES)}")
         _check_content(message, name)
-        if message.get("weight") not in (None, 0, 1) or message.get("weight") is True:
-            raise InputError(f"{name}.weight is {short(message['weight'])}; it must be 0 (not trained) or 1")
+        weight = message.get("weight")
+        if weight not in (None, 0, 1) or isinstance(weight, bool):
+            raise InputError(f"{name}.weight is {short(weight)}; it must be 0 (not trained) or 1")
+        if weight and role != "assistant":
+            raise InputError(f"{name}.weight is 1, but only an assistant's turns are trained; remove it")
         calls = message.get("tool_calls")
         if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
             raise InputError(f"{name}.tool_calls is {short(calls)}; it must be a list of JSON objects")
@@ -135,28 +138,32 @@ def render_chat(messages: Any, tokenizer: Tokenizer, tools: Any = None, add_gene
 
 
 def _encode(conversations: Sequence[Conversation], tokenizer: Tokenizer, mask: bool) -> list[Encoded]:
-    found: list[Encoded] = []
-    for _, group in groupby(conversations, key=lambda conversation: bool(conversation[1])):
-        part = list(group)
-        template = tokenizer.template_for(part[0][1])
-        if template is None:
-            found += _encode_plain(part, tokenizer, prompt=not mask)
-            continue
-        rendered = template.render(part, prompt=not mask, mask=mask)
-        while chunk := list(islice(rendered, _CHUNK)):
-            wanted = mask and (template.marks_answers or any(chat.marks for chat in chunk))
-            stop = tokenizer.turn_end if wanted else None
-            spans = [trained_spans(chat, template, stop) if mask else ([], False) for chat in chunk]
-            encoded = tokenizer.encode_rendered(chunk, [span for span, _ in spans])
-            for chat, (ids, trained, lead), (_, ends) in zip(chunk, encoded, spans, strict=True):
-                if lead.strip():
-                    raise InputError(f"{chat.where}: the tokenizer joins {chat.read(lead)[-20:]!r}, the end of what "
-                                     f"the chat template {template.name} writes before an answer, with the answer's "
-                                     "first characters into one token; begin the answer with a blank")
-                if ends:
-                    ids, trained = [*ids, tokenizer.require_eos()], [*trained, True]
-                found.append((ids, trained))
-    return found
+    places: dict[ChatTemplate | None, list[int]] = {}       # those with tools may have a template of their own
+    for place, conversation in enumerate(conversations):
+        places.setdefault(tokenizer.template_for(conversation[1]), []).append(place)
+    found: dict[int, Encoded] = {}
+    for template, which in places.items():
+        part = [conversations[place] for place in which]
+        encoded = (_encode_plain(part, tokenizer, prompt=not mask) if template is None
+                   else _encode_by(template, part, tokenizer, mask))
+        found.update(zip(which, encoded, strict=True))
+    return [found[place] for place in range(len(conversations))]
+
+
+def _encode_by(template: ChatTemplate, conversations: Sequence[Conversation], tokenizer: Tokenizer, mask: bool
+               ) -> Iterator[Encoded]:
+    rendered = template.render(conversations, prompt=not mask, mask=mask)
+    while chunk := list(islice(rendered, _CHUNK)):
+        wanted = mask and (template.marks_answers or any(chat.marks for chat in chunk))
+        stop = tokenizer.turn_end if wanted else None
+        spans = [trained_spans(chat, template, stop) if mask else ([], False) for chat in chunk]
+        encoded = tokenizer.encode_rendered(chunk, [span for span, _ in spans])
+        for chat, (ids, trained, lead), (_, ends) in zip(chunk, encoded, spans, strict=True):
+            if lead.strip():
+                raise InputError(f"{chat.where}: the tokenizer joins {chat.read(lead)[-20:]!r}, the end of what the "
+                                 f"chat template {template.name} writes before an answer, with the answer's first "
+                                 "characters into one token; begin the answer with a blank")
+            yield ([*ids, tokenizer.require_eos()], [*trained, True]) if ends else (ids, trained)
 
 
 # -- the plain template

@@ -25,8 +25,9 @@ _TEXTS = ("name", "tool_call_id", *REASONING)
 _READ = ("role", "content", "from", "value", "weight", "tool_calls", "function_call", *_TEXTS)
 _REFUSED = {
     "refusal": "write what it says as content", "audio": "only text is read", "images": "only text is read",
-    "image": "only text is read", "train": "write weight, 0 or 1", "trainable": "write weight, 0 or 1",
-    "loss": "write weight, 0 or 1", "prefix": "only whole turns are read",
+    "image": "only text is read", "prefix": "only whole turns are read",
+    **dict.fromkeys(("train", "trainable", "training", "train_detail", "training_detail", "loss", "loss_mask",
+                     "loss_weight", "mask", "masked", "is_trained"), "write weight, 0 or 1"),
 }
 
 

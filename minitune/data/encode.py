@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 from minitune.data.chat import encode_conversations
 from minitune.data.document import Document, encode_samples
 from minitune.data.formats import Sample
+from minitune.data.template import REASONING
+from minitune.errors import InputError
 
 if TYPE_CHECKING:
     from minitune.data.tokenizer import Tokenizer
 
 CHUNK_SAMPLES, CHUNK_CHARACTERS = 1024, 4_000_000
 """A chunk is encoded at once: enough for every core, little beside the data set."""
+_LONG = ("content", "tool_calls", *REASONING)
+"""The fields of a message that may be long."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Encoded]:
 
     Unused texts are encoded as well, since the ledger counts tokens. Raises InputError that names the sample.
     """
-    pieces = iter(encode_samples([sample.segments for sample in samples if sample.segments is not None], tokenizer))
+    pieces = iter(_encode_texts([sample for sample in samples if sample.segments is not None], tokenizer))
     talks = iter(encode_conversations([(sample.messages, sample.tools, sample.where)
                                        for sample in samples if sample.messages is not None], tokenizer))
     unused = [each.text for sample in samples for each in sample.unused]
@@ -52,6 +56,19 @@ def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Encoded]:
         reasons = tuple(each.reason for each in sample.unused)
         found.append(Encoded(document, dropped, reasons, sample.where, _is_blank(sample)))
     return found
+
+
+def _encode_texts(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
+    """`encode_samples` of the samples' segments; its error names the sample."""
+    try:
+        return encode_samples([sample.segments or [] for sample in samples], tokenizer)
+    except InputError:
+        for sample in samples:
+            try:
+                encode_samples([sample.segments or []], tokenizer)
+            except InputError as error:
+                raise InputError(f"{sample.where}: {error}") from error
+        raise
 
 
 def chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
@@ -70,8 +87,9 @@ def chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
 
 def _characters(sample: Sample) -> int:
     texts = [segment.text for segment in sample.segments or ()]
-    texts += [str(message.get("content") or "") for message in sample.messages or ()]
-    return sum(map(len, texts)) + sum(len(each.text) for each in sample.unused)
+    texts += [str(message[field]) for message in sample.messages or () for field in _LONG if message.get(field)]
+    tools = len(str(sample.tools)) if sample.tools else 0
+    return sum(map(len, texts)) + tools + sum(len(each.text) for each in sample.unused)
 
 
 def _is_blank(sample: Sample) -> bool:
@@ -79,7 +97,7 @@ def _is_blank(sample: Sample) -> bool:
     answers = [segment.text for segment in sample.segments or () if segment.trained]
     for message in sample.messages or ():
         if message.get("role") == "assistant" and message.get("weight") != 0:
-            if message.get("tool_calls") or message.get("function_call"):
+            if message.get("tool_calls"):
                 return False
             answers.append(str(message.get("content") or ""))
     return bool(answers) and all(not answer or answer.isspace() for answer in answers)

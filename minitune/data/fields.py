@@ -42,7 +42,8 @@ COMMON = ("weight",)
 """Fields that any format may have."""
 
 MEANINGFUL = frozenset((
-    "images", "image", "audio", "videos", "suffix", "history", "context", "system_prompt", "chat_template_kwargs"))
+    "images", "image", "audio", "videos", "suffix", "history", "context", "system_prompt", "chat_template_kwargs",
+    "sample_weight", "completion_mask", "assistant_masks", "loss_mask", "labels", "masked"))
 """Fields of no format here that would change what a sample teaches, so they are not ignored."""
 
 ACCEPTED = " | ".join(", ".join(form.required) for form in FORMATS.values())
@@ -79,18 +80,21 @@ def recognise(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] |
               ) -> tuple[str, dict[str, Any]]:
     """(name of the format, its fields with their values) of a row.
 
-    Null counts as absent, and so do empty tools, an empty system text and what is empty of `MEANINGFUL`. Exactly one
-    format's fields must be there, complete, perhaps with "weight". Other fields (id, source, …) are ignored, except
-    those that look like a misspelling of one of ours, those that belong to another format, and those that would change
-    what the sample means (`MEANINGFUL`).
+    Null counts as absent, and so do empty tools, an empty system text and what is empty of `MEANINGFUL`; only a label
+    that is null is refused, since neither true nor false would be a safe guess. Exactly one format's fields must be
+    there, complete, perhaps with "weight". Other fields (id, source, …) are ignored, except those that look like a
+    misspelling of one that the row lacks, those that belong to another format, and those that would change what the
+    sample means (`MEANINGFUL`). Stanford's "text" beside a complete Alpaca row is ignored too: it is that row, written
+    out.
 
     A `field_map` {our field: their field} says which fields are meant, so all that no format with these fields has are
-    ignored. "a.b" names field b of the object a. A mapped field must be in every row, and may be null; it takes the
-    place of one of the row's own by that name. Raises InputError that begins with `where`.
+    ignored, whatever they look like. "a.b" names field b of the object a. A mapped field must be in every row, and may
+    be null; it takes the place of one of the row's own by that name. Raises InputError that begins with `where`.
     """
     fields = {name: value for name, value in row.items()
               if value is not None and not (name in _MAY_BE_EMPTY and value in ("", [], {}))}
     mapped: tuple[str, ...] = ()
+    used: set[str] = set()
     if field_map:
         used = {theirs.split(".", 1)[0] if theirs not in row else theirs for theirs in field_map.values()}
         fields = {name: value for name, value in fields.items() if name not in used and name not in field_map}
@@ -102,6 +106,8 @@ def recognise(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] |
     kind, fault = (_recognise if cheap else _recognise.__wrapped__)(names, mapped)
     if fault:
         raise InputError(f"{where}: {fault}{_holds_samples(fields) if fault.startswith(_UNKNOWN) else ''}")
+    if kind == "prompt/completion" and "label" in row and "label" not in used:
+        raise InputError(f"{where}: label is None; it must be true or false")
     known = FORMATS[kind].fields
     return kind, {name: value for name, value in fields.items() if name in known or name in COMMON}
 
@@ -128,9 +134,11 @@ def _recognise(names: tuple[Any, ...], mapped: tuple[str, ...]) -> tuple[str, st
     ours = {name for kind in kinds for name in FORMATS[kind].fields}
     present = [name for name in names if name in ours]
     others = [name for name in names if name not in ours and name not in COMMON]
-    for name in others:
-        close = _misspelt(name, ours.union(COMMON).difference(names if mapped else ()))
-        if close and not (mapped and name in _OWNERS):
+    if not mapped and {"text", *FORMATS["alpaca"].required}.issubset(present):
+        present.remove("text")
+    for name in () if mapped else others:
+        close = _misspelt(name, ours.union(COMMON).difference(names))
+        if close:
             return "", f"unknown field {name!r}; did you mean {close!r}? (a field map reads it as that)"
     if not present:
         return "", (f"{_UNKNOWN}; found the fields: {_listed(others)}; accepted: {ACCEPTED}; a field map reads "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def to_sample(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] |
     - {"prompt", "completion"}: the completion is. Both are text; or lists of messages (or one of each), as TRL has it.
     - Alpaca's {"instruction", "input", "output"}, input or "system" may lack: a chat. The user says the instruction, a
       blank line and the input, the assistant the output, so that the model's own template applies; Stanford's text
-      "Below is an instruction…" is not used (the peers differ on it; write it as prompt and completion to have it).
+      "Below is an instruction…" is not used (the peers differ on it; write it as prompt and completion to have it), and
+      neither is the field "text" in which his published file has the same sample rendered.
     - OpenAI's {"messages", "tools"} and ShareGPT's {"conversations", "system", "tools"}: the assistant's turns are
       trained, except those with "weight": 0.
     - Gradient's {"inputs", "multiplier"}: text, all of it trained, or a list of {"value", "trainable",
@@ -79,8 +80,8 @@ def to_sample(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] |
     - {"prompt", "completion", "label"}: trained where the label is true; else all of it is unused.
 
     EOS is put, trained, behind a text, a completion, an assistant's turn. Gradient trains exactly what is given; here
-    EOS follows the last segment if that is trained and does not end with EOS itself, since a model that never sees the
-    end of its answers never stops; segments before the last get none.
+    EOS follows the last segment that is not empty, if that is trained and does not end with EOS itself, since a model
+    that never sees the end of its answers never stops; segments before it get none.
 
     Any row may have "weight", a positive number that multiplies its loss. `field_map` and the rule on other fields: see
     `recognise`. Raises InputError that begins with `where` and names the field and what is accepted.
@@ -138,8 +139,9 @@ def _weight(fields: Mapping[str, Any], where: str) -> float | None:
     if not given:
         return None
     weight = fields[given[0]]
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e30:
-        raise InputError(f"{where}: {given[0]} is {short(weight)}; it must be a positive number below 1e30")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1e-30 <= weight < 1e30:
+        raise InputError(f"{where}: {given[0]} is {short(weight)}; it must be a positive number below 1e30, at least "
+                         "1e-30")
     return float(weight)
 
 
@@ -225,9 +227,10 @@ def _gradient(fields: Mapping[str, Any], where: str) -> _Content:
             raise InputError(f"{name}.value is {short(value)}; it must be a string"
                              + (", and not empty where it is trained" if trainable else ""))
         if value:
-            segments.append(Segment(value, trainable, bool(segments), parse, ends=place + 1 == len(inputs)))
+            segments.append(Segment(value, trainable, bool(segments), parse, ends=False))
     if not segments:
         raise InputError(f"{where}: inputs holds no text; write some or remove the sample")
+    segments[-1] = replace(segments[-1], ends=True)
     return _Content(segments)
 
 
@@ -252,18 +255,14 @@ def _preference(fields: Mapping[str, Any], where: str) -> _Content:
         shared -= 1     # both answers are the same, or what follows them differs: the last answer is the one chosen
     asked = untrained(messages[:shared], where, "chosen")
     prompt = fields.get("prompt")
-    if prompt is not None and not any(_says(message, prompt) for message in asked):
+    said = to_messages(prompt, where, "prompt", trained=False)[-1]["content"] if isinstance(prompt, list) else prompt
+    if prompt is not None and not any(message["content"] == said for message in asked):
         raise InputError(f"{where}: prompt is {short(prompt)}, but chosen is a whole conversation that does not begin "
                          "with it as rejected does; write the answer alone as chosen, or remove prompt")
     check_trained(to_messages(messages[shared:], where, f"chosen[{shared}:]"), where, "chosen")
     unused = texts["rejected"] if isinstance(others, str) else text_of(others[shared:])
     return _Content(messages=asked + messages[shared:], tools=to_tools(fields, where),
                     unused=(Unused("rejected answer", unused),))
-
-
-def _says(message: Mapping[str, Any], prompt: Any) -> bool:
-    last = prompt[-1] if isinstance(prompt, list) and prompt else None
-    return message["content"] == (last.get("content", last.get("value")) if isinstance(last, Mapping) else prompt)
 
 
 def _openai_preference(fields: Mapping[str, Any], where: str) -> _Content:

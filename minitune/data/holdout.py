@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import torch
 from minitune.config import Data
 from minitune.data.account import Part, overlap
 from minitune.data.read import Progress
-from minitune.data.stream import Stream, stream
+from minitune.data.stream import Stream, read_parts, stream
 from minitune.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def streams(path: str | Path, tokenizer: Tokenizer, settings: Data, *, tokens: i
             progress: Progress | None = None) -> tuple[Stream, Stream | None]:
     """The training stream of a file under `settings`, and the validation stream if they ask for one.
 
-    Raises InputError where nothing of the training data is trained, besides all that `stream` refuses.
+    Raises InputError where nothing of the training data is trained, or of the validation data, besides all that
+    `stream` refuses.
     """
     train = stream(settings.shares(path), tokenizer, tokens=tokens, epochs=epochs, seed=seed,
                    field_map=settings.fields(), long=settings.long, cache=settings.cached, progress=progress)
@@ -64,25 +66,50 @@ def streams(path: str | Path, tokenizer: Tokenizer, settings: Data, *, tokens: i
         first = next(part.corpus.where(0) for part in train.parts if len(part.corpus))
         raise InputError(f"{first}: nothing is trained here, nor in any other sample: all answers have weight 0, or no "
                          "segment is trainable; give what is to be learned weight 1 (trainable: true)")
-    return hold_out(train, tokenizer, settings, progress)
+    train, valid = hold_out(train, settings, read_valid(settings, tokenizer, progress))
+    _check_trained(train, "to train on")
+    if valid is not None:
+        _check_trained(valid, "to measure the validation loss on")
+    return train, valid
 
 
-def hold_out(train: Stream, tokenizer: Tokenizer, settings: Data,
-             progress: Progress | None = None) -> tuple[Stream, Stream | None]:
-    """(what of `train` is trained on, the validation stream that `settings` ask for, or None).
+def read_valid(settings: Data, tokenizer: Tokenizer, progress: Progress | None = None) -> list[Part] | None:
+    """The validation file that `settings` name, encoded; None where they name none."""
+    if settings.valid is None:
+        return None
+    return read_parts(settings.valid, tokenizer, settings.fields(), settings.cached, progress)
+
+
+def hold_out(train: Stream, settings: Data, held: Sequence[Part] | None) -> tuple[Stream, Stream | None]:
+    """(what of `train` is trained on, the validation stream that `settings` ask for, or None). `held`: `read_valid`'s.
 
     The ledger of a validation file notes how many of its samples are trained on as well.
     """
     if settings.valid_split:
         return split_off(train, settings.valid_split)
-    if settings.valid is None:
+    if held is None:
         return train, None
-    valid = stream(settings.valid, tokenizer, tokens=train.tokens, seed=train.seed, shuffle=False,
-                   field_map=settings.fields(), long=settings.long, cache=settings.cached, progress=progress)
+    valid = Stream(held, train.tokens, seed=train.seed, shuffle=False, long=settings.long)
     note = overlap(train.parts, valid.parts)
     if note is not None:
         valid.ledger = replace(valid.ledger, notes=(note, *valid.ledger.notes))
     return train, valid
 
 
-__all__ = ["hold_out", "split_off", "streams"]
+def _check_trained(stream: Stream, use: str) -> None:
+    """InputError if no epoch of `stream` has a trained token, though its files may have some."""
+    sources = stream.ledger.sources
+    if any(source.trained for source in sources):
+        return
+    names = ", ".join(source.path for source in sources)
+    if not any(source.documents for source in sources):
+        raise InputError(f"{names}: the shares draw no sample in {stream.epochs} epoch{'s' * (stream.epochs > 1)}, so "
+                         f"there is nothing {use}; raise them")
+    if stream.long != "refuse" and any(bool(part.corpus.n_trained[part.kept].any()) for part in stream.parts):
+        raise InputError(f"{names}: long is {stream.long}, and what would be trained is cut off or lost at "
+                         f"{stream.tokens:,} tokens, or not drawn, so there is nothing {use}; raise tokens")
+    raise InputError(f"{names}: no sample that is drawn has anything trained, so there is nothing {use}; give what is "
+                     "to be learned weight 1, or hold out other samples")
+
+
+__all__ = ["hold_out", "read_valid", "split_off", "streams"]

@@ -23,7 +23,7 @@ def trained_spans(chat: Rendered, template: ChatTemplate, stop: str | None) -> t
     control string that ends a turn, where it is known.
 
     Raises InputError, naming the template and the message, where neither tells the turn, and where the template leaves
-    out (part of) a trained turn, all of another message, the tools, or a call of one.
+    out (part of) a message, the tools, or a call of one.
     """
     stop = stop if template.marks_answers or chat.marks else None
     spans = _from_generation(chat, template) if template.marks_answers else _from_cuts(chat, template, stop)
@@ -47,13 +47,13 @@ def _from_generation(chat: Rendered, template: ChatTemplate) -> Spans:
     if chat.trained and not chat.spans:
         raise InputError(f"{chat.where}: the chat template {template.name} has {{% generation %}} but wraps nothing of "
                          f"this conversation in it, so messages[{chat.trained[0]}] would not be trained; correct it")
-    if len(chat.spans) == len(speakers):
-        return [span for span, i in zip(chat.spans, speakers, strict=True) if i in set(chat.trained)]
-    if chat.trained != speakers:
+    if not chat.trained:
+        return []
+    if len(chat.spans) != len(speakers):
         raise InputError(f"{chat.where}: the chat template {template.name} marks {len(chat.spans)} parts as generated, "
-                         f"but there are {len(speakers)} assistant turns; which of them have weight 0 cannot be told: "
-                         "give every turn weight 1")
-    return chat.spans
+                         f"but there are {len(speakers)} assistant turns, so what is trained cannot be told; let it "
+                         "wrap each assistant's turn in {% generation %} once, or remove that from it")
+    return [span for span, i in zip(chat.spans, speakers, strict=True) if i in set(chat.trained)]
 
 
 def _from_cuts(chat: Rendered, template: ChatTemplate, stop: str | None) -> Spans:
@@ -100,23 +100,38 @@ def _from_marks(chat: Rendered, i: int, start: int | str, end: int | str, stop: 
 
 
 def check_written(chat: Rendered, template: ChatTemplate, spans: Mapping[int, tuple[int, int]]) -> None:
-    """InputError where the template leaves out what is said. ``spans``: where each trained message stands."""
+    """InputError where the template leaves out what is said. ``spans``: where each trained message stands.
+
+    What a trained message says must stand there. All of another's must stand in the text, and behind what the message
+    before it says, unless marks have shown that it is written or it is a system's, which some templates move. Of an
+    answer that is not trained the thought before "</think>" may lack.
+    """
+    place = 0
     for i, message in enumerate(chat.messages):
         name = f"{chat.where}: messages[{i}]"
         start, end = spans.get(i, (0, len(chat.text)))
-        written = chat.text[start:end]
-        fields = ("content", REASONING[0]) if i in spans else ("content",)
-        for field in fields:
-            missing = _missing(str(message.get(field, "")), written, any_line=i not in spans)
-            if missing is not None:
-                part = "part of " if i in spans and field == "content" else ""
-                raise InputError(f"{name}: the chat template {template.name} leaves out {part}its {field} "
-                                 f"({chat.read(missing[:60])!r}); remove that, or use another template")
+        written = chat.text[start:end] if i in spans else chat.text
+        if i in spans:
+            for field in ("content", REASONING[0]):
+                missing, _ = _missing(str(message.get(field, "")), written)
+                _refuse(missing, name, f"{'part of ' if field == 'content' else ''}its {field}", chat, template)
+            place = max(place, end)
+        else:
+            said = str(message.get("content", ""))
+            if message["role"] == "assistant":
+                said = said.rpartition("</think>")[2]
+            elif i in (chat.absent or ()):
+                _refuse(said.strip(), name, "its content", chat, template)
+            free = message["role"] in ("system", "developer") or (
+                chat.absent is not None and message["role"] != "assistant")
+            missing, at = _missing(said, chat.text, 0 if free else place)
+            _refuse(missing, name, "its content", chat, template)
+            place = place if free else at
         for call in message.get("tool_calls") or ():
             _check_call(call, written, name, template)
     for place, tool in enumerate(chat.tools or ()):
         title = _function(tool).get("name")
-        if isinstance(title, str) and not _spelled(title, chat.text):
+        if isinstance(title, str) and _spelled(title, chat.text) is None:
             raise InputError(f"{chat.where}: the chat template {template.name} leaves out tools[{place}] ({title!r}); "
                              "remove the tools, or use a template that writes them")
 
@@ -124,7 +139,7 @@ def check_written(chat: Rendered, template: ChatTemplate, spans: Mapping[int, tu
 def _check_call(call: Any, written: str, name: str, template: ChatTemplate) -> None:
     function = _function(call)
     title, arguments = function.get("name"), function.get("arguments")
-    if isinstance(title, str) and not _spelled(title, written):
+    if isinstance(title, str) and _spelled(title, written) is None:
         raise InputError(f"{name}: the chat template {template.name} leaves out its call of {title!r}; remove the "
                          "call, or use a template that writes tool_calls")
     if isinstance(arguments, str) and '"' in arguments and arguments.strip() not in written \
@@ -138,27 +153,37 @@ def _function(tool: Any) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else {}
 
 
-def _spelled(text: str, written: str) -> bool:
-    return text in written or json.dumps(text, ensure_ascii=False)[1:-1] in written or json.dumps(text)[1:-1] in written
+def _refuse(missing: str | None, name: str, part: str, chat: Rendered, template: ChatTemplate) -> None:
+    if missing is not None:
+        raise InputError(f"{name}: the chat template {template.name} leaves out {part} ({chat.read(missing[:60])!r}); "
+                         "remove that, or use another template")
 
 
-def _missing(text: str, written: str, any_line: bool) -> str | None:
-    """The first line of `text` that is not `written`, in their order; None if all are, or (``any_line``) one is.
+def _spelled(text: str, written: str, start: int = 0) -> int | None:
+    """The end of `text`, as it is or as JSON spells it, in `written` from `start` on; None where it is not."""
+    for spelling in (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]):
+        at = written.find(spelling, start)
+        if at >= 0:
+            return at + len(spelling)
+    return None
+
+
+def _missing(text: str, written: str, start: int = 0) -> tuple[str | None, int]:
+    """(The first line of `text` that is not `written` from `start` on, in their order, or None; where those that are
+    end).
 
     Blanks around a line do not count: templates trim. A text written as a JSON string is written.
     """
-    if _spelled(text.strip(), written):
-        return None
-    lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
-    if any_line:
-        return None if any(_spelled(line, written) for line in lines) else lines[0]
-    place = 0
-    for line in lines:
-        at = written.find(line, place)
+    whole = _spelled(text.strip(), written, start)
+    if whole is not None:
+        return None, whole
+    place = start
+    for line in text.splitlines():
+        at = written.find(line.strip(), place)
         if at < 0:
-            return line
-        place = at + len(line)
-    return None
+            return line.strip(), place
+        place = at + len(line.strip())
+    return None, place
 
 
 __all__ = ["Spans", "check_written", "trained_spans"]

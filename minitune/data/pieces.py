@@ -20,7 +20,7 @@ class Pieces:
 
     ``owners`` int64 [m]: whose they are, an index into the Corpus. ``first`` int64 [k + 1]: document i's pieces are
     first[i] … first[i + 1] - 1. ``long`` int64: the documents that were too long. ``trained`` int64 [m]: targets.
-    ``truncated``: tokens cut off. ``lost``: targets that became the first token of a piece and so are none.
+    ``lost``: targets that became the first token of a piece and so are none.
     """
 
     owners: Tensor
@@ -29,7 +29,6 @@ class Pieces:
     first: Tensor
     long: Tensor
     trained: Tensor
-    truncated: int
     lost: int
 
 
@@ -57,8 +56,7 @@ def cut(corpus: Corpus, kept: Tensor, tokens: int, long: Long) -> Pieces:
         start, end = int(starts[piece]), int(ends[piece])
         trained[piece] = corpus.trained[start + 1:end].sum()
         lost += int(corpus.trained[start])
-    truncated = int(lengths.sum() - (ends - starts).sum())
-    return Pieces(owners, starts, ends, first, kept[too_many], trained, truncated, lost)
+    return Pieces(owners, starts, ends, first, kept[too_many], trained, lost)
 
 
 __all__ = ["Pieces", "cut"]

@@ -33,8 +33,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (where, row) for each raw sample of a file, in the file's order; ``where`` is "file:line".
 
     By the file's ending: ``.json`` holds an array of objects, or objects one after the other; ``.txt`` and ``.md`` are
-    one row {"text"}; ``.parquet`` is a table (it needs pyarrow), with "file: row 3" as ``where``; all else is JSONL. In
-    a JSON array ``where`` names the line on which the row begins. All are UTF-8, with or without a byte order mark, and
+    one row {"text"}; ``.parquet`` is a table (it needs pyarrow), with "file: row 3" as ``where``; all else is JSONL.
+    Objects in a table's column share their fields, so one that is null in a row is taken as absent from it. In a JSON
+    array ``where`` names the line on which the row begins. All are UTF-8, with or without a byte order mark, and
     as strict as `read_jsonl`. Memory: the largest row and a window of 1 MiB, or a few hundred rows of a table.
     Raises InputError that names file and line for whatever is wrong, and for a file without rows.
     """
@@ -77,15 +78,38 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
+            schema = table.schema_arrow
+            twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
+            if twice is not None:
+                raise InputError(f"{path}: has two columns named {twice!r}; rename or remove one")
+            nested = {field.name: field.type for field in schema if pyarrow.types.is_nested(field.type)}
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
-                    yield f"{path}: row {number}", row
+                    yield f"{path}: row {number}", row | {
+                        name: _without_nulls(row[name], kind) for name, kind in nested.items()}
     except (pyarrow.ArrowException, UnicodeError, OSError, ValueError, KeyError) as error:
         fault = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: cannot be read as Parquet after row {number} ({fault}); write it again") from error
     if not number:
         raise InputError(f"{path}: holds no samples; write one a row")
+
+
+def _without_nulls(value: Any, kind: Any) -> Any:
+    """`value`, of the Arrow type `kind`, without the fields of its structs that are null: Arrow gives each struct of a
+    column the fields of all of them. Elements of lists and values of maps, which it makes up for nobody, stay."""
+    import pyarrow.types as types
+
+    if value is None or not types.is_nested(kind):
+        return value
+    if types.is_struct(kind):
+        return {field.name: _without_nulls(value[field.name], field.type) for field in kind
+                if value[field.name] is not None}
+    if types.is_map(kind):
+        return {key: _without_nulls(item, kind.item_type) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nulls(item, kind.value_type) for item in value]
+    return value
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

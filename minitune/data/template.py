@@ -17,7 +17,11 @@ Conversation = tuple[Sequence[Mapping[str, Any]], Sequence[Any] | None, str]
 """(messages, tools, where): ``where`` names it in errors, as "file:line"."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+_SURROGATE = re.compile("[\\ud800-\\udfff]")
+MAX_SPELLED = 1000
+"""Different control strings that one conversation may spell: there are marks for so many."""
 _CHUNK = 128
 """Conversations that the renderer is given at once; meanwhile those before them are tokenised."""
 
@@ -32,6 +36,7 @@ class Rendered:
     messages), where in the text its turn begins and ends: a place, -1 (its beginning, rendered alone, is not how the
     text begins), or what the template refused it with. ``marks``: for those where one of the two is no place, where
     (first character, end of the last, first character of the next message) what it says stands, as far as is certain.
+    ``absent``: which of the messages that are no assistant's the template does not write; None where that is uncertain.
     """
 
     messages: list[dict[str, Any]]
@@ -43,6 +48,7 @@ class Rendered:
     spans: list[tuple[int, int]] = field(default_factory=list)
     cuts: list[tuple[int | str, int | str]] = field(default_factory=list)
     marks: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    absent: list[int] | None = None
 
     def read(self, text: str) -> str:
         """`text`, a part of this one's, with the control strings that messages spell put back."""
@@ -62,7 +68,7 @@ class ChatTemplate:
 
     def __init__(self, name: str, source: str, variables: Mapping[str, str], control: Sequence[str]) -> None:
         self.name, self.source, self.variables = name, source, variables
-        self.marks_answers = _GENERATION.search(source) is not None
+        self.marks_answers = _GENERATION.search(_COMMENT.sub("", source)) is not None
         self.control = tuple(sorted(set(control) - {""}, key=len, reverse=True))
         self._control = re.compile("|".join(map(re.escape, self.control)) or "(?!)")
 
@@ -88,12 +94,16 @@ class ChatTemplate:
 
     def _render_chunk(self, conversations: Sequence[Conversation], prompt: bool, mask: bool) -> list[Rendered]:
         prepared = [self._prepare(*conversation, mask) for conversation in conversations]
-        answers = PROCESS.render(self.source, self.variables, [self._request(each, prompt) for each in prepared])
+        answers = PROCESS.render(self.source, self.variables, [self._request(each, prompt, mask) for each in prepared])
         for each, answer in zip(prepared, answers, strict=False):
             if "error" in answer:
                 raise InputError(f"{each.where}: the chat template {self.name} does not render this conversation: "
                                  f"{each.read(answer['error'])}")
             each.text, each.spans = answer["text"], [(start, end) for start, end in answer["spans"]]
+            if set(_SURROGATE.findall(each.text)).difference(each.spelled):
+                raise InputError(f"{each.where}: the chat template {self.name} writes a lone surrogate, which is no "
+                                 "character; correct it")
+            each.absent = answer["absent"]
             each.marks = {number: (first, last, bound) for number, first, last, bound in answer["marks"]}
             cuts = iter(answer["cuts"])
             if mask and not self.marks_answers:
@@ -117,6 +127,9 @@ class ChatTemplate:
             raise InputError(f"{where}: messages and tools must be JSON: {short(str(error))}") from error
         if self._control.search(written) or any(set(name) & set('"\\\n\t') for name in self.control):
             given.messages, given.tools = self._hide(given.messages, given), self._hide(given.tools, given)
+            if len(given.spelled) > MAX_SPELLED:
+                raise InputError(f"{where}: spells {len(given.spelled):,} different control tokens; at most "
+                                 f"{MAX_SPELLED:,} can be told from the chat template's own; split the conversation")
             given.spelled = {mark: spelling for spelling, mark in given.spelled.items()}
         return given
 
@@ -125,17 +138,19 @@ class ChatTemplate:
         Roles stay: they come from a fixed list."""
         if isinstance(value, str):
             return self._control.sub(lambda match: given.spelled.setdefault(
-                match[0], chr(0xDC00 + min(len(given.spelled), 1000))), value)
+                match[0], chr(0xDC00 + min(len(given.spelled), MAX_SPELLED))), value)
         if isinstance(value, dict):
             return {key if key == "role" else self._hide(key, given):
                     item if key == "role" else self._hide(item, given) for key, item in value.items()}
         return [self._hide(item, given) for item in value] if isinstance(value, list) else value
 
-    def _request(self, each: Rendered, prompt: bool) -> bytes:
+    def _request(self, each: Rendered, prompt: bool, mask: bool) -> bytes:
         cuts: list[tuple[int, bool]] = []
         for i in () if self.marks_answers else each.trained:
             cuts += [(i, True), (i + 1, False)] if i + 1 < len(each.messages) else [(i, True)]
-        return json.dumps({"messages": each.messages, "tools": each.tools, "prompt": prompt, "cuts": cuts}).encode()
+        seen = [i for i, message in enumerate(each.messages) if mask and message["role"] != "assistant"]
+        return json.dumps({"messages": each.messages, "tools": each.tools, "prompt": prompt, "cuts": cuts,
+                           "seen": seen}).encode()
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,14 @@ A template is a program of somebody else's. Jinja's sandbox keeps it from Python
 the machine: it can open no file, and the kernel ends it when a conversation takes too much processor time or memory.
 The file is run by its path and imports nothing of minitune, so that it starts quickly.
 
-A batch on stdin: a line with {"source", "variables", "n"}, then n lines of {"messages", "tools", "prompt", "cuts"}. For
-each of these a line on stdout: {"text", "spans", "cuts", "marks"} or {"error"}. ``spans`` are the [start, end) of what
-the template wraps in {% generation %}. A cut [k, prompt] asks whether the first k messages, rendered by themselves,
-give a beginning of the text: its length, -1 where they do not, or the error. Where a cut of a message fails, ``marks``
-tells where the message stands in the text, found by rendering all once more with marks around what it says: [message,
-first character, end of the last, first character of the message behind it]; nothing where that is not certain.
+A batch on stdin: a line with {"source", "variables", "n"}, then n lines of {"messages", "tools", "prompt", "cuts",
+"seen"}. For each of these a line on stdout: {"text", "spans", "cuts", "marks", "absent"} or {"error"}. ``spans`` are
+the [start, end) of what the template wraps in {% generation %}. A cut [k, prompt] asks whether the first k messages,
+rendered by themselves, give a beginning of the text: its length, -1 where they do not, or the error. Where a cut of a
+message fails, ``marks`` tells where the message stands in the text, found by rendering all once more with marks around
+what it says: [message, first character, end of the last, first character of the message behind it]; nothing where that
+is not certain. ``absent`` are those of the messages ``seen`` that the template does not write, found in the same way;
+null where that is not certain.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ NEXT, OPEN, CLOSE = "\udffd", "\udffe", "\udfff"
 """OPEN and CLOSE stand around what {% generation %} wraps and what a marked message says, NEXT before the message
 behind. Text has no lone surrogates (they are refused before), so none is mistaken."""
 _MARKS = re.compile(f"([{NEXT}{OPEN}{CLOSE}])")
+_SEEN = re.compile("[\ud800-\udbff]")
+"""The marks in what messages say, one of 1024 for each; low surrogates stand for the control strings that they spell.
+"""
 _BEYOND_ASCII = re.compile("[^\\x00-\\x7f\\ud800-\\udfff]")      # lone surrogates stand for control strings: left alone
 
 
@@ -120,6 +125,8 @@ def _render(template: Any, variables: dict[str, str], request: dict[str, Any], s
         return str(found)
 
     text, spans = _spans(write(messages, request["prompt"]))
+    if _SEEN.search(text):
+        raise ValueError("it writes a lone surrogate, which is no character")
     cuts: list[int | str] = []
     for count, prompt in request["cuts"]:
         try:
@@ -134,7 +141,34 @@ def _render(template: Any, variables: dict[str, str], request: dict[str, Any], s
               if isinstance(cut, str) or cut < 0}
     marks = [place for message in sorted(failed)
              if (place := _place(message, text, messages, lambda marked: write(marked, request["prompt"])))]
-    return {"text": text, "spans": spans, "cuts": cuts, "marks": marks}
+    absent = _absent(text, messages, request["seen"], lambda marked: write(marked, request["prompt"]))
+    return {"text": text, "spans": spans, "cuts": cuts, "marks": marks, "absent": absent}
+
+
+def _absent(text: str, messages: list[dict[str, Any]], seen: list[int], write: Callable[[list[dict[str, Any]]], str]
+            ) -> list[int] | None:
+    """Which of the messages `seen` the template leaves out; None where marks change what it writes, or are too few.
+
+    The mark stands in the middle of the content: a template may look at how that begins and ends, and trim it.
+    """
+    marked = list(messages)
+    marks: dict[int, str] = {}
+    for number in seen:
+        content = messages[number].get("content")
+        if isinstance(content, str) and (core := content.strip()):
+            marks[number] = chr(0xD800 + len(marks))
+            middle = content.index(core) + len(core) // 2
+            marked[number] = {**messages[number], "content": content[:middle] + marks[number] + content[middle:]}
+    if not marks or len(marks) > 1024:
+        return None if marks else []
+    try:
+        written = _spans(write(marked))[0]
+    except MemoryError:
+        raise
+    except Exception:       # the template refuses what the marks made of the content: they tell nothing
+        return None
+    found = set(_SEEN.findall(written))
+    return [number for number, mark in marks.items() if mark not in found] if _SEEN.sub("", written) == text else None
 
 
 def _place(number: int, text: str, messages: list[dict[str, Any]], write: Callable[[list[dict[str, Any]]], str]
@@ -199,12 +233,16 @@ def _spans(text: str) -> tuple[str, list[list[int]]]:
         if part == OPEN:
             spans += [] if depth else [[place, place]]
             depth += 1
-        elif part == CLOSE:
+        elif part == CLOSE and depth:
             depth -= 1
             spans[-1][1] = place
+        elif part in (CLOSE, NEXT):
+            raise ValueError("it writes a lone surrogate, which is no character")
         else:
             parts.append(part)
             place += len(part)
+    if depth:
+        raise ValueError("it writes a lone surrogate, which is no character")
     return "".join(parts), spans
 
 
@@ -247,13 +285,15 @@ def main() -> None:
     limit_memory = _confine()
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     templates: dict[str, Any] = {}
+    held = 0
     while header_line := source.readline():
         header = json.loads(header_line)
         lines = [source.readline() for _ in range(header["n"])]
+        held = max(held, sum(map(len, lines)))      # what a batch took may stay with the process
         for line in lines:
             request = json.loads(line)
-            limit_memory(MEMORY + 32 * len(line))
-            _limit_time(_allowance(len(line), 1 + 3 * len(request["cuts"])))
+            limit_memory(MEMORY + held + 32 * len(line))
+            _limit_time(_allowance(len(line), 2 + 3 * len(request["cuts"])))
             found = _answer(templates, environment, header, request, len(line))
             _limit_time(0)
             limit_memory(2**40)

@@ -18,11 +18,17 @@ from minitune.errors import InputError
 
 
 class TemplateProcess:
-    """The renderer: started at the first use, started anew after a template has brought it down or a fork."""
+    """The renderer: started at the first use, and anew after a template has brought it down, anything else, or a fork.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
+        self._lock = threading.Lock()
+        if hasattr(os, "register_at_fork"):     # a thread that is not there any more may have held the lock
+            os.register_at_fork(after_in_child=self._unlock)
+
+    def _unlock(self) -> None:
         self._lock = threading.Lock()
 
     def render(self, source: str, variables: Mapping[str, str], requests: Sequence[bytes]) -> list[dict[str, Any]]:
@@ -53,6 +59,8 @@ class TemplateProcess:
                 raise
 
     def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._owner == os.getpid() and self._process.poll() is not None:
+            self._close()       # it was ended from without while it had nothing to do
         if self._process is None or self._owner != os.getpid():
             jinja2 = find_spec("jinja2")
             if jinja2 is None or jinja2.origin is None:

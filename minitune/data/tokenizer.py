@@ -22,6 +22,7 @@ from minitune.data.tokenizer_files import (
     TOKENIZER_FILES,
     TokenizerFiles,
     added_in_fast_file,
+    digests_of,
     read_json,
     read_tokenizer_files,
 )
@@ -38,12 +39,14 @@ class Tokenizer:
     ids that end a generation), ``control_ids`` (frozenset: no text spells them), ``adds_bos`` (does this family begin a
     text with BOS), ``chat_template`` (its Jinja source, or None), ``chat_templates`` (that of each use, as "default" or
     "tool_use"), ``kind`` ("sentencepiece" or "tokenizers"), ``folder``, ``added`` (the tokens that `load_tokenizer` was
-    asked to add to the folder's).
+    asked to add to the folder's), ``new`` (those of them that the folder had not), ``digests`` ({file name: sha256} of
+    the files as they were read).
     """
 
-    def __init__(self, files: TokenizerFiles, backend: Backend, added: Sequence[str] = ()) -> None:
+    def __init__(self, files: TokenizerFiles, backend: Backend, added: Sequence[str] = (), new: Sequence[str] = (),
+                 digests: Mapping[str, str] | None = None) -> None:
         self._backend = backend
-        self.added = tuple(added)
+        self.added, self.new, self.digests = tuple(added), tuple(new), dict(digests or {})
         self.folder = files.folder
         self.kind = backend.kind
         self.vocab_size = backend.vocab_size
@@ -254,16 +257,37 @@ def load_tokenizer(folder: str | Path, add: Sequence[str] = ()) -> Tokenizer:
     tokenizer.model that is a tiktoken file (Llama 3's original/) or contradicts the folder's added tokens gives way to
     tokenizer.json. A control token is what the files call special or give a role (bos, eos, pad,
     additional_special_tokens); an added token that is neither, such as Qwen3's <think>, is ordinary vocabulary.
-    Raises InputError for a folder without a tokenizer and for a broken file.
+    Raises InputError for a folder without a tokenizer, for a broken file, and where tokenizer.model and tokenizer.json
+    would give an added token different ids.
     """
+    if isinstance(add, str):
+        raise InputError(f"load_tokenizer: add is {short(add)}; give a list of tokens, as [{short(add)}]")
     for token in add:
         if not isinstance(token, str) or not token.strip() or token != token.strip():
             raise InputError(f"load_tokenizer: the token to add is {short(token)}; give a text without blanks around "
                              "it")
-    files = read_tokenizer_files(Path(folder))
+    folder = Path(folder)
+    digests = digests_of(folder)
+    files = read_tokenizer_files(folder)
     backend = _open_backend(files)
-    backend.add([token for token in dict.fromkeys(add) if backend.id_of(token) is None])
-    return Tokenizer(files, backend, tuple(dict.fromkeys(add)))
+    new = [token for token in dict.fromkeys(add) if backend.id_of(token) is None]
+    backend.add(new)
+    if new and files.fast is not None and isinstance(backend, SentencePieceBackend):
+        _extended(files.fast, new, {token: backend.id_of(token) for token in new})
+    if digests_of(folder) != digests:
+        raise InputError(f"{folder}: the tokenizer's files changed while they were read; load it again")
+    return Tokenizer(files, backend, tuple(dict.fromkeys(add)), new, digests)
+
+
+def _extended(path: Path, new: Sequence[str], ids: Mapping[str, int | None]) -> TokenizersBackend:
+    """The tokenizer.json at `path` with the tokens `new`; InputError unless they get `ids` there as well."""
+    backend = TokenizersBackend(path)
+    backend.add([token for token in new if backend.id_of(token) is None])
+    other = next((token for token in new if backend.id_of(token) != ids[token]), None)
+    if other is not None:
+        raise InputError(f"{path.parent}: the added token {other!r} has the id {ids[other]} in tokenizer.model but "
+                         f"{backend.id_of(other)} in tokenizer.json; remove the file that is not used")
+    return backend
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
@@ -279,22 +303,41 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
 
 
 def save_tokenizer(tokenizer: Tokenizer, target: str | Path) -> None:
-    """Copies a tokenizer's files to another folder, what was added to it included."""
+    """Copies a tokenizer's files to another folder, what was added to it included.
+
+    An added token is written wherever the folder's files list such: in tokenizer.json, in added_tokens.json beside a
+    tokenizer.model, and in tokenizer_config.json where that has added_tokens_decoder, from which transformers reads
+    them alone then.
+    """
     target = Path(target)
     copy_tokenizer(tokenizer.folder, target)
-    if not tokenizer.added:
+    if not (target / "tokenizer.json").is_file() and not (target / "tokenizer_config.json").is_file():
+        _write_json(target / "tokenizer_config.json", _llama_config(tokenizer))
+    if not tokenizer.new:
         return
+    ids = {token: tokenizer.id_of(token) for token in tokenizer.new}
     if (target / "tokenizer.json").is_file():
-        backend = TokenizersBackend(target / "tokenizer.json")
-        backend.add([token for token in tokenizer.added if backend.id_of(token) is None])
-        if any(backend.id_of(token) != tokenizer.id_of(token) for token in tokenizer.added):
-            raise InputError(f"{tokenizer.folder}: tokenizer.model and tokenizer.json would give added tokens "
-                             "different ids; remove the one that is not used")
-        backend.save(target / "tokenizer.json")
+        _extended(target / "tokenizer.json", tokenizer.new, ids).save(target / "tokenizer.json")
     if (target / "tokenizer.model").is_file():
-        path = target / "added_tokens.json"
-        more = {token: tokenizer.id_of(token) for token in tokenizer.added}
-        path.write_text(json.dumps({**read_json(path), **more}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_json(target / "added_tokens.json", {**read_json(target / "added_tokens.json"), **ids})
+    path = target / "tokenizer_config.json"
+    config = read_json(path)
+    if config.get("added_tokens_decoder"):
+        listed = {str(number): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
+                                "single_word": False, "special": False} for token, number in ids.items()}
+        _write_json(path, {**config, "added_tokens_decoder": {**config["added_tokens_decoder"], **listed}})
+
+
+def _llama_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What transformers has to know of a bare tokenizer.model, else it reads the file in another way than sentencepiece.
+    """
+    roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
+    return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": tokenizer.adds_bos, "add_eos_token": False,
+            **{role: tokenizer.token(number) for role, number in roles.items() if number is not None}}
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _open_backend(files: TokenizerFiles) -> Backend:

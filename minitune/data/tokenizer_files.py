@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "added_tokens.json", "chat_template.jinja", "chat_template.json")
 NAMED_TEMPLATES = "additional_chat_templates"
 """The folder of chat templates for special uses, as transformers writes it: tool_use.jinja."""
+_MODEL_FILES = ("config.json", "generation_config.json")
+"""Files of the model that name control tokens."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, not a JSON object; fetch the file again")
     return value
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """{name: sha256} of the files in `folder` that a tokenizer is read from; chat templates of special uses, which the
+    Tokenizer holds as text, are not among them."""
+    found: dict[str, str] = {}
+    for name in (*TOKENIZER_FILES, *_MODEL_FILES):
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def added_in_fast_file(path: Path | None) -> dict[int, AddedToken]:
@@ -172,4 +186,4 @@ def _read_template(path: Path) -> str:
 
 
 __all__ = ["NAMED_TEMPLATES", "ROLES", "TOKENIZER_FILES", "AddedToken", "TokenizerFiles", "added_in_fast_file",
-           "read_json", "read_tokenizer_files"]
+           "digests_of", "read_json", "read_tokenizer_files"]

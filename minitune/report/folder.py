@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,9 +25,10 @@ def check_free(folder: Path) -> None:
         raise InputError(f"{folder} exists already; name another folder, or remove it")
 
 
-def run_folder(folder: Path, save: Callable[[Path], None], what: str, config: Mapping[str, Any]) -> list[Observer]:
+def run_folder(folder: Path, save: Callable[[Path], None], sound: Callable[[], bool], what: str,
+               config: Mapping[str, Any]) -> list[Observer]:
     """The observers that fill `folder`: see RunFolder; metrics.jsonl, answers.jsonl and loss.png beside it."""
-    return [RunFolder(folder, save, what, config), MetricsFile(folder / "metrics.jsonl"),
+    return [RunFolder(folder, save, sound, what, config), MetricsFile(folder / "metrics.jsonl"),
             AnswersFile(folder / "answers.jsonl"), LossPlot(folder / "loss.png")]
 
 
@@ -34,12 +36,14 @@ class RunFolder(Observer):
     """Writes config.json (`config` with the training as it was resolved), environment.json and ledger.json when the run
     starts; `what`-best at each evaluation whose loss is the lowest so far; `what` (adapter, or model) when it ends.
 
-    `save` writes what is trained into a folder. A run that Ctrl-C or an error stopped keeps what its last step made,
-    one that diverged does not. Each file takes its name when it is whole.
+    `save` writes what is trained into a folder, and `sound` tells whether all of it is finite. A run that Ctrl-C or an
+    error stopped keeps what its last step made, if that is sound; one that diverged does not. Each file takes its name
+    when it is whole.
     """
 
-    def __init__(self, folder: str | Path, save: Callable[[Path], None], what: str, config: Mapping[str, Any]) -> None:
-        self.folder, self.save, self.what, self.config = Path(folder), save, what, config
+    def __init__(self, folder: str | Path, save: Callable[[Path], None], sound: Callable[[], bool], what: str,
+                 config: Mapping[str, Any]) -> None:
+        self.folder, self.save, self.sound, self.what, self.config = Path(folder), save, sound, what, config
         self._ledger: dict[str, Any] | None = None
         self._lowest = math.inf
         self._best: Path | None = None
@@ -61,19 +65,27 @@ class RunFolder(Observer):
                 staging.write("ledger.json", json_bytes(plain(self._ledger)))
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        if record.step and record.loss is not None and record.loss < self._lowest:
+        if record.step and record.loss is not None and record.loss < self._lowest and self.sound():
             self._lowest, self._best = record.loss, self.folder / f"{self.what}-best"
             self.save(self._best)
 
     def on_end(self, run: Run) -> None:
         run.best_adapter = self._best
-        if run.records and run.end != "diverged":
-            self.save(self.folder / self.what)
-            run.adapter = self.folder / self.what
+        if not run.records or run.end == "diverged":
+            return
+        if not self.sound():
+            warnings.warn(f"{self.folder / self.what} is not written: the last step made weights that are not finite; "
+                          "begin anew with a lower lr", stacklevel=2)
+            return
+        self.save(self.folder / self.what)
+        run.adapter = self.folder / self.what
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON holds it: tables, lists, texts, numbers; paths and the like as texts, no number that is none."""
+    """`value` as JSON holds it: tables, lists, texts, numbers; paths and the like as texts, no number that is none. A
+    function stands for what it gives when the file is written."""
+    if callable(value):
+        return plain(value())
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -9,21 +9,28 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, TextIO
+from unicodedata import category
 
-from minitune.data.ledger import COLUMNS, Ledger
+from minitune.data.document import Document
+from minitune.data.ledger import COLUMNS, PLACES, Ledger, Note
+from minitune.data.pieces import cut
 from minitune.report.tables import print_table
 
 if TYPE_CHECKING:
-    from minitune.data.document import Document
+    from minitune.data.corpus import Corpus
+    from minitune.data.stream import Stream
     from minitune.data.tokenizer import Tokenizer
 
 SHOWN = 512
 """Tokens of a sample that are shown at most."""
 BAR = 40
 """Columns of the longest bar of a histogram."""
+_UNSEEN = ("Cc", "Cs", "Co")
+_DIRECTION = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 FIRST, LAST = 2.0, 30.0
 """Seconds before the first line of progress, and the most between two."""
 
@@ -88,8 +95,14 @@ def trained_runs(document: Document, tokenizer: Tokenizer) -> list[tuple[str, bo
 
 
 def visible(text: str) -> str:
-    """`text` with line breaks as they are and every other control character written out."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+    """`text` with line breaks as they are, and written out what would act on a terminal or reorder its text: other
+    control characters, marks of direction, surrogates, characters of private use."""
+    return "".join(_written_out(c) if c != "\n" and (c in _DIRECTION or category(c) in _UNSEEN) else c for c in text)
+
+
+def _written_out(character: str) -> str:
+    number = ord(character)
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
 def reading(stream: TextIO | None = None) -> Callable[[str, int, int], None]:
@@ -108,6 +121,36 @@ def reading(stream: TextIO | None = None) -> Callable[[str, int, int], None]:
             _say(f"reading {path}: {samples:,} samples, {tokens:,} tokens so far", to)
 
     return tell
+
+
+def refused(stream: Stream, tokens: int) -> Ledger:
+    """The ledger of `stream` with a note on its samples that are longer than `tokens`, if there are any."""
+    places: list[tuple[Corpus, int]] = []
+    longest = 0
+    for part in stream.parts:
+        lengths = part.corpus.bounds.diff()[part.kept].tolist()
+        places += [(part.corpus, index) for index, length in zip(part.kept.tolist(), lengths, strict=True)
+                   if length > tokens]
+        longest = max(longest, *lengths, 0)
+    if not places:
+        return stream.ledger
+    note = Note(f"longer than {tokens:,} tokens, so training refuses them: raise --tokens to {longest:,}, or say "
+                "--long split or truncate", len(places),
+                tuple(corpus.where(index) for corpus, index in places[:PLACES]))
+    return replace(stream.ledger, notes=(note, *stream.ledger.notes))
+
+
+def packed(stream: Stream, n: int) -> Iterator[Document]:
+    """`n` of what `stream` packs, evenly spread: samples, and the pieces of those that are too long for a row. A first
+    token is no target."""
+    cuts = [cut(part.corpus, part.kept, stream.tokens, stream.long) for part in stream.parts]
+    places = [(part, pieces, at) for part, pieces in zip(stream.parts, cuts, strict=True)
+              for at in range(len(pieces.owners))]
+    for place in spread(len(places), n):
+        part, pieces, at = places[place]
+        owner, start, end = int(pieces.owners[at]), int(pieces.starts[at]), int(pieces.ends[at])
+        document = part.corpus.document(owner, start, end)
+        yield Document(document.ids, [0, *document.trained[1:]], document.weight, document.where)
 
 
 def spread(count: int, n: int) -> list[int]:
@@ -129,5 +172,5 @@ def print_samples(documents: Iterable[Document], tokenizer: Tokenizer, stream: T
         print_sample(document, tokenizer, stream)
 
 
-__all__ = ["print_ledger", "print_lengths", "print_sample", "print_samples", "reading", "spread", "trained_runs",
-           "visible"]
+__all__ = ["packed", "print_ledger", "print_lengths", "print_sample", "print_samples", "reading", "refused", "spread",
+           "trained_runs", "visible"]

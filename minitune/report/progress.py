@@ -70,7 +70,8 @@ class ProgressLines(Observer):
             self._print(evaluation(record))
 
     def on_end(self, run: Run) -> None:
-        self._print(summary(run))
+        if _began(run):
+            self._print(summary(run))
 
     def _line(self, record: StepRecord) -> str:
         total = self._info.total_steps if self._info else record.step
@@ -136,7 +137,13 @@ class ProgressBar(Observer):
 
     def on_end(self, run: Run) -> None:
         self._bar.stop()
-        self.console.print(summary(run), highlight=False, markup=False)
+        if _began(run):
+            self.console.print(summary(run), highlight=False, markup=False)
+
+
+def _began(run: Run) -> bool:
+    """Whether there is something to sum up. Of a run that failed before its first step the error says all."""
+    return bool(run.records) or run.end != "failed"
 
 
 def print_ledgers(ledgers: Mapping[str, Ledger], stream: TextIO) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import TextIO
 
 WIDTH = 100
 """Columns of plain text."""
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""C0 and C1 but \\n and \\t, and delete: what can move the cursor, set a title or write into the clipboard."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ def clean(text: str) -> str:
     """`text` in one line, with every control character (escape sequences would act on the terminal) made visible."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+
+
+def harmless(text: str) -> str:
+    """`text` as a terminal may have it: every control character but line breaks and tabs written out."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _print_rich(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], stream: TextIO) -> bool:

@@ -18,8 +18,8 @@ class TensorBoard(Observer):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise InputError("--tensorboard needs the package tensorboard, which is not installed; say: pip install "
-                             "'minitune[tensorboard]'") from error
+            raise InputError("TensorBoard's files need the package tensorboard, which is not installed; say: pip "
+                             "install 'minitune[tensorboard]'") from error
         self.folder, self._make = Path(folder), SummaryWriter
         self._writer: Any = None
 

@@ -131,7 +131,7 @@ def _groups(batches: Iterable[Batch], size: int, limit: int | None, device: torc
     group: list[Batch] = []
     n_tokens, n_filler, flops = 0, 0, 0.0
     for batch in islice(_stream(batches), limit):
-        n_own = int(getattr(batch, "n_filler", 0))
+        n_own = batch.n_filler
         n_tokens, n_filler = n_tokens + batch.n_tokens, n_filler + n_own
         flops += 0.0 if costs is None else costs.of_batch(batch, n_own)
         group.append(_to(batch, device))
@@ -144,7 +144,7 @@ def _groups(batches: Iterable[Batch], size: int, limit: int | None, device: torc
 
 def _to(batch: Batch, device: torch.device) -> Batch:
     # A copy from pageable memory would wait for the work queued before it; a batch type that can pin itself does.
-    if device.type == "cpu" and getattr(batch, "n_filler", 0):
+    if device.type == "cpu" and batch.n_filler:
         return batch.without_filler()
     pin = getattr(batch, "pin_memory", None) if device.type == "cuda" else None
     return (pin() if pin is not None else batch).to(device)

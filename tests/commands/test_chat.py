@@ -121,6 +121,23 @@ def test_an_empty_answer_leaves_the_conversation_as_it_was(monkeypatch, capsys, 
     assert "an empty answer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_control_characters_reach_a_pipe_but_no_terminal(monkeypatch, capsys, terminal):
+    class Pieces(list):
+        finish_reason = "stop"
+
+    class Model:
+        def stream(self, *_, **__):
+            return Pieces(["a\x1b]0;title\x07", "b\n"])
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    talk = Conversation(Model(), None, 8, {})
+    talk.ask("Hi")
+    assert capsys.readouterr().out == ("a\\x1b]0;title\\x07b\n\n" if terminal else "a\x1b]0;title\x07b\n\n")
+    assert talk.messages[-1]["content"] == "a\x1b]0;title\x07b\n"
+    capsys.readouterr()
+
+
 def _end():
     raise EOFError
 

@@ -1,5 +1,6 @@
 """minitune complete: the continuation alone, as it is written, and what the flags of sampling mean."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,11 @@ def test_errors_print_nothing(capsys, folder, sampling, words):
     with pytest.raises(mt.InputError, match=words):
         Complete(folder, "x", device="cpu", sampling=Sampling(**sampling)).run()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_control_characters_reach_a_pipe_but_no_terminal(capsys, monkeypatch, folder, terminal):
+    monkeypatch.setattr(mt.Model, "stream", lambda *_, **__: iter(["a\x1b[2J\n", "\tb"]))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    Complete(folder, "x", device="cpu").run()
+    assert capsys.readouterr().out == ("a\\x1b[2J\n\tb\n" if terminal else "a\x1b[2J\n\tb\n")

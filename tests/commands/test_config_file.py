@@ -76,7 +76,10 @@ def test_windows_ends_of_lines_and_a_byte_order_mark(tmp_path):
 WRONG = {
     "unknown": ("lr = 1\nlrr = 1", r":2: 'lrr' is no setting of this command; did you mean lr\?"),
     "in a table": ("[lora]\n\nrnk = 1", r":3: 'lora.rnk' is no setting .* did you mean rank\?"),
-    "another table's": ("[lora]\nlr = 1", ":2: 'lora.lr' is no setting"),
+    "another table's": ("[lora]\nlr = 1", r":2: 'lora.lr' is no setting of this command; lr belongs to \[training\]"),
+    "another's table": ("[training]\nrank = 4", r"rank belongs to \[lora\]"),
+    "table that is a setting": ("[data]\nvalid_split = 3", r":2: 'data.valid_split' .* belongs to \[samples\]"),
+    "table of nothing": ("[optim]\nlr = 3", r":2: 'optim.lr' .* belongs to \[training\]"),
     "unknown table": ("[lroa]\nrank = 1", r":1: 'lroa' is no setting .* did you mean lora\?"),
     "as others call it": ("learning_rate = 1e-4", r"did you mean lr\?"),
     "like nothing": ("zzzzzz = 1", "there are adapter, add_tokens, alpha, "),
@@ -153,7 +156,7 @@ def _toml(value):
 def test_any_file_gives_a_command_or_one_error(tmp_path, table):
     path = Path(_file(tmp_path, "\n".join(f"{json.dumps(key)} = {_toml(value)}" for key, value in table.items())))
     try:
-        made = read_defaults(shown(Train), path)
+        made, _ = read_defaults(shown(Train), path)
     except InputError as error:
         assert str(error).startswith(str(path)) and "\n" not in str(error) and len(str(error)) < 800
     else:

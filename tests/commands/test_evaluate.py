@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("tyro")
 import minitune as mt
 from minitune.commands.evaluate import Evaluate
+from minitune.commands.merge import Merge
 from minitune.objectives.evaluate import evaluate
 
 
@@ -65,3 +66,13 @@ def test_data_without_a_trained_token_is_refused(folder, tmp_path):
     path.write_text('{"prompt": "a", "completion": "b", "label": false}\n')
     with pytest.raises(mt.InputError, match="nothing to train on"):
         Evaluate(folder, path, tokens=64, device="cpu").run()
+
+
+def test_merge_measures_on_the_same_data_with_the_same_names(folder, data, tmp_path, capsys):
+    mt.load(folder, device="cpu", dtype="float32", lora=mt.LoRA(rank=2)).save_adapter(tmp_path / "adapter")
+    fields = {"field_map": ("prompt=question", "completion=reply"), "tokens": 4, "long": "split", "device": "cpu"}
+    Evaluate(folder, data, dtype="float32", **fields).run()
+    loss = table(capsys.readouterr().out)["loss (nats a token)"][0]
+    Merge(folder, tmp_path / "adapter", tmp_path / "merged", data=data, dtype="float32", **fields).run()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"loss {loss}: the base without the adapter" and lines[-1] == f"loss {loss}: the merged model"

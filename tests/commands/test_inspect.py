@@ -40,6 +40,41 @@ def test_long_samples_are_shown_and_said(tmp_path: Path, capsys: pytest.CaptureF
     assert "split, no piece sees the one before it" in out and "refuses" not in out
 
 
+def test_long_validation_samples_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = ("prompt=question", "completion=answer")
+    path = write(tmp_path / "a.jsonl", ["short", "brief"])
+    held = write(tmp_path / "b.jsonl", ["one", "a longer question than that " * 4])
+    Inspect(BASE, path, n=0, tokens=20, samples=Data(field_map=fields, valid=str(held))).run()
+    before, _, after = capsys.readouterr().out.partition("Held out")
+    assert "refuses" not in before and "note: 1 sample: longer than 20 tokens, so training refuses them" in after
+    assert f"({held}:2)" in after
+
+
+def test_samples_are_shown_as_training_sees_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "word " * 30, "completion": "yes"}))
+    Inspect(BASE, path, tokens=20, samples=Data(long="truncate")).run()
+    out = capsys.readouterr().out
+    assert "20 tokens, 0 trained" in out and "yes" not in out.partition("Lengths")[2] and "«" not in out
+    path.write_text(json.dumps({"text": "word " * 30}))
+    Inspect(BASE, path, tokens=20, n=9, samples=Data(long="split")).run()
+    shown = re.findall(r"a.jsonl:1: (\d+) tokens, (\d+) trained", capsys.readouterr().out)
+    assert len(shown) > 1 and max(int(length) for length, _ in shown) == 20
+    assert all(int(trained) == int(length) - 1 for length, trained in shown)
+
+
+def test_the_seed_draws_what_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.jsonl", [f"question {i} {'word ' * i}" for i in range(10)])
+    found = set()
+    for seed in (0, 0, 1, 2, 3):
+        settings = Data(field_map=("prompt=question", "completion=answer"), valid_split=0.2)
+        Inspect(BASE, path, seed=seed, n=0, samples=settings).run()
+        found.add(capsys.readouterr().out)
+    assert 1 < len(found) < 5
+    with pytest.raises(InputError, match=r"inspect: seed is 0\.5"):
+        Inspect(BASE, path, seed=0.5).run()     # type: ignore[arg-type]
+
+
 def test_what_is_held_out_has_a_ledger_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "a.jsonl", [f"question {i}" for i in range(10)])
     settings = Data(field_map=("prompt=question", "completion=answer"), valid_split=0.2)

@@ -13,10 +13,13 @@ import pytest
 
 pytest.importorskip("tyro")
 import minitune.commands
+from minitune.checkpoint.merge import Onto
 from minitune.cli import main
 from minitune.commands import COMMANDS
 from minitune.commands.fields import options, settings
+from minitune.commands.merge import Merge
 from minitune.commands.parse import load_command, parse
+from minitune.commands.reading import Reading
 from minitune.commands.shared import ELSEWHERE, nearest
 from minitune.commands.train import Train
 from minitune.config import Data, LoRA, Training
@@ -45,7 +48,12 @@ WRONG = {
     "one missing": (["a"], "DATA is missing"),
     "one more": (["a", "b", "c"], "not understood: c (see"),
     "text": (["a", "--rank is no flag"], "'--rank is no flag' looks like a flag; put -- before text"),
-    "short flag": (["a", "b", "-r", "3"], "'-r' looks like a flag"),
+    "short flag": (["a", "b", "-r", "3"], "there is no flag -r; did you mean --rank?"),
+    "short flag like nothing": (["a", "b", "-zzzz", "3"], "'-zzzz' looks like a flag"),
+    "one hyphen": (["a", "b", "-lr=3"], "there is no flag -lr; did you mean --lr?"),
+    "dots": (["a", "b", "--train.epochs", "3"], "there is no flag --train.epochs; did you mean --epochs?"),
+    "dots and =": (["a", "b", "--lora.rank=3"], "there is no flag --lora.rank; did you mean --rank?"),
+    "dots like nothing": (["a", "b", "--x.zzzz", "3"], "'--x.zzzz' looks like a flag"),
     "config": (["a", "b", "--config"], "--config PATH"),
 }
 
@@ -86,6 +94,32 @@ def test_no_number_is_nan_infinite_or_negative(part, name):
             part(**{name: float(value)})
 
 
+def test_a_command_knows_what_was_given(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[training]\nlr = 1e-3\n")
+    command = parse("train", ["a", "b", "--rank", "16", "--no-rslora", "--max_steps=3", "--config", str(file)])
+    assert {("lora", "rank"), ("lora", "rslora"), ("training", "max_steps"), ("training", "lr")} <= command.given
+    assert ("lora", "alpha") not in command.given and Train.given == frozenset()
+    assert parse("complete", ["base", "--", "--max-new-tokens"]).given == frozenset()
+
+
+@pytest.mark.parametrize("other", [["--adapter", "x"], ["--train", "full"]])
+@pytest.mark.parametrize("lora", [["--rank", "16"], ["--alpha=32"], ["--no-dora"]])
+def test_flags_of_lora_are_refused_beside_an_adapter_even_at_their_defaults(other, lora):
+    with pytest.raises(InputError, match="leave out the flags of LoRA"):
+        parse("train", ["a", "b", *other, *lora])._load()
+
+
+def test_merge_reads_its_data_as_evaluate_does(tmp_path):
+    flags = ["--long", "split", "--field-map", "prompt=q", "--tokens", "64"]
+    merge, evaluate = parse("merge", ["a", "b", "c", "--data", "d", *flags]), parse("evaluate", ["a", "b", *flags])
+    for name in Reading.__dataclass_fields__:
+        assert getattr(merge, name) == getattr(evaluate, name) != getattr(Reading(), name)
+    with pytest.raises(InputError, match="merge: long and tokens say how --data is read, and there is no --data"):
+        parse("merge", ["a", "b", "c", "--long", "refuse", "--tokens", "3"]).run()
+    assert get_args(get_type_hints(Merge)["onto"]) == get_args(Onto)
+
+
 def test_numbers_at_their_bounds_are_taken():
     command = parse("train", ["a", "b", "--lr", "1e-30", "--clip", "0", "--dropout", "0", "--seed", "-1"])
     assert (command.training.lr, command.training.clip, command.training.seed) == (1e-30, 0, -1)
@@ -110,13 +144,13 @@ def test_the_help_of_each_command_is_whole(name, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_flag_says_what_it_does_and_names_are_one(name):
-    from minitune.commands.shown import _texts
+    from minitune.commands.shown import texts_of
 
     command = load_command(name)
     owners = [command, *(hint for hint in get_type_hints(command).values() if dataclasses.is_dataclass(hint))]
     for owner in owners:
         nested = {key for key, hint in get_type_hints(owner).items() if dataclasses.is_dataclass(hint)}
-        missing = {field.name for field in dataclasses.fields(owner)} - set(_texts(owner)) - nested
+        missing = {field.name for field in dataclasses.fields(owner)} - set(texts_of(owner)) - nested
         assert not missing, f"{owner.__name__}: {missing} have no text"
     last = [path[-1] for path in settings(command)]
     assert len(last) == len(set(last)), "two settings share a flag"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -75,6 +76,31 @@ def test_a_dry_run_writes_nothing(folder, data, tmp_path, capsys):
     before = set(tmp_path.iterdir())
     command(folder, data, tmp_path / "run", dry_run=True).run()
     assert "nothing is written" in capsys.readouterr().out and set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"training": {"evaluate_every": 2}, "ask": ()}, None), ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"ask": ("",)}, "ask has ''"),
+    ({"samples": Data(valid="untrained.jsonl")}, "no trained token|nothing to train on"),
+    ({"texts": True, "training": {"evaluate_every": 2}}, "there is nothing to evaluate")])
+def test_a_dry_run_refuses_what_the_run_does(folder, data, tmp_path, monkeypatch, flags, message, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "untrained.jsonl").write_text('{"prompt": "a", "completion": "b", "label": false}\n')
+    flags = dict(flags)
+    if flags.pop("texts", False):
+        data.write_text('{"text": "no question in it"}\n')
+    before = set(tmp_path.iterdir())
+    said = []
+    for dry in (True, False) if message else (True,):
+        try:
+            command(folder, data, tmp_path / "run", dry_run=dry, **flags).run()
+        except mt.InputError as error:
+            said.append(str(error))
+    assert set(tmp_path.iterdir()) == before
+    if message is None:         # the questions of the data can be asked
+        assert not said and "nothing is written" in capsys.readouterr().out
+    else:
+        assert len(said) == 2 and said[0] == said[1] and re.search(message, said[0])
 
 
 @pytest.mark.parametrize(("flags", "message"), [

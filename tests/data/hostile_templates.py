@@ -58,7 +58,8 @@ HOSTILE = {
 
 def main(child: str, packages: str) -> None:
     """Renders each template in a process of its own."""
-    conversation = {"messages": [{"role": "user", "content": "hi"}], "tools": None, "prompt": False, "cuts": []}
+    conversation = {"messages": [{"role": "user", "content": "hi"}], "tools": None, "prompt": False, "cuts": [],
+                    "seen": []}
     for source in HOSTILE.values():
         lines = [json.dumps({"source": source, "variables": {}, "n": 1}), json.dumps(conversation), ""]
         subprocess.run([sys.executable, "-I", child, packages], input="\n".join(lines).encode(), check=False,

@@ -110,6 +110,37 @@ def test_a_row_becomes_a_sample(row: dict[str, Any], expected: Sample) -> None:
     assert json.dumps(row) == before, "the row itself must not change"
 
 
+SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"instruction": "i", "input": "x", "output": "a", "text": "Below is i, x"},
+     {"instruction": "i", "input": "x", "output": "a"}),
+    ({"conversations": [Q, A], "conversation_id": 3}, {"messages": [Q, A]}),
+    ({"prompt": "q", "completion": "a", "completion_id": 3}, {"prompt": "q", "completion": "a"}),
+    ({"prompt": "q", "completion": "a", "label": True, "labeler": 3}, {"prompt": "q", "completion": "a"}),
+    ({"text": "a", "label": None}, {"text": "a"}),
+    ({"inputs": [{"value": "q", "trainable": False}, {"value": "a", "trainable": True},
+                 {"value": "", "trainable": False}]},
+     {"inputs": [{"value": "q", "trainable": False}, {"value": "a", "trainable": True}]}),
+    ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "q"}]}], "chosen": [Q, A],
+      "rejected": [Q, bot("b")]}, {"chosen": [Q, A], "rejected": [Q, bot("b")]}),
+]
+
+
+@pytest.mark.parametrize(("row", "other"), SAME, ids=[json.dumps(row)[:60] for row, _ in SAME])
+def test_rows_that_mean_the_same(row: dict[str, Any], other: dict[str, Any]) -> None:
+    one, same = to_sample(row, "w"), to_sample(other, "w")
+    assert (one.segments, one.messages, one.unused) == (same.segments, same.messages, same.unused)
+
+
+def test_a_field_map_leaves_other_names_alone() -> None:
+    assert to_sample({"text": "a", "height": 3}, "w", {"text": "text"}) == to_sample({"text": "a"}, "w")
+    with pytest.raises(InputError, match="label is None; it must be true or false"):
+        to_sample({"q": "a", "completion": "b", "label": None}, "w", {"prompt": "q"})
+    with pytest.raises(InputError, match="the field 'label' is missing"):
+        to_sample({"prompt": "a", "completion": "b", "good": None}, "w", {"label": "good"})
+    assert to_sample({"prompt": "a", "label": None, "completion": "b"}, "w",
+                     {"weight": "label", "prompt": "prompt"}).kind == "prompt/completion"
+
+
 def test_every_format_is_among_them() -> None:
     assert {expected.kind for _, expected in READ} == set(FORMATS)
 

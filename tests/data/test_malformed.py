@@ -42,7 +42,13 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"text": "a", "prompt": "b"}, "'text' and 'prompt' belong to different formats; keep the fields of one"),
     ({"prompt": "a", "messages": []}, "'prompt' and 'messages' belong to different.* field map, as messages=messages"),
     ({"prompt": "a", "completion": "b", "chosen": "c"}, "'completion' and 'chosen' belong to different"),
-    ({"instruction": "a", "output": "b", "text": "ab"}, "'instruction' and 'text' belong to different"),
+    ({"instruction": "a", "input": "b", "text": "ab"}, "'instruction' and 'text' belong to different"),
+    ({"prompt": "a", "completion": "b", "label": None}, "label is None; it must be true or false"),
+    *(({"text": "a", name: 1}, f"'{name}' is not read beside 'text', and would change") for name in (
+        "sample_weight", "completion_mask", "assistant_masks", "loss_mask", "labels", "masked")),
+    *((turn(**{name: 0}), rf"messages\[1\] has the field '{name}', which is not read; write weight") for name in (
+        "training", "train_detail", "training_detail", "mask", "masked", "loss_mask", "loss_weight", "is_trained")),
+    ({"text": "a", "weight": 1e-31}, "weight is 1e-31; it must be a positive number below 1e30, at least 1e-30"),
     ({"text": "a", "label": 1}, "'text' and 'label' belong to different"),
     ({"prompt": "a"}, "'completion' is missing beside 'prompt'; prompt/completion rows have prompt, completion"),
     ({"completion": "a"}, "'prompt' is missing"),

@@ -148,6 +148,27 @@ def test_a_text_file_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         read(tmp_path / "a.txt", b"12345")
 
 
+def test_parquet_makes_up_no_fields(tmp_path: Path) -> None:
+    """Arrow gives each object of a column the fields of all of them; what was a list's or a map's own null stays."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    table: list[dict[str, Any]] = [
+        {"calls": [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": [{"z": 1}, {"w": None}]}}],
+         "id": None}, {"calls": [{"name": "h", "arguments": {"x": 2}}], "id": 3}, {"calls": None, "id": 4}]
+    parquet.write_table(pyarrow.Table.from_pylist(table), path)
+    table[0]["calls"][1]["arguments"]["y"][1] = {}
+    assert [row for _, row in read_rows(path)] == table
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.int64())
+    given = pyarrow.table({"m": pyarrow.array([[("a", None), ("b", 1)]], kind),
+                           "l": pyarrow.array([[None, 1]])})
+    parquet.write_table(given, path)
+    assert [row for _, row in read_rows(path)] == [{"m": {"a": None, "b": 1}, "l": [None, 1]}]
+    parquet.write_table(pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(InputError, match="has two columns named 'text'; rename"):
+        list(read_rows(path))
+
+
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -155,6 +176,8 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     table = [{"messages": [{"role": "user", "content": f"é {i}", "name": None}], "n": i} for i in range(5)]
     parquet.write_table(pyarrow.Table.from_pylist(table), path, row_group_size=3)
+    for row in table:
+        del row["messages"][0]["name"]
     assert list(read_rows(path)) == [(f"{path}: row {i + 1}", row) for i, row in enumerate(table)]
     whole = path.read_bytes()
     for content in (b"", b"PAR1", whole[:-20], whole[:100] + b"\xff" * 40 + whole[140:]):

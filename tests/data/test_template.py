@@ -55,7 +55,7 @@ def test_time_and_memory_grow_with_a_long_conversation() -> None:
 
 
 def test_the_process_comes_back() -> None:
-    request = json.dumps({"messages": CHAT, "tools": None, "prompt": False, "cuts": []}).encode()
+    request = json.dumps({"messages": CHAT, "tools": None, "prompt": False, "cuts": [], "seen": []}).encode()
     own = TemplateProcess()
     slow = "{% if messages[0].content == 'slow' %}" + HOSTILE["nested loops"] + "{% endif %}{{ messages[0].content }}"
     found = own.render(slow, {}, [request, request.replace(b"hi", b"slow"), request])

@@ -20,7 +20,7 @@ ROWS: dict[str, str] = {
     "unknown": '{"body": "a"}',
     "misspelt": '{"promt": "a", "completion": " b"}',
     "half": '{"prompt": "a"}',
-    "mixed": '{"instruction": "a", "output": "b", "text": "a b"}',
+    "mixed": '{"prompt": "a", "completion": "b", "text": "a b"}',
     "image": '{"prompt": "a", "completion": " b", "images": ["a.png"]}',
     "number": '{"prompt": 3, "completion": " b"}',
     "empty": '{"prompt": "a", "completion": ""}',

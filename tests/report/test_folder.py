@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import math
+import platform
+import socket
 from pathlib import Path
 
 import pytest
@@ -42,8 +45,13 @@ class Saver:
         (folder / "weights").write_text(str(len(self.calls)))
 
 
+def sound():
+    return True
+
+
 def test_settings_and_machine_are_written_at_the_start(tmp_path):
-    folder = RunFolder(tmp_path / "run", Saver(), "adapter", {"data": Path("a.jsonl"), "nan": math.nan})
+    folder = RunFolder(tmp_path / "run", Saver(), sound, "adapter", {"data": Path("a.jsonl"), "nan": math.nan,
+                                                                     "late": lambda: "said at the start"})
 
     class Account:
         def as_dict(self):
@@ -53,7 +61,8 @@ def test_settings_and_machine_are_written_at_the_start(tmp_path):
     assert not (tmp_path / "run").exists()
     folder.on_start(INFO)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["data"] == "a.jsonl" and config["nan"] is None and config["trained_parameters"] == 7
+    assert config["data"] == "a.jsonl" and config["nan"] is None and config["late"] == "said at the start"
+    assert config["trained_parameters"] == 7
     assert config["training"]["warmup"] == 0.1 and config["training"]["min_lr_ratio"] == 1 / 32
     assert config["training"]["lr"] == 2e-4 and config["total_steps"] == 3
     machine = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -66,7 +75,7 @@ def test_settings_and_machine_are_written_at_the_start(tmp_path):
 
 def test_the_best_is_that_of_the_lowest_validation_loss(tmp_path):
     saver = Saver()
-    folder = RunFolder(tmp_path, saver, "adapter", {})
+    folder = RunFolder(tmp_path, saver, sound, "adapter", {})
     run = Run(info=INFO, records=[step(1), step(2)], end="finished")
     for record in (seen(0, 0.5), seen(1, 2.0), seen(2, 1.0), seen(3, 1.5), seen(4, math.nan), seen(5)):
         folder.on_evaluation(record)
@@ -82,9 +91,20 @@ def test_the_best_is_that_of_the_lowest_validation_loss(tmp_path):
 def test_a_run_that_was_stopped_keeps_what_is_sound(tmp_path, records, end, saved):
     saver = Saver()
     run = Run(info=INFO, records=records, end=end)
-    RunFolder(tmp_path, saver, "model", {}).on_end(run)
+    RunFolder(tmp_path, saver, sound, "model", {}).on_end(run)
     assert saver.calls == (["model"] if saved else []) and (run.adapter is not None) == saved
     assert run.best_adapter is None
+
+
+@pytest.mark.parametrize("end", ["interrupted", "failed"])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, end):
+    saver = Saver()
+    folder = RunFolder(tmp_path, saver, lambda: False, "adapter", {})
+    run = Run(info=INFO, records=[step(1)], end=end)
+    folder.on_evaluation(seen(1, 1.0))
+    with pytest.warns(UserWarning, match="adapter is not written: the last step made weights that are not finite"):
+        folder.on_end(run)
+    assert saver.calls == [] and run.adapter is None and run.best_adapter is None
 
 
 def test_metrics_and_answers_hold_the_evaluations(tmp_path):
@@ -108,7 +128,7 @@ def test_metrics_and_answers_hold_the_evaluations(tmp_path):
 
 def test_all_observers_of_a_folder_work_together(tmp_path):
     pytest.importorskip("matplotlib")
-    observers = run_folder(tmp_path / "run", Saver(), "adapter", {})
+    observers = run_folder(tmp_path / "run", Saver(), sound, "adapter", {})
     run = Run(info=INFO, records=[step(1), step(2)], evaluations=[seen(0, 2.0), seen(2, 1.0)], end="finished")
     for method, what in (("on_start", INFO), ("on_evaluation", seen(2, 1.0)), ("on_end", run)):
         for observer in observers:
@@ -127,10 +147,17 @@ def test_a_folder_is_free_if_it_is_new_or_empty(tmp_path):
 
 
 def test_the_environment_names_no_user_and_no_host(monkeypatch, tmp_path):
+    named = platform.uname()._replace(node="name-of-the-host")
+    for module, name in ((platform, "node"), (socket, "gethostname"), (socket, "getfqdn"), (getpass, "getuser")):
+        monkeypatch.setattr(module, name, lambda *_: "name-of-the-host")
+    monkeypatch.setattr(platform, "uname", lambda: named)
+    for name in ("HOSTNAME", "USER", "LOGNAME"):
+        monkeypatch.setenv(name, "name-of-the-host")
     found = environment("cpu")
     assert found["gpu"] is None and found["cores"] >= 1 and found["python"].startswith("3.")
     assert found["commit"] is None or len(found["commit"]) == 40
-    assert str(Path.home()) not in json.dumps(plain(found))
+    text = json.dumps(plain(found))
+    assert str(Path.home()) not in text and "name-of-the-host" not in text
     monkeypatch.setattr(environment_module, "ROOT", tmp_path)
     assert environment("cpu")["commit"] is None and environment("cpu")["changed"] is None
     (tmp_path / ".git").mkdir()

@@ -13,7 +13,7 @@ from minitune.config import Training
 from minitune.report.metrics import MetricsFile
 from minitune.report.plot import LossPlot, plot_loss, running_mean
 from minitune.report.progress import ProgressBar, ProgressLines, clock, progress, summary
-from minitune.report.tables import Answer, clean, print_answers, print_table
+from minitune.report.tables import Answer, clean, harmless, print_answers, print_table
 from minitune.training.run import EvaluationRecord, Run, RunInfo, StepRecord
 
 
@@ -144,7 +144,16 @@ def test_a_bar_is_closed_when_the_run_fails_before_its_first_step():
     run = Run(info=RunInfo(total_steps=3, n_parameters=1, device="cpu", training=Training()))
     observer.on_start(run.info)
     observer.on_end(run)
-    assert "failed after 0 steps" in stream.getvalue()
+    assert "failed" not in stream.getvalue()      # the error is told, and there is nothing to sum up
+    assert not observer._bar.live.is_started
+
+
+def test_a_run_that_failed_before_its_first_step_has_no_summary():
+    info = RunInfo(total_steps=3, n_parameters=1, device="cpu", training=Training())
+    for end, shown in (("failed", False), ("interrupted", True)):
+        stream = io.StringIO()
+        progress(stream).on_end(Run(info=info, end=end))
+        assert (f"{end} after 0 steps" in stream.getvalue()) == shown
 
 
 def test_clock():
@@ -182,6 +191,10 @@ def test_plain_table_is_aligned():
 
 def test_clean_keeps_text_and_shows_controls():
     assert clean("a\n b\tc é 漢 \x1b[0m\x07") == "a b c é 漢 \\x1b[0m\\x07"
+
+
+def test_what_is_harmless_on_a_terminal():
+    assert harmless("a\n\tb é 漢 \x1b[0m\x07\r\x9b\x7f") == "a\n\tb é 漢 \\x1b[0m\\x07\\x0d\\x9b\\x7f"
 
 
 def test_plain_lines_come_even_if_only_some_steps_are_told():

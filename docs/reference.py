@@ -1,0 +1,46 @@
+"""Writes reference.md from the dataclasses of the settings: python docs/reference.py. A test holds the two together."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from minitune.commands.fields import describe
+from minitune.commands.shown import texts_of
+from minitune.config import Data, LoRA, Training
+
+PAGE = Path(__file__).with_name("reference.md")
+HEAD = """\
+# The settings
+
+You get: every setting of adapters, training and data. In Python it is an argument, in a TOML file a key of the table,
+on the command line a flag (`max_steps` is `--max-steps`). `python docs/reference.py` writes this page from
+`minitune/config.py`; `minitune COMMAND --help` tells the flags that a command has besides.
+"""
+PARTS = {"lora": (LoRA, "`mt.LoRA`: the adapters"),
+         "training": (Training, "`mt.Training`, or arguments of `mt.train`: the run"),
+         "samples": (Data, "`mt.Data`: how the data is read")}
+"""TOML table -> (its dataclass, what it is)."""
+
+
+def page() -> str:
+    """The text of reference.md."""
+    parts = [HEAD]
+    for table, (owner, what) in PARTS.items():
+        rows = "\n".join(_row(field, get_type_hints(owner)[field.name], texts_of(owner)[field.name])
+                         for field in dataclasses.fields(owner))
+        parts.append(f"## [{table}]\n\n{what}.\n\n| name | type | default | meaning |\n"
+                     f"| --- | --- | --- | --- |\n{rows}\n")
+    return "\n".join(parts)
+
+
+def _row(field: dataclasses.Field[Any], hint: Any, text: str) -> str:
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    shown = str(default).lower() if isinstance(default, bool) else str(default)
+    return f"| `{field.name}` | {describe(hint)} | {'' if default in (None, (), {}) else f'`{shown}`'} | {text} |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
