@@ -329,8 +329,7 @@ def save_tokenizer(tokenizer: Tokenizer, target: str | Path) -> None:
 
 
 def _llama_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What transformers has to know of a bare tokenizer.model, else it reads the file in another way than sentencepiece.
-    """
+    """What transformers has to know of a bare tokenizer.model, to read it as sentencepiece does."""
     roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
     return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": tokenizer.adds_bos, "add_eos_token": False,
             **{role: tokenizer.token(number) for role, number in roles.items() if number is not None}}
