@@ -17,8 +17,9 @@ from minitune.commands.chat import Chat, Conversation
 from minitune.commands.sampling import Sampling
 
 RUN = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)       # whoever runs the tests may ignore it
 from minitune.commands.chat import Chat
 Chat(Path(sys.argv[1]), device="cpu", dtype="float32", max_new_tokens=int(sys.argv[2])).run()
 """
