@@ -27,12 +27,12 @@ demo: $(VENV)/.installed        ## fine-tune a small model on minitune's own fac
 test: $(VENV)/.test             ## lint, types and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow'
 
 test-all: $(VENV)/.test         ## what is too long for CI as well
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

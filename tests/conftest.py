@@ -1,9 +1,11 @@
-"""Settings of every test: two threads at most, no network for the oracles, GPU tests only where a GPU is, and first."""
+"""Settings of every test: two threads at most, one where tests run side by side, no network for the oracles, GPU tests
+only where a GPU is, and first."""
 
 import os
 import tempfile
 
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))      # of the processes that tests start, too
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))      # of the processes that tests start, too
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MINITUNE_CACHE"] = tempfile.mkdtemp(prefix="minitune-cache-")     # not the user's
@@ -11,7 +13,7 @@ os.environ["MINITUNE_CACHE"] = tempfile.mkdtemp(prefix="minitune-cache-")     # 
 import pytest
 import torch
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(min(THREADS, torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

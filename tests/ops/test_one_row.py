@@ -92,7 +92,7 @@ def test_weights_in_4_bits(tmp_path, at_hand):
 
 def test_it_reads_the_adapters_as_they_are_when_it_is_made():
     network = _network("plain", torch.float32, LoRA(rank=4))
-    with network.adapters_disabled():
+    with network.adapters_switched(False):
         base = _both(network)
     adapted = _both(network)
     assert torch.equal(base[0][0], base[1][0]) and not torch.equal(base[1][0], adapted[1][0])
