@@ -216,8 +216,10 @@ def results_page(raws: dict[str, Raw]) -> str:
 
 
 def readme_train(raws: dict[str, Raw]) -> str:
-    """README's short table: a row a side, a column a size and layout."""
-    columns = [(raw["size"], shape, found["sides"]) for _, raw in sorted(raws.items()) if raw["kind"] == "train"
+    """README's short table: a row a side, a column a size and layout. Of runs that measured all layouts of a size; one
+    that looked at a part has a name of its own, and stands in RESULTS.md."""
+    raws = {name: raw for name, raw in raws.items() if raw["kind"] == "train" and raw["name"] == f"train-{raw['size']}"}
+    columns = [(raw["size"], shape, found["sides"]) for _, raw in sorted(raws.items())
                for shape, found in raw["layouts"].items()]
     if not columns:
         return "not measured yet"
@@ -230,7 +232,7 @@ def readme_train(raws: dict[str, Raw]) -> str:
             cells.append(f"{rate['median']:,.0f}" if rate.get("n") else "-")
         rows.append([f"**{_NAMES[name]}**" if name == "ours" else _NAMES[name], *cells])
     head = ["tokens/s", *(f"{size}, {shape}" for size, shape, _ in columns)]
-    places = sorted({where(raw) for raw in raws.values() if raw["kind"] == "train"})
+    places = sorted({where(raw) for raw in raws.values()})
     return "\n".join([*markdown(head, rows), "", *places])
 
 

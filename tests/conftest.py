@@ -4,8 +4,8 @@ only where a GPU is, and first."""
 import os
 import tempfile
 
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))      # of the processes that tests start, too
+os.environ.setdefault("OMP_NUM_THREADS",        # of the processes that tests start, too
+                      "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(2, os.cpu_count() or 1)))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MINITUNE_CACHE"] = tempfile.mkdtemp(prefix="minitune-cache-")     # not the user's
@@ -13,7 +13,7 @@ os.environ["MINITUNE_CACHE"] = tempfile.mkdtemp(prefix="minitune-cache-")     # 
 import pytest
 import torch
 
-torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

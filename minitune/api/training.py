@@ -59,11 +59,17 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: str | Path | It
     TrainingDiverged where the loss is no longer a number.
     """
     training = _training(training, settings)
+    if isinstance(data, Stream) and data.tokens != training.tokens:
+        if "tokens" in settings:
+            raise InputError(f"train: the stream has rows of {data.tokens} tokens, the training "
+                             f"tokens={training.tokens}; set tokens in one place")
+        training = replace(training, tokens=data.tokens)
     folder = None if out is None else as_path("train", "out", out)
     ready = prepare(model, data, valid=valid, training=training, out=folder, ask=ask, max_new_tokens=max_new_tokens)
     about = {"data": _name(data), "valid": None if valid is None else _name(valid),
              "ask": list(map(as_asked, ready.examiner.questions)), "max_new_tokens": max_new_tokens, **(config or {})}
     shown = is_watched() if quiet is None else not quiet
+    _check_observers(observers)
     everyone = [*(_folder(folder, model, ready.batches, about) if folder is not None else ()), *observers,
                 *([progress()] if shown else ())]
     _tell_ledgers(ready.batches, ready.held_out, everyone, shown)
@@ -86,6 +92,8 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
             max_new_tokens: Any) -> Ready:
     """All that is checked before a run, for `train` and for a dry run: InputError for whatever could not be trained,
     evaluated, asked or written. Nothing is computed and nothing written."""
+    if not isinstance(model, Model):
+        raise InputError(f"train: model is {short(model)}; give what mt.load returns")
     if out is not None:
         check_free(out)
     check_whole("train", "max_new_tokens", max_new_tokens)
@@ -116,7 +124,8 @@ def _training(training: Training | None, settings: Mapping[str, Any]) -> Trainin
     unknown = settings.keys() - Training.__dataclass_fields__.keys()
     if unknown:
         raise InputError(f"train: no setting is named {', '.join(sorted(unknown))}; there are "
-                         f"{', '.join(Training.__dataclass_fields__)}")
+                         f"{', '.join(Training.__dataclass_fields__)}. How data is read is said to mt.data.stream, "
+                         "memory and quant to mt.load")
     return training or Training(**settings)
 
 
@@ -128,10 +137,23 @@ def _batches(name: str, data: Any, model: Model, training: Training) -> Iterable
                       seed=training.seed, shuffle=shuffled)
     if not isinstance(data, Iterable):
         raise InputError(f"train: {name} is {short(data)}; give the path of a data file, or batches")
+    if isinstance(data, Sequence):
+        wrong = next((place for place, each in enumerate(data) if not isinstance(each, Batch)), None)
+        if wrong is not None:
+            raise InputError(f"train: {name}[{wrong}] is {short(data[wrong])}; give a file, or batches as "
+                             "mt.data.stream and mt.data.pack make them")
     if isinstance(data, Stream) and name == "data" and data.epochs not in (1, training.epochs):
         raise InputError(f"train: the stream has epochs={data.epochs}, the training epochs={training.epochs}; set "
                          "epochs in one place")
     return data
+
+
+def _check_observers(observers: Any) -> None:
+    """InputError unless it is a list of what listens to something."""
+    if not isinstance(observers, list | tuple) or any(
+            not any(callable(getattr(each, name, None)) for name in vars(Observer) if name.startswith("on_"))
+            for each in observers):
+        raise InputError(f"train: observers is {short(observers)}; give a list of objects with methods such as on_step")
 
 
 def _tell_ledgers(batches: Iterable[Batch], held_out: Iterable[Batch] | None, observers: Sequence[Observer],

@@ -246,3 +246,22 @@ def test_on_a_cpu_no_step_works_for_filler(folder, data, monkeypatch):
     run = mt.train(trained, batches, valid=batches, tokens=512, max_steps=2, lr=1e-3)
     assert batches.n_filler > 100 and max(seen) <= 512 - batches.n_filler
     assert run.n_tokens == 2 * 512 and run.n_filler == 2 * batches.n_filler
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda m, d: mt.train("base", d), "model is 'base'; give what mt.load returns"),
+    (lambda m, d: mt.train(m, [{"prompt": "a", "completion": " b"}]), r"data\[0\] is .*; give a file, or batches"),
+    (lambda m, d: mt.train(m, d, observers=print), "observers is .*; give a list of objects"),
+    (lambda m, d: mt.train(m, d, observers=[print]), "observers is .*; give a list of objects"),
+    (lambda m, d: mt.train(m, d, learning_rate=1), "no setting is named learning_rate; there are tokens, "),
+    (lambda m, d: mt.train(m, mt.data.stream(d, m.tokenizer, tokens=128), tokens=64), "rows of 128 tokens"),
+], ids=["model", "rows", "observer", "observers", "name", "tokens"])
+def test_arguments_of_the_wrong_kind_get_one_message(folder, data, call, message):
+    with pytest.raises(mt.InputError, match=message):
+        call(model(folder), data)
+
+
+def test_a_stream_says_how_long_its_rows_are(folder, data, tmp_path):
+    trained = model(folder)
+    mt.train(trained, mt.data.stream(data, trained.tokenizer, tokens=128), max_steps=1, out=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["tokens"] == 128
