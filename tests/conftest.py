@@ -4,8 +4,10 @@ only where a GPU is, and first."""
 import os
 import tempfile
 
-os.environ.setdefault("OMP_NUM_THREADS",        # of the processes that tests start, too
-                      "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(2, os.cpu_count() or 1)))
+if "PYTEST_XDIST_WORKER" in os.environ:     # set, not a default: a worker inherits what the line below gave its parent,
+    os.environ["OMP_NUM_THREADS"] = "1"     # and two threads in each of two workers on two cores wait for one another
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))   # processes that tests start see it too
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MINITUNE_CACHE"] = tempfile.mkdtemp(prefix="minitune-cache-")     # not the user's
