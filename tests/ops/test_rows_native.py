@@ -192,9 +192,9 @@ def test_a_label_outside_the_vocabulary_is_named():
 
 def test_results_do_not_depend_on_the_threads():
     x, weight = torch.randn(64, 1000, dtype=torch.bfloat16), torch.rand(1000).bfloat16()
-    results = []
+    results, before = [], torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         results.append(rms_norm.forward(x, weight, 1e-5)[0])
-    torch.set_num_threads(2)
+    torch.set_num_threads(before)
     assert torch.equal(*results)
