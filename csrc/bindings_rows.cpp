@@ -179,6 +179,19 @@ void softmax_backward(const Tensor& dp, const Tensor& p) {
   work.p = rows_of(op, "p", p, work.shape);
   run(work, chosen_path().softmax_backward);
 }
+
+void product(const Tensor& weight, const Tensor& x, const Tensor& y) {
+  const char* op = "rows_product";
+  Product work{shape_of(op, "weight", weight)};
+  if (weight.dim() != 2) fail(op, ": weight has ", weight.dim(), " dimensions; it must have 2");
+  if (work.shape.width == 0) fail(op, ": weight has rows without elements");
+  work.weight = rows_of(op, "weight", weight, work.shape);
+  const ScalarType dtype = weight.scalar_type();
+  work.x = vector_of<void>(op, "x", x, dtype, work.shape.width);
+  vector_of<void>(op, "y", y, dtype, work.shape.tokens);
+  work.y = y.mutable_data_ptr();
+  run(work, chosen_path().product);
+}
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minitune, library) {
@@ -192,6 +205,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitune, library) {
   library.def("rows_losses(Tensor(a!) logits, Tensor labels, Tensor(b!) out, float smoothing, bool gradient) -> ()");
   library.def("rows_softmax(Tensor(a!) scores, int queries, int begin, int window) -> ()");
   library.def("rows_softmax_backward(Tensor(a!) dp, Tensor p) -> ()");
+  library.def("rows_product(Tensor weight, Tensor x, Tensor(a!) y) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minitune, CPU, library) {
@@ -203,4 +217,5 @@ STABLE_TORCH_LIBRARY_IMPL(minitune, CPU, library) {
   library.impl("rows_losses", TORCH_BOX(&losses));
   library.impl("rows_softmax", TORCH_BOX(&softmax));
   library.impl("rows_softmax_backward", TORCH_BOX(&softmax_backward));
+  library.impl("rows_product", TORCH_BOX(&product));
 }

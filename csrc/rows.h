@@ -1,4 +1,4 @@
-// rows.h: the pointwise ops of a training step on a CPU, row by row: norms, SwiGLU, rotation, softmax, cross-entropy.
+// rows.h: ops of a CPU that go row by row: norms, SwiGLU, rotation, softmax, cross-entropy, matrix times vector.
 //
 // Values are fp32 or bf16 in memory and fp32 in registers; each result is rounded once. A row is worked on by one thread
 // and from left to right in lanes, so results do not depend on the number of threads. The same code (rows_kernels.h) is
@@ -74,6 +74,13 @@ struct SoftmaxBackward {  // dp becomes p · (dp - Σ p · dp)
   Rows dp, p;
 };
 
+struct Product {          // y = weight · x; tokens: rows of the weight, width: of one; x and y are of the same dtype
+  Shape shape;
+  Rows weight;
+  const void* x;
+  void* y;
+};
+
 // One instruction set: each function does the tokens [first, last).
 struct Path {
   void (*rms_norm)(const RmsNorm&, int64_t first, int64_t last);
@@ -84,6 +91,7 @@ struct Path {
   void (*losses)(const Losses&, int64_t first, int64_t last);
   void (*softmax)(const Softmax&, int64_t first, int64_t last);
   void (*softmax_backward)(const SoftmaxBackward&, int64_t first, int64_t last);
+  void (*product)(const Product&, int64_t first, int64_t last);
 };
 extern const Path kPortable, kAvx2, kAvx512;
 

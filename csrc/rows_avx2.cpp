@@ -3,6 +3,9 @@
 
 #include <memory>
 
+#define ROWS_FMA 1
+#define ROWS_RUN 64
+
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
 

@@ -3,6 +3,9 @@
 
 #include <memory>
 
+#define ROWS_FMA 1
+#define ROWS_RUN 256
+
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 

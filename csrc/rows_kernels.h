@@ -1,5 +1,7 @@
 // rows_kernels.h: the loops of rows.h, for whatever instruction set the including file has set. No include guard: each
 // including file has a namespace of its own for it. Plain loops that a compiler turns into lanes (-fopenmp-simd).
+// That file also says ROWS_FMA (1: products and sums in one rounding) and ROWS_RUN (values summed in fp32, see `summed`):
+// in C++ gcc does not define __FMA__ or __AVX512F__ for a target that a pragma sets.
 
 struct BFloat16 {
   uint16_t bits;
@@ -30,7 +32,7 @@ inline void store(BFloat16* at, float x) {
 
 // a · b + c, rounded once where the CPU can.
 inline float fused(float a, float b, float c) {
-#if defined(__FMA__)
+#if ROWS_FMA
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
@@ -59,14 +61,9 @@ inline float sigmoid(float x) { return x < -88.0f ? 0.0f : 1.0f / (1.0f + expone
 // Σ term(i) over [first, last): short runs in lanes, the runs in fp64, so that a long row loses nothing.
 template <typename Term>
 inline float summed(int64_t first, int64_t last, Term term) {
-#if defined(__AVX512F__)
-  constexpr int64_t kRun = 256;
-#else
-  constexpr int64_t kRun = 64;
-#endif
   double total = 0.0;
-  for (int64_t begin = first; begin < last; begin += kRun) {
-    const int64_t end = last - begin < kRun ? last : begin + kRun;
+  for (int64_t begin = first; begin < last; begin += ROWS_RUN) {
+    const int64_t end = last - begin < ROWS_RUN ? last : begin + ROWS_RUN;
     float part = 0.0f;
 #pragma omp simd reduction(+ : part)
     for (int64_t i = begin; i < end; ++i) part += term(i);
@@ -252,6 +249,36 @@ void softmax_backward_row(const SoftmaxBackward& work, int64_t token, int64_t) {
   for (int64_t i = 0; i < keys; ++i) store(dp + i, load(p + i) * (load(dp + i) - sum));
 }
 
+// What bounds it is the memory, and one core asks for too little of it by itself: each line of the weight is asked for
+// 8 KiB ahead, into the second-level cache, over the ends of rows.
+template <typename T>
+void product_rows(const Product& work, int64_t first, int64_t last) {
+  constexpr int64_t kLanes = 32, kAhead = 8192 / sizeof(T), kLine = 64 / sizeof(T);
+  const int64_t k = work.shape.width, whole = k - k % kLanes;
+  const T* given = static_cast<const T*>(work.x);
+  float* x = scratch(k);
+#pragma omp simd
+  for (int64_t i = 0; i < k; ++i) x[i] = load(given + i);
+  for (int64_t token = first; token < last; ++token) {
+    const T* weight = row<T>(work.weight, work.shape, token, 0);
+    float lanes[kLanes] = {};
+    for (int64_t begin = 0; begin < whole; begin += kLanes) {
+      for (int64_t line = begin; line < begin + kLanes; line += kLine) __builtin_prefetch(weight + line + kAhead, 0, 2);
+#pragma omp simd
+      for (int64_t i = 0; i < kLanes; ++i) lanes[i] = fused(load(weight + begin + i), x[begin + i], lanes[i]);
+    }
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < kLanes; ++i) sum += lanes[i];
+    for (int64_t i = whole; i < k; ++i) sum = fused(load(weight + i), x[i], sum);
+    store(static_cast<T*>(work.y) + token, sum);
+  }
+}
+
+void product(const Product& work, int64_t first, int64_t last) {
+  work.shape.dtype == F32 ? product_rows<float>(work, first, last) : product_rows<BFloat16>(work, first, last);
+}
+
 template <typename Work, void (*Plain)(const Work&, int64_t, int64_t), void (*Narrow)(const Work&, int64_t, int64_t)>
 void all_rows(const Work& work, int64_t first, int64_t last) {
   for (int64_t token = first; token < last; ++token)
@@ -268,4 +295,5 @@ const Path path = {
     all_rows<Losses, losses_row<float>, losses_row<BFloat16>>,
     all_rows<Softmax, softmax_row<float>, softmax_row<BFloat16>>,
     all_rows<SoftmaxBackward, softmax_backward_row<float>, softmax_backward_row<BFloat16>>,
+    product,
 };

@@ -3,6 +3,9 @@
 
 #include <memory>
 
+#define ROWS_FMA 0
+#define ROWS_RUN 64
+
 namespace rows {
 namespace {
 #include "rows_kernels.h"

@@ -19,7 +19,7 @@ from minitune.model.adapter import HEAD, Adapter, check_targets, matches
 from minitune.model.attention_half import AttentionHalf
 from minitune.model.head import Head
 from minitune.model.lora import Projection, frozen
-from minitune.model.memory import choose_policy
+from minitune.model.memory import ask_for_huge_pages, choose_policy
 from minitune.model.mlp_half import MlpHalf
 from minitune.model.offload import Parking
 from minitune.model.token_rows import TokenRows
@@ -71,6 +71,7 @@ class Llama(nn.Module):
         self.dtype = dtype
         self._policies: dict[int, MemoryPolicy] = {}
         self._images, self._parking = Images(), Parking()
+        ask_for_huge_pages(self.parameters())
 
     # -- forward -----------------------------------------------------------------------------------------------------
 

@@ -25,10 +25,10 @@ NAMES = ("native", "triton", "reference")
 OPS: dict[str, tuple[str, ...]] = {
     "nf4": ("native", "triton"), "rms_norm": ("native", "triton"), "swiglu": ("native", "triton"),
     "rope": ("native", "triton"), "linear_cross_entropy": ("native", "triton"), "softmax": ("native",),
-    "lora_images": ("triton",), "lora_gradients": ("triton",), "adamw": ("triton",), "sgd": ("triton",),
-    "attention": ("triton",), "lora_matmul": ("triton",)}
+    "few_rows": ("native",), "lora_images": ("triton",), "lora_gradients": ("triton",), "adamw": ("triton",),
+    "sgd": ("triton",), "attention": ("triton",), "lora_matmul": ("triton",)}
 """What each op has beside its reference, the preferred one first."""
-ROWS = ("rms_norm", "swiglu", "rope", "linear_cross_entropy", "softmax")
+ROWS = ("rms_norm", "swiglu", "rope", "linear_cross_entropy", "softmax", "few_rows")
 """Whose native half is for a CPU alone, and for ROWS_DTYPES (csrc/rows.h)."""
 ROWS_DTYPES = (torch.float32, torch.bfloat16)
 MEASURED = ("attention", "lora_matmul")

@@ -1,14 +1,18 @@
 """few_rows: x·Wᵀ + bias where x has few rows, as in decoding on a CPU: the weight is read once, at the memory's rate.
 
-One row is a matrix-vector product, which reads the weight as it lies. For a few rows oneDNN would lay the weight out
-anew in each product; `pack` does that once. The packed copy costs the weight's memory again, so generation makes it and
-drops it (`model/generate.py`).
+One row is a matrix-vector product, which reads the weight as it lies: in bf16 by the extension, which asks for it
+ahead. For a few rows oneDNN would lay the weight out anew in each product; `pack` does that once. The packed copy costs
+the weight's memory again, so generation makes it and drops it (`model/generate.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from minitune.ops import backends
 
 
 def pack(weight: Tensor) -> Tensor | None:
@@ -32,6 +36,15 @@ def product(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, packed
     if out is not None:
         return torch.mm(x, weight.mT, out=out) if bias is None else torch.addmm(bias, x, weight.mT, out=out)
     if len(x) == 1 and x.device.type == "cpu":
-        y = torch.mv(weight, x[0])[None]       # addmv with a bias would miss torch's fast path for bf16
+        y = x.new_empty(1, len(weight))
+        vector_product(weight)(weight, x[0], y[0])
         return y if bias is None else y.add_(bias)
     return x @ weight.mT if bias is None else torch.addmm(bias, x, weight.mT)
+
+
+def vector_product(weight: Tensor) -> Callable[[Tensor, Tensor, Tensor], object]:
+    """What writes weight [N, K] times x [K] into y [N], all contiguous and on a CPU."""
+    if weight.dtype == torch.bfloat16 and backends.by_rows("few_rows", weight):     # in fp32 torch's is the faster one
+        own: Callable[[Tensor, Tensor, Tensor], object] = torch.ops.minitune.rows_product.default
+        return own
+    return lambda weight, x, y: torch.mv(weight, x, out=y)      # addmv with a bias would be slower in bf16

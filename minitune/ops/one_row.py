@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitune.ops import backends, lora_matmul
+from minitune.ops import backends, few_rows, lora_matmul
 from minitune.ops.lora_matmul import LoraWeights
 
 
@@ -117,10 +117,10 @@ def _product(w: LoraWeights, y: Tensor) -> Callable[[Tensor], None]:
             y.copy_(lora_matmul.forward(x[None], w)[0])
 
         return general
-    flat = y.view(-1)
+    flat, write = y.view(-1), few_rows.vector_product(weight)
 
     def product(x: Tensor) -> None:
-        torch.mv(weight, x, out=flat)
+        write(weight, x, flat)
         if bias is not None:
             y.add_(bias)
         if a is not None and b is not None:

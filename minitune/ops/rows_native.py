@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-NAMES = ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "losses", "softmax", "softmax_backward")
+NAMES = ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "losses", "softmax", "softmax_backward",
+         "product")
 
 
 def _nothing(*_: Any) -> None:

@@ -141,6 +141,28 @@ def test_softmax(dtype, window):
     check("ds", dp, plain[1], truth[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(7, 1000), (5, 31), (300, 64)], ids=str)
+def test_product(shape, dtype):
+    weight, x = torch.randn(shape[0], shape[1] + 3).to(dtype)[:, : shape[1]], torch.randn(shape[1]).to(dtype)
+    y = torch.full((shape[0],), float("nan"), dtype=dtype)
+    OPS.rows_product(weight, x, y)
+    check("y", y, torch.mv(weight, x), torch.mv(weight.double(), x.double()))
+
+
+def test_a_product_with_what_is_no_number_is_none():
+    y = torch.zeros(2, dtype=torch.bfloat16)
+    weight = torch.ones(2, 40, dtype=torch.bfloat16)
+    weight[0, 39] = float("nan")
+    OPS.rows_product(weight, torch.ones(40, dtype=torch.bfloat16), y)
+    assert bool(y[0].isnan()) and y[1] == 40
+
+
+def test_a_product_needs_columns():
+    with pytest.raises(RuntimeError, match="rows_product: weight has rows without elements"):
+        OPS.rows_product(torch.empty(3, 0), torch.empty(0), torch.empty(3))
+
+
 def _calls():
     x, weight, angles = torch.randn(4, 2, 6), torch.rand(6), torch.rand(4, 3)
     rstd, labels = torch.rand(4, 2, 1), torch.randint(0, 9, (4,))
@@ -150,7 +172,8 @@ def _calls():
             "swiglu_backward": (torch.randn(4, 5), torch.randn(4, 10), torch.randn(4, 10), torch.randn(4, 5)),
             "rope": (x.clone(), angles, angles, True),
             "losses": (torch.randn(4, 9), labels, torch.empty(4), 0.1, True),
-            "softmax": (torch.randn(6, 8), 3, 4, 2), "softmax_backward": (torch.randn(6, 8), torch.rand(6, 8))}
+            "softmax": (torch.randn(6, 8), 3, 4, 2), "softmax_backward": (torch.randn(6, 8), torch.rand(6, 8)),
+            "product": (torch.randn(5, 8), torch.randn(8), torch.empty(5))}
 
 
 @pytest.mark.parametrize("name", list(_calls()))
@@ -195,6 +218,8 @@ def test_results_do_not_depend_on_the_threads():
     results, before = [], torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(rms_norm.forward(x, weight, 1e-5)[0])
+        product = torch.empty(64, dtype=torch.bfloat16)
+        OPS.rows_product(x, weight, product)
+        results.append((rms_norm.forward(x, weight, 1e-5)[0], product))
     torch.set_num_threads(before)
-    assert torch.equal(*results)
+    assert all(map(torch.equal, *results))
