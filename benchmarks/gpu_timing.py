@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import summary
+from minitune.training import machine
 
 _CACHE_BYTES = 256 * 2**20
 """Written before each repeat; several times the L2 of any present GPU."""
@@ -70,12 +71,8 @@ def _event_timed(run: Callable[[], object], warmup_ms: int, repeat_ms: int) -> d
 
 
 def matrix_rate(device: str) -> float:
-    """TFLOP/s of a large bf16 product of random matrices (8192³ on a GPU): the ceiling that shares are given of."""
-    side = 8192 if device == "cuda" else 128
-    left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    out = torch.empty(side, side, dtype=torch.bfloat16, device=device)
-    ms = timed(lambda: torch.mm(left, right, out=out), device, 50, 300)["median"]
-    return 2 * side**3 / ms / 1e9
+    """TFLOP/s in bf16, as a run's progress measures it: the ceiling that shares are given of."""
+    return machine.matrix_rate(torch.device(device), torch.bfloat16) / 1e12
 
 
 def error(found: torch.Tensor, truth: torch.Tensor) -> float:

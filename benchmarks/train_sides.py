@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class Trainer:
+class Trainer(ABC):
     """What both trainers share: timed steps on one batch that never changes, so the loss must fall."""
 
     optimizer: Any
     parameters: list[torch.nn.Parameter]
 
+    @abstractmethod
     def loss(self) -> torch.Tensor:
         """The mean loss of the batch, ready for backward."""
-        raise NotImplementedError
 
     def one_step(self) -> float:
         self.optimizer.zero_grad(set_to_none=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minitune.data.batch import Batch
@@ -35,9 +36,12 @@ class Costs:
         positions alone, and 3.5 times the forward of attention. No recomputation is counted, and no filler, which is
         the batch's last document of `n_filler` tokens where there is one.
         """
-        lengths = batch.documents.lengths[:-1] if n_filler else batch.documents.lengths
+        return self.of_documents(batch.documents.lengths[:-1] if n_filler else batch.documents.lengths, batch.n_trained)
+
+    def of_documents(self, lengths: Sequence[int], n_trained: int) -> float:
+        """The same of documents of so many tokens each, `n_trained` positions of them trained."""
         linears = 2 * self.forward_only + 4 * self.frozen + 6 * (self.trained + self.adapters)
-        return (linears * (batch.n_tokens - n_filler) + 2 * self.head_products * self.head * batch.n_trained
+        return (linears * sum(lengths) + 2 * self.head_products * self.head * n_trained
                 + sum(map(self._attention, lengths)))
 
     def _attention(self, length: int) -> float:

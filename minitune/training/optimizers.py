@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,7 +22,7 @@ MOMENTS = ("fp32", "8bit")
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FlatOptimizer(torch.optim.Optimizer):
+class FlatOptimizer(torch.optim.Optimizer, ABC):
     """What AdamW and SGD share: every group's fp32 parameters lie in one buffer a device and move in one launch.
 
     Making the optimizer moves the parameters: ``p.data`` becomes a view of the buffer, ``p.grad`` a view of the
@@ -140,16 +141,17 @@ class FlatOptimizer(torch.optim.Optimizer):
                 self._show_state(group, flat, i)
         torch.autograd.graph.increment_version([p for i, p in enumerate(flat.params) if active[i]])
 
+    @abstractmethod
     def _update(self, group: dict[str, Any], flat: FlatBuffer, part: slice, done: int, scale: Tensor | None) -> None:
         """Apply the op to one run of parameters that have `done` steps behind them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _show_state(self, group: dict[str, Any], flat: FlatBuffer, i: int) -> None:
         """Put views of the moments of parameter `i` into ``self.state``, under torch's names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """InputError where a setting of the group is wrong."""
 
     def _take_state(self) -> None:
         """Copy the tensors in ``self.state`` into the flat buffers and put views in their place."""
