@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from minitune.commands.fields import describe
-from minitune.commands.shown import texts_of
+from minitune.commands.flags.declared import describe
+from minitune.commands.flags.help import texts_of
 from minitune.config import Data, LoRA, Training
 
 PAGE = Path(__file__).with_name("reference.md")

@@ -6,12 +6,14 @@ import contextlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from minitune.commands import COMMANDS
-from minitune.commands.shared import nearest
 from minitune.config import short
 from minitune.errors import InputError
+from minitune.names import nearest
 
 DESCRIPTION = "Fine-tune Llama-family models with LoRA on one NVIDIA GPU or a CPU."
 OVERVIEW = f"""\
@@ -30,7 +32,9 @@ minitune --completion SHELL  prints the completion script of bash, zsh or fish, 
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one command. User errors end in one line on stderr and exit code 2."""
+    """Run one command. User errors end in one line on stderr and exit code 2, and a warning is one line too."""
+    if args is None:        # the process is the command's alone
+        warnings.showwarning = _show_warning
     try:
         _run(list(sys.argv[1:] if args is None else args))
         sys.stdout.flush()
@@ -59,11 +63,11 @@ def _run(args: list[str]) -> None:
     elif name == "--version":
         print(f"minitune {sys.modules['minitune'].__version__}")      # of the package around this file
     elif name.partition("=")[0] == "--completion":
-        from minitune.commands.parse import completion
+        from minitune.commands.flags.parse import completion
 
         completion(name.partition("=")[2] or " ".join(args[1:2]))
     elif name in COMMANDS:
-        from minitune.commands.parse import parse
+        from minitune.commands.flags.parse import parse
 
         parse(name, args[1:]).run()
     else:
@@ -71,6 +75,12 @@ def _run(args: list[str]) -> None:
         meant = nearest(name, known)
         hint = f"did you mean {meant}?" if meant else f"there are {', '.join(COMMANDS)}"
         raise InputError(f"there is no command {short(name)}; {hint} (minitune --help tells what each does)")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,
+                  file: TextIO | None = None, line: str | None = None) -> None:
+    """Without the place in our source that Python shows."""
+    print(f"minitune: warning: {message}", file=sys.stderr)
 
 
 def _ending(error: Exception) -> tuple[int | None, str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import reprlib
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from minitune.errors import InputError
+from minitune.names import unknown_names
 
 MemoryPolicy = Literal["auto", "keep", "pointwise", "full", "offload"]
 Quant = Literal["nf4", "nf4-dq"]
@@ -20,6 +22,7 @@ LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 MAX_WHOLE = 2**31 - 1
 """The largest whole number that a setting takes, seeds apart: lengths and offsets of a batch are int32."""
 
+T = TypeVar("T")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
@@ -27,6 +30,33 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 def short(value: object) -> str:
     """`value` as one short line for a message, however large it is."""
     return " ".join(_SHORT.repr(value).split())
+
+
+def check_names(owner: str, names: Iterable[str], settings: type[Any], more: str = "") -> None:
+    """InputError for names that are no fields of the dataclass `settings`; `more` ends it."""
+    known = [each.name for each in fields(settings)]
+    unknown = set(names).difference(known)
+    if unknown:
+        raise InputError(f"{owner}: no setting is named {unknown_names(unknown, known)}; there are "
+                         f"{', '.join(known)}{more}")
+
+
+def _names_checked(owner: str) -> Callable[[type[T]], type[T]]:
+    """Of a dataclass: `check_names` for its keyword arguments, where Python would raise a TypeError."""
+
+    def checked(settings: type[T]) -> type[T]:
+        made: Any = settings
+        plain = made.__init__
+
+        @functools.wraps(plain)
+        def init(self: T, *values: Any, **named: Any) -> None:
+            check_names(owner, named, settings)
+            plain(self, *values, **named)
+
+        made.__init__ = init
+        return settings
+
+    return checked
 
 
 def check_whole(owner: str, name: str, value: object, low: int = 1) -> None:
@@ -145,6 +175,7 @@ class ModelConfig:
             raise InputError(f"model: windows has {len(self.windows)} entries for {self.n_layers} layers")
 
 
+@_names_checked("LoRA")
 @dataclass(frozen=True)
 class LoRA:
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W·x becomes W·x + s·B·(A·x), A [rank, in], B [out, rank].
@@ -198,6 +229,7 @@ class LoRA:
             _positive("LoRA", **{where: value})
 
 
+@_names_checked("training")
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """One training run: how long, how fast, in what batches."""
@@ -275,6 +307,7 @@ MAX_SHARE = 1000
 """The most times that a file may be seen in one epoch."""
 
 
+@_names_checked("data")
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """How the data is read: names of fields, long samples, files mixed in, what is held out for validation."""

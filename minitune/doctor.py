@@ -1,39 +1,24 @@
-"""doctor and tune: what this machine can do, whether every op is right on it, and which way of an op is the fastest."""
+"""doctor: what this machine can do, and whether every op is right on it."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import platform
-from pathlib import Path
 
 import torch
 
-from minitune.checkpoint.hf_config import read_config
-from minitune.config import LoRA, ModelConfig, check_whole, short
+from minitune.api.loading import config_of
+from minitune.config import check_whole
 from minitune.devices import choose_device, choose_dtype
-from minitune.errors import InputError
-from minitune.model.llama import Llama
 from minitune.model.memory import free_bytes
-from minitune.model.shapes import shape
-from minitune.ops import checks, tuned, tuning
+from minitune.ops import checks, tuned
 from minitune.ops.backends import backends
 from minitune.report.tables import print_table
 
 EXTRAS = {"pyarrow": ("Parquet files", "parquet"), "tensorboard": ("TensorBoard logs", "tensorboard"),
           "triton": ("Triton kernels", "triton")}
 """Package -> (what it is for, the extra of minitune that brings it)."""
-
-
-def config_of(command: str, base: str) -> ModelConfig:
-    """Of a checkpoint folder, or of a named shape. InputError for what is neither."""
-    if Path(base).exists():
-        return read_config(Path(base))
-    try:
-        return shape(base)
-    except InputError as error:
-        reason = str(error).removeprefix("init: ")
-        raise InputError(f"{command}: there is no folder {short(base)}, and {reason}") from None
 
 
 def doctor(base: str, device: str | None, dtype: str | None, tokens: int | None) -> bool:
@@ -80,28 +65,3 @@ def gpu() -> str:
         return "none: this torch is built without CUDA; pytorch.org tells how to install one with it"
     return (f"none: this torch is built for CUDA {torch.version.cuda}, but finds no NVIDIA GPU, or no driver for it "
             "(nvidia-smi tells which)")
-
-
-def tune(base: str, device: str | None, dtype: str | None, tokens: int, longest: int, rank: int) -> Path:
-    """Time every way of the measured ops at the shapes of `base`, print them and write the table -> where it lies."""
-    check_whole("tune", "tokens", tokens)
-    check_whole("tune", "longest", longest)
-    lora = LoRA(rank=rank)
-    place = choose_device(device)
-    if place.type != "cuda":
-        raise InputError("tune: there is nothing to choose without a GPU; what a CPU takes is settled")
-    if longest > tokens:
-        raise InputError(f"tune: longest is {longest}; it must be between 1 and tokens ({tokens})")
-    config = config_of("tune", base)
-    network = Llama(config, dtype=torch.bfloat16, device="meta")
-    network.add_adapters(lora, seed=0)
-    products = {next(iter(p.parts)): (p.n_rows, p.n_columns, p.image_shapes()[0][0]) for p in network.projections()}
-    heads = config.n_heads, config.n_kv_heads, config.head_dim
-    found = tuning.measure(products, heads, tokens, longest, choose_dtype(dtype, place), place)
-    rows = [(op, " x ".join(map(str, at)), way, ", ".join(f"{name} {ms:.3f}" for name, ms in times.items()))
-            for op, at, way, times in tuning.shapes(found)]
-    print_table("The fastest way of each op", ("op", "shape", "way", "milliseconds"), rows)
-    device_name = torch.cuda.get_device_name(place)
-    path = tuned.place(device_name)
-    tuned.write(path, device_name, found)
-    return path

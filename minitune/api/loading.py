@@ -11,9 +11,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from minitune.api.model import Model, as_path
+from minitune.api.model import ABOUT, Model, as_path
 from minitune.checkpoint.adapter import match_adapter, match_rows, take_copies
 from minitune.checkpoint.adapter_reader import base_copies, read_adapter, read_token_rows
+from minitune.checkpoint.files import read_json_object
 from minitune.checkpoint.hf_config import is_prequantized, read_config
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import Quantized, load_weights
@@ -26,6 +27,7 @@ from minitune.model.init import init_weights
 from minitune.model.llama import Llama
 from minitune.model.memory import reuse_freed_memory
 from minitune.model.shapes import shape
+from minitune.report.folder import check_no_run
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
@@ -49,6 +51,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     folder = as_path("load", "path", path)
     _check_load(quant, lora, adapter, train, memory, seed)
     added = _added(add_tokens)
+    check_no_run(folder)
     place = choose_device(device)
     compute = choose_dtype(dtype, place)
     if compute == torch.float16 and (lora is not None or train is not None):
@@ -65,6 +68,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
         lora, model.adapter_path = found[0], Path(adapter)
         network.add_adapters(lora, seed)
         match_adapter(found[1], network.adapters(), Path(adapter), folder)
+        _warn_of_precision(Path(adapter), model.quant)
     elif lora is not None:
         network.add_adapters(lora, seed)
     _train_rows(network, adapter, rows)
@@ -75,6 +79,21 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
         raise InputError("load: add_tokens needs rows of the embedding to train: give lora=mt.LoRA(…), or a train that "
                          'names the embedding, such as "full"')
     return model
+
+
+def _warn_of_precision(adapter: Path, quant: Quant | None) -> None:
+    """Warn where an adapter that minitune wrote was trained on a base in 4 bits, and this one is not, or otherwise.
+    InputError for a file of ours that says what we never write."""
+    if not (adapter / ABOUT).exists():      # trained in 16 bits, or by another trainer, who does not tell
+        return
+    trained = read_json_object(adapter / ABOUT).get("quant")
+    if trained not in get_args(Quant):
+        raise InputError(f"{adapter / ABOUT}: quant is {short(trained)}; it must be {' or '.join(get_args(Quant))}, as "
+                         "the base lay that it was trained on; correct it, or remove the file")
+    if trained != quant:
+        here = f"in {quant}" if quant else "in 16 bits or more"
+        warnings.warn(f"{adapter}: was trained on a base in {trained}, and this one lies {here}, so the answers differ "
+                      f"somewhat; load it with quant {trained} to have what was trained", stacklevel=3)
 
 
 def _added(tokens: Any) -> tuple[str, ...]:
@@ -218,3 +237,15 @@ def _too_large(config: ModelConfig, checkpoint: Checkpoint) -> bool:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def config_of(command: str, base: str) -> ModelConfig:
+    """Of a checkpoint folder, or of a named shape. InputError for what is neither."""
+    if Path(base).exists():
+        check_no_run(Path(base))
+        return read_config(Path(base))
+    try:
+        return shape(base)
+    except InputError as error:
+        reason = str(error).removeprefix("init: ")
+        raise InputError(f"{command}: there is no folder {short(base)}, and {reason}") from None

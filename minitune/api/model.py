@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,18 +14,23 @@ from torch import Tensor, nn
 
 from minitune.api.generation import Generation
 from minitune.checkpoint.adapter import write_adapter
+from minitune.checkpoint.files import json_bytes, staged
 from minitune.checkpoint.hf_config import write_config
 from minitune.checkpoint.merge import Onto, base_tensors, merged_config, merged_tensors
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import save_weights
-from minitune.config import LoRA, short
+from minitune.config import LINEAR_NAMES, LoRA, Quant, short
 from minitune.data.batch import IGNORED, Batch
 from minitune.data.ids import flat_integers
 from minitune.data.tokenizer import Tokenizer, save_tokenizer
 from minitune.devices import DTYPES
 from minitune.errors import InputError
+from minitune.model.adapter import HEAD
 from minitune.model.llama import Llama
 from minitune.objectives import sft
+
+ABOUT = "minitune.json"
+"""Beside an adapter's files: what of its training PEFT's have no field for."""
 
 
 def as_path(owner: str, name: str, value: Any) -> Path:
@@ -40,6 +46,20 @@ def _batch(owner: str, batch: Any) -> Batch:
     return batch
 
 
+def _ranks(network: Llama) -> str:
+    ranks = sorted({adapter.rank for adapter in network.adapters().values()})
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+
+def _adapted(network: Llama) -> str:
+    """The linears with an adapter, by their own names, and in how many layers, if not in all."""
+    paths = list(network.adapters())
+    names = [name for name in (*LINEAR_NAMES, HEAD) if any(path.endswith(name) for path in paths)]
+    layers = {path.split(".")[2] for path in paths if path != HEAD}
+    some = "" if len(layers) in (0, network.config.n_layers) else f" of {len(layers)} layers"
+    return f"{', '.join(names)}{some}"
+
+
 class Model(Generation):
     """A network with its tokenizer (None if the checkpoint has none) and the folder it came from."""
 
@@ -47,6 +67,27 @@ class Model(Generation):
         super().__init__(network, tokenizer, path)
         self.lora: LoRA | None = None
         self.adapter_path: Path | None = None       # of the adapter that was loaded, if one was
+
+    @property
+    def quant(self) -> Quant | None:
+        """How the base's linears lie in 4 bits, as `load` calls it; also for a checkpoint that was stored so."""
+        parts = [part for projection in self.network.projections() for _, part in projection.nf4_parts()]
+        return None if not parts else "nf4-dq" if parts[0].nested else "nf4"
+
+    def __repr__(self) -> str:
+        """One line: family, shape, parameters, dtype and device, and what is trained, as print_trainable_parameters
+        of PEFT tells it."""
+        network, config = self.network, self.config
+        base = sum(math.prod(shape) for _, shape, _, _ in network.dense_weights())
+        added = [*network.adapters().values(), *([] if network.output.rows is None else [network.output.rows])]
+        total = base + sum(p.numel() for each in added for p in each.parameters())
+        n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        kind = str(network.dtype).removeprefix("torch.") + (f", linears in {self.quant}" if self.quant else "")
+        parts = [f"{config.family}, {config.n_layers} layers x {config.d_model}, {base:,} parameters in {kind}, on "
+                 f"{self.device}", f"trains {n_trained:,} ({n_trained / total:.2%})" if n_trained else "all frozen"]
+        if self.lora is not None:
+            parts.append(f"{'DoRA' if self.lora.dora else 'LoRA'} of rank {_ranks(network)} on {_adapted(network)}")
+        return f"Model({'; '.join(parts)})"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
         """`to(device)` and its kin. InputError for another dtype: what is trained stays fp32, and all else has the
@@ -127,12 +168,18 @@ class Model(Generation):
 
     def save_adapter(self, folder: str | Path) -> None:
         """A PEFT adapter folder (adapter_config.json, adapter_model.safetensors); peft, vLLM, transformers load it.
-        Where tokens were added, the tokenizer goes with it."""
+        Where tokens were added, the tokenizer goes with it; where the base lies in 4 bits, ABOUT says so, for which
+        PEFT's files have no field: {"quant": "nf4-dq"}."""
         if self.lora is None:
             raise InputError("save_adapter: the model has no adapter; load it with lora=mt.LoRA(…) or adapter=…")
         base = None if self.path is None else str(self.path)
         target, rows = as_path("save_adapter", "folder", folder), self.network.output.rows
         write_adapter(target, self.network.adapters(), self.lora, base, self.network.linears(), rows)
+        with staged(target) as staging:
+            if self.quant is None:
+                staging.remove_first(ABOUT)     # of an adapter that lay there before
+            else:
+                staging.write(ABOUT, json_bytes({"quant": self.quant}))
         if rows is not None and self._tokenizer is not None:
             save_tokenizer(self._tokenizer, target)
 

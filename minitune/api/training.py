@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from minitune.api.examine import (
     validation_batches,
 )
 from minitune.api.model import Model, as_path
-from minitune.config import MemoryPolicy, Quant, Training, check_whole, short
+from minitune.config import MemoryPolicy, Training, check_names, check_whole, short
 from minitune.data.account import overlap
 from minitune.data.batch import Batch
 from minitune.data.stream import Stream, stream
@@ -27,12 +28,12 @@ from minitune.errors import InputError
 from minitune.model.memory import choose_policy
 from minitune.objectives import sft
 from minitune.report.folder import check_free, run_folder
+from minitune.report.glued import with_glued
 from minitune.report.progress import is_watched, progress
 from minitune.training.flops import costs_of
 from minitune.training.loop import fit
 from minitune.training.machine import matrix_rate
-from minitune.training.run import Observer, Run
-from minitune.training.steps import tell
+from minitune.training.run import Observer, Run, tell
 
 Files = str | Path | Sequence[str | Path] | Mapping[str | Path, float]
 """What `mt.data.stream` reads: a file, several, or {file: how often each of its samples is seen in an epoch}."""
@@ -71,12 +72,19 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: str | Path | It
     shown = is_watched() if quiet is None else not quiet
     _check_observers(observers)
     everyone = [*(_folder(folder, model, ready.batches, about) if folder is not None else ()), *observers,
-                *([progress()] if shown else ())]
-    _tell_ledgers(ready.batches, ready.held_out, everyone, shown)
+                progress() if shown else NotesAsWarnings()]
+    _tell_ledgers(model, ready.batches, ready.held_out, everyone, shown)
     rate = matrix_rate(model.device, model.network.dtype) if shown or folder is not None else None
     objective = functools.partial(sft.sft, label_smoothing=training.label_smoothing)
     return fit(model, ready.batches, training, objective, everyone, evaluate=ready.examiner,
-               costs=costs_of(model.network), matrix_rate=rate)
+               costs=costs_of(model.network), matrix_rate=rate, chance=math.log(model.config.vocab_size))
+
+
+class NotesAsWarnings(Observer):
+    """Where no progress is shown a note of the run becomes a warning."""
+
+    def on_note(self, text: str) -> None:
+        warnings.warn(text, stacklevel=5)      # the caller of `train`
 
 
 @dataclass(frozen=True)
@@ -121,11 +129,8 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
 def _training(training: Training | None, settings: Mapping[str, Any]) -> Training:
     if training is not None and settings:
         raise InputError(f"train: both training and {', '.join(settings)} are given; put all of it into one of them")
-    unknown = settings.keys() - Training.__dataclass_fields__.keys()
-    if unknown:
-        raise InputError(f"train: no setting is named {', '.join(sorted(unknown))}; there are "
-                         f"{', '.join(Training.__dataclass_fields__)}. How data is read is said to mt.data.stream, "
-                         "memory and quant to mt.load")
+    check_names("train", settings, Training,
+                ". How data is read is said to mt.data.stream, memory and quant to mt.load")
     return training or Training(**settings)
 
 
@@ -156,11 +161,13 @@ def _check_observers(observers: Any) -> None:
         raise InputError(f"train: observers is {short(observers)}; give a list of objects with methods such as on_step")
 
 
-def _tell_ledgers(batches: Iterable[Batch], held_out: Iterable[Batch] | None, observers: Sequence[Observer],
-                  shown: bool) -> None:
+def _tell_ledgers(model: Model, batches: Iterable[Batch], held_out: Iterable[Batch] | None,
+                  observers: Sequence[Observer], shown: bool) -> None:
     """Tell of the ledgers, those that the data keeps. Where no progress is shown their notes become warnings."""
     ledgers = {name: data.ledger for name, data in (("train", batches), ("valid", held_out))
                if isinstance(data, Stream)}
+    if isinstance(batches, Stream):
+        ledgers["train"] = with_glued(batches, batches.ledger, model._tokenizer)
     if isinstance(batches, Stream) and isinstance(held_out, Stream):
         note = overlap(batches.parts, held_out.parts)
         if note is not None and note not in ledgers["valid"].notes:
@@ -195,7 +202,7 @@ def _folder(folder: Path, model: Model, batches: Iterable[Batch], about: Mapping
                         "memory_taken": None if longest is None else functools.partial(policy_of, model, longest),
                         "config": asdict(model.config)},
               "lora": None if model.lora is None else asdict(model.lora), "adapter": model.adapter_path,
-              "quant": _quant(model), "trained_weights": sorted(network.trained_names()),
+              "quant": model.quant, "trained_weights": sorted(network.trained_names()),
               "add_tokens": [] if model._tokenizer is None else model._tokenizer.added, **about}
     save = model.save_adapter if adapted else model.save_merged if network.nf4_shapes() else model.save
     return run_folder(folder, save, functools.partial(_sound, model), "adapter" if adapted else "model", config)
@@ -213,12 +220,6 @@ def _longest_row(batches: Iterable[Batch]) -> int | None:
     if isinstance(batches, Stream):
         return batches.tokens
     return max((batch.n_tokens for batch in batches), default=None) if isinstance(batches, Sequence) else None
-
-
-def _quant(model: Model) -> Quant | None:
-    """How the base's linears lie in 4 bits, as `load` calls it; also for a checkpoint that was stored so."""
-    parts = [part for projection in model.network.projections() for _, part in projection.nf4_parts()]
-    return None if not parts else "nf4-dq" if parts[0].nested else "nf4"
 
 
 def _sound(model: Model) -> bool:

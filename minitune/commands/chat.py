@@ -6,12 +6,13 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from minitune.commands.sampling import Sampling
+from minitune.commands.flags.groups import Sampling
 from minitune.config import Quant
 from minitune.errors import InputError
 
@@ -131,9 +132,9 @@ class Conversation:
     def ask(self, line: str) -> None:
         """Print the answer as it is written. What Ctrl-C leaves of it stays in the conversation; if that is nothing,
         the message is taken back, as after an error."""
-        from minitune.report.tables import harmless
+        from minitune.report.terminal import SPOKEN, visible
 
-        shown = harmless if sys.stdout.isatty() else str
+        shown = partial(visible, keep=SPOKEN) if sys.stdout.isatty() else str
         messages = [*self.messages, {"role": "user", "content": line}]
         pieces: list[str] = []
         note = ""

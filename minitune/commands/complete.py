@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from minitune.commands.sampling import Sampling
+from minitune.commands.flags.groups import Sampling
 from minitune.config import Quant
 
 
@@ -34,9 +35,9 @@ class Complete:
 
     def run(self) -> None:
         from minitune.api import load
-        from minitune.report.tables import harmless
+        from minitune.report.terminal import SPOKEN, visible
 
-        shown = harmless if sys.stdout.isatty() else str
+        shown = partial(visible, keep=SPOKEN) if sys.stdout.isatty() else str
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
         for piece in model.stream(self.text, self.max_new_tokens, **asdict(self.sampling)):
             print(shown(piece), end="", flush=True)

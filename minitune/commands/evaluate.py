@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from minitune.commands.reading import Reading
+from minitune.commands.flags.groups import Reading
 from minitune.config import Quant
 
 
@@ -32,7 +32,7 @@ class Evaluate(Reading):
         from minitune.api import load
         from minitune.data.stream import stream
         from minitune.objectives.evaluate import evaluate
-        from minitune.report.inspect import reading
+        from minitune.report.progress import reading
         from minitune.report.tables import print_table
 
         fields = self.fields()

@@ -35,8 +35,13 @@ class Inspect:
         from minitune.data.holdout import hold_out, read_valid
         from minitune.data.stream import Stream, read_parts
         from minitune.data.tokenizer import load_tokenizer
-        from minitune.report.inspect import packed, print_ledger, print_lengths, print_samples, reading, refused
+        from minitune.report.folder import check_no_run
+        from minitune.report.glued import with_glued
+        from minitune.report.inspect import packed, print_lengths, print_samples, refused
+        from minitune.report.ledger import print_ledger
+        from minitune.report.progress import reading
 
+        check_no_run(self.base)
         tokenizer, settings = load_tokenizer(self.base, self.add_tokens), self.samples
         parts = read_parts(settings.shares(self.data), tokenizer, settings.fields(), settings.cached, reading())
         held = read_valid(settings, tokenizer, reading())
@@ -46,7 +51,8 @@ class Inspect:
         train, valid = hold_out(Stream(parts, row, seed=self.seed, long=settings.long), settings, held)
         for title, stream in (("Where the tokens go", train), ("Held out", valid)):
             if stream is not None:
-                print_ledger(refused(stream, self.tokens) if refuses else stream.ledger, title=title)
+                ledger = refused(stream, self.tokens) if refuses else stream.ledger
+                print_ledger(with_glued(stream, ledger, tokenizer), title=title)
                 print()
         print_lengths([length for part in parts for length in part.corpus.bounds.diff().tolist()], self.tokens)
         print_samples(packed(train, self.n), tokenizer)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tyro.conf import Positional
 
-from minitune.commands.fields import Given
-from minitune.commands.reading import Reading
+from minitune.commands.flags.declared import Given
+from minitune.commands.flags.groups import Reading
 from minitune.config import Quant
 from minitune.errors import InputError
 
@@ -61,12 +63,14 @@ class Merge(Reading):
         model.save_merged(self.out, self.onto)
         in_4bit = bool(model.network.nf4_shapes())
         del model
-        print(f"merged model in {self.out}")
+        print(f"merged model in {self.out}, weights in {_dtypes(self.out)}, as the base's own")
         if self.data is None:
             return
         if in_4bit and not is_prequantized(self.base):
-            self._say("the adapter on the 16-bit base",
-                      load(self.base, device=self.device, dtype=self.dtype, adapter=self.adapter))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")     # that it was trained on another base is what the line says
+                model = load(self.base, device=self.device, dtype=self.dtype, adapter=self.adapter)
+            self._say("the adapter on the 16-bit base", model)
         self._say("the merged model", load(self.out, device=self.device, dtype=self.dtype))
 
     def _say(self, what: str, model: Model) -> None:
@@ -77,3 +81,12 @@ class Merge(Reading):
         found = evaluate(model, stream(self.data, model.tokenizer, tokens=self.tokens, shuffle=False,
                                        field_map=self.fields(), long=self.long))
         print(f"loss {found.loss:.4f}: {what}")
+
+
+def _dtypes(folder: Path) -> str:
+    """The dtypes of a checkpoint's tensors, that of the most first."""
+    from minitune.checkpoint.reader import Checkpoint
+
+    with Checkpoint.open(folder) as written:
+        found = Counter(str(written.info(name).dtype).removeprefix("torch.") for name in written.names())
+    return " and ".join(name for name, _ in found.most_common())

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tyro.conf import Positional
 
-from minitune.commands.fields import Given
+from minitune.commands.flags.declared import Given
 from minitune.config import Data, LoRA, MemoryPolicy, Quant, Training
 from minitune.errors import InputError
 
 if TYPE_CHECKING:
     from minitune.api import Model
+    from minitune.data.stream import Stream
     from minitune.training.run import Run
 
 
@@ -63,10 +64,9 @@ class Train:
         from minitune.api import train
         from minitune.api.examine import first_questions
         from minitune.api.training import prepare
-        from minitune.commands.dry_run import show
         from minitune.data.holdout import streams
         from minitune.report.folder import check_free
-        from minitune.report.inspect import reading
+        from minitune.report.progress import reading
         from minitune.report.tables import Answer, print_answers
         from minitune.report.tensorboard import TensorBoard
 
@@ -80,7 +80,7 @@ class Train:
         if self.dry_run:
             prepare(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
                     max_new_tokens=self.max_new_tokens)
-            show(model, data, valid, self.training)
+            show_plan(model, data, valid, self.training)
             return
         run = train(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
                     max_new_tokens=self.max_new_tokens, quiet=False, observers=boards,
@@ -109,3 +109,22 @@ class Train:
         what = "adapter" if run.adapter is not None and run.adapter.name == "adapter" else "model"
         best = "" if run.best_adapter is None else f", the best one in {run.best_adapter}"
         return f"{what} in {run.adapter}{best}"
+
+
+def show_plan(model: Model, data: Stream, valid: Stream | None, training: Training) -> None:
+    """What --dry-run prints: the ledgers of the data, and the plan."""
+    from minitune.api.plan import n_steps, plan
+    from minitune.report.glued import with_glued
+    from minitune.report.ledger import print_ledger
+    from minitune.report.tables import print_table
+    from minitune.training.hints import hints
+
+    rows = plan(model, data, training)
+    print_ledger(with_glued(data, data.ledger, model.tokenizer))
+    if valid is not None:
+        print()
+        print_ledger(valid.ledger, title="Held out")
+    print()
+    print_table("What would be trained; nothing is written", ("", ""), rows)
+    for hint in hints(data, training, n_steps(data, training)):
+        print(f"note: {hint}")

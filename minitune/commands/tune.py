@@ -25,7 +25,7 @@ class Tune:
     """bfloat16 or float32; by default the one that the device is good at."""
 
     def run(self) -> None:
-        from minitune.doctor import tune
+        from minitune.tune import tune
 
         path = tune(self.base, self.device, self.dtype, self.tokens, self.longest, self.rank)
         print(f"written to {path}; training takes these ways from now on")

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minitune.checkpoint.files import json_bytes, staged
+from minitune.checkpoint.files import json_bytes, read_json_object, staged
+from minitune.config import short
 from minitune.errors import InputError
 from minitune.report.environment import environment
 from minitune.report.metrics import AnswersFile, MetricsFile
@@ -23,6 +24,28 @@ def check_free(folder: Path) -> None:
     """InputError unless `folder` is not there yet, or is an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already; name another folder, or remove it")
+
+
+def check_no_run(folder: Path) -> None:
+    """InputError where `folder`, given as a model, is what a run left: it says what of it is the base, and what the
+    adapter. Which of its adapters is wanted, the last or the best, only the user knows."""
+    if not (folder / "config.json").is_file() or not (folder / "environment.json").is_file():
+        return
+    found = read_json_object(folder / "config.json")
+    model = found.get("model")
+    if "model_type" in found or not isinstance(model, dict):
+        return
+    whole = [folder / name for name in ("model", "model-best") if (folder / name).is_dir()]
+    adapters = [folder / name for name in ("adapter", "adapter-best") if (folder / name).is_dir()]
+    if whole:
+        advice = f"give {' or '.join(map(str, whole))}, which it trained"
+    elif adapters:
+        quant = f", quant {found['quant']}" if isinstance(found.get("quant"), str) else ""
+        advice = (f"its base is {short(model.get('path'))[1:-1]}{quant}; give that here, and "
+                  f"{' or '.join(map(str, adapters))} as the adapter")
+    else:
+        advice = f"it kept nothing that was trained; its base is {short(model.get('path'))[1:-1]}"
+    raise InputError(f"{folder}: is the folder of a run, no model: {advice}")
 
 
 def run_folder(folder: Path, save: Callable[[Path], None], sound: Callable[[], bool], what: str,

@@ -1,4 +1,4 @@
-"""What a data set is, on a screen: its ledger, its notes, how long its samples are, and what of them is trained.
+"""Samples on a screen: how long they are, which are too long, and what of them is trained.
 
 In a terminal trained tokens are coloured. Without one, or without colours (NO_COLOR, TERM=dumb), they stand between
 « and ».
@@ -7,18 +7,17 @@ In a terminal trained tokens are coloured. Without one, or without colours (NO_C
 from __future__ import annotations
 
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, TextIO
-from unicodedata import category
 
 from minitune.data.document import Document
-from minitune.data.ledger import COLUMNS, PLACES, Ledger, Note
+from minitune.data.ledger import PLACES, Ledger, Note
 from minitune.data.pieces import cut
 from minitune.report.tables import print_table
+from minitune.report.terminal import say, visible
 
 if TYPE_CHECKING:
     from minitune.data.corpus import Corpus
@@ -29,19 +28,6 @@ SHOWN = 512
 """Tokens of a sample that are shown at most."""
 BAR = 40
 """Columns of the longest bar of a histogram."""
-_UNSEEN = ("Cc", "Cs", "Co")
-_DIRECTION = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-FIRST, LAST = 2.0, 30.0
-"""Seconds before the first line of progress, and the most between two."""
-
-
-def print_ledger(ledger: Ledger, stream: TextIO | None = None, title: str = "Where the tokens go") -> None:
-    """Print the table of a ledger, its first epoch, and its notes."""
-    stream = sys.stdout if stream is None else stream
-    print_table(title, COLUMNS, ledger.rows(), stream)
-    _say(ledger.summary, stream)
-    for note in ledger.notes:
-        _say(f"note: {note}", stream)
 
 
 def print_lengths(lengths: Sequence[int], tokens: int, stream: TextIO | None = None) -> None:
@@ -75,7 +61,7 @@ def print_sample(document: Document, tokenizer: Tokenizer, stream: TextIO | None
     tail = f"\n… and {rest:,} tokens more" if rest > 0 else ""
     runs = trained_runs(document, tokenizer)
     if not coloured:
-        _say(f"{head}\n{''.join(f'«{text}»' if trained else text for text, trained in runs)}{tail}", stream)
+        say(f"{head}\n{''.join(f'«{text}»' if trained else text for text, trained in runs)}{tail}", stream)
         return
     shown = Text()
     for text, trained in runs:
@@ -90,37 +76,8 @@ def trained_runs(document: Document, tokenizer: Tokenizer) -> list[tuple[str, bo
     found: list[tuple[str, bool]] = []
     for trained, run in groupby(pairs, key=lambda pair: bool(pair[1])):
         text = tokenizer.decode([number for number, _ in run], skip_special=False, continues=bool(found))
-        found.append((visible(text), trained))
+        found.append((visible(text, keep="\n"), trained))
     return found
-
-
-def visible(text: str) -> str:
-    """`text` with line breaks as they are, and written out what would act on a terminal or reorder its text: other
-    control characters, marks of direction, surrogates, characters of private use."""
-    return "".join(_written_out(c) if c != "\n" and (c in _DIRECTION or category(c) in _UNSEEN) else c for c in text)
-
-
-def _written_out(character: str) -> str:
-    number = ord(character)
-    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
-
-
-def reading(stream: TextIO | None = None) -> Callable[[str, int, int], None]:
-    """A progress for `mt.data.stream`: a line after FIRST seconds, the next after twice as long, and so on up to LAST.
-    Lines of their own, since what is printed next cannot know of a line that waits to be overwritten."""
-    to = sys.stderr if stream is None else stream
-    begun = time.monotonic()
-    due, wait = begun + FIRST, FIRST
-
-    def tell(path: str, samples: int, tokens: int) -> None:
-        nonlocal due, wait
-        now = time.monotonic()
-        if now >= due:
-            wait = min(2 * wait, LAST)
-            due = now + wait
-            _say(f"reading {path}: {samples:,} samples, {tokens:,} tokens so far", to)
-
-    return tell
 
 
 def refused(stream: Stream, tokens: int) -> Ledger:
@@ -159,18 +116,8 @@ def spread(count: int, n: int) -> list[int]:
     return [place * count // n for place in range(n)]
 
 
-def _say(text: str, stream: TextIO) -> None:
-    """Print text that a stream of a narrow encoding can't hold with a ? for each character that it lacks."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=stream)
-
-
 def print_samples(documents: Iterable[Document], tokenizer: Tokenizer, stream: TextIO | None = None) -> None:
     """`print_sample` for each, a blank line before it."""
     for document in documents:
-        _say("", sys.stdout if stream is None else stream)
+        say("", sys.stdout if stream is None else stream)
         print_sample(document, tokenizer, stream)
-
-
-__all__ = ["packed", "print_ledger", "print_lengths", "print_sample", "print_samples", "reading", "refused", "spread",
-           "trained_runs", "visible"]

@@ -1,20 +1,25 @@
-"""Progress of a run: a rich bar on a terminal, a line that renews itself in a notebook, plain lines anywhere else."""
+"""Progress of a run: a rich bar on a terminal, a line that renews itself in a notebook, plain lines anywhere else.
+
+`reading` is that of a file that is being encoded.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-from minitune.data.ledger import Ledger
-from minitune.report.inspect import print_ledger
+from minitune.report.ledger import print_ledgers
+from minitune.report.terminal import say
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord
 
 PLAIN_LINES = 20
 """About so many lines a whole run prints where there is no terminal."""
 RENEWED = 0.25
 """Seconds between two versions of a notebook's line."""
+FIRST, LAST = 2.0, 30.0
+"""Seconds before the first line about a file that is read, and the most between two."""
 
 
 def progress(stream: TextIO | None = None) -> Observer:
@@ -58,6 +63,9 @@ class ProgressLines(Observer):
     def on_start(self, info: RunInfo) -> None:
         self._info, self._started, self._next = info, time.perf_counter(), 0.0
         self._print(opening(info))
+
+    def on_note(self, text: str) -> None:
+        self._print(f"note: {text}")
 
     def on_step(self, record: StepRecord) -> None:
         total = self._info.total_steps if self._info else record.step
@@ -128,6 +136,9 @@ class ProgressBar(Observer):
         self._task = self._bar.add_task("", total=info.total_steps)
         self._bar.start()
 
+    def on_note(self, text: str) -> None:
+        self.console.print(f"note: {text}", highlight=False, markup=False)
+
     def on_step(self, record: StepRecord) -> None:
         self._bar.update(self._task, completed=record.step, description=numbers(record, self._rate))
 
@@ -144,13 +155,6 @@ class ProgressBar(Observer):
 def _began(run: Run) -> bool:
     """Whether there is something to sum up. Of a run that failed before its first step the error says all."""
     return bool(run.records) or run.end != "failed"
-
-
-def print_ledgers(ledgers: Mapping[str, Ledger], stream: TextIO) -> None:
-    """The ledgers of "train" and "valid", with their notes."""
-    for name, ledger in ledgers.items():
-        print_ledger(ledger, stream, "Where the tokens go" + (", validation" if name == "valid" else ""))
-    stream.flush()
 
 
 def opening(info: RunInfo) -> str:
@@ -187,9 +191,10 @@ def summary(run: Run) -> str:
     n_real = run.n_tokens - run.n_filler
     full = f", rows {n_real / run.n_tokens:.0%} full" if run.n_tokens else ""
     best = f"; best validation loss {run.best.loss:.4f} after step {run.best.step}" if run.best else ""
+    risen = "" if run.diverging is None else f"; diverging since step {run.diverging}, begin anew with a lower lr"
     return (f"{end}; {n_real:,} tokens ({run.n_trained:,} trained{full}) in "
             f"{clock(run.seconds)}; {run.tokens_per_second:,.0f} tokens/s overall, "
-            f"{run.steady_tokens_per_second:,.0f} steady; final loss {run.final_loss:.4f}{best}")
+            f"{run.steady_tokens_per_second:,.0f} steady; final loss {run.final_loss:.4f}{best}{risen}")
 
 
 def clock(seconds: float) -> str:
@@ -197,3 +202,21 @@ def clock(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def reading(stream: TextIO | None = None) -> Callable[[str, int, int], None]:
+    """A progress for `mt.data.stream`: a line after FIRST seconds, the next after twice as long, and so on up to LAST.
+    Lines of their own, since what is printed next cannot know of a line that waits to be overwritten."""
+    to = sys.stderr if stream is None else stream
+    begun = time.monotonic()
+    due, wait = begun + FIRST, FIRST
+
+    def tell(path: str, samples: int, tokens: int) -> None:
+        nonlocal due, wait
+        now = time.monotonic()
+        if now >= due:
+            wait = min(2 * wait, LAST)
+            due = now + wait
+            say(f"reading {path}: {samples:,} samples, {tokens:,} tokens so far", to)
+
+    return tell

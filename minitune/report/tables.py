@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
+from minitune.report.terminal import one_line
+
 WIDTH = 100
 """Columns of plain text."""
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""C0 and C1 but \\n and \\t, and delete: what can move the cursor, set a title or write into the clipboard."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def print_answers(answers: Sequence[Answer], stream: TextIO | None = None, title
     for row in rows:
         print(file=stream)
         for name, cell in zip(columns, row, strict=True):
-            print(textwrap.fill(clean(cell) or "(nothing)", WIDTH, initial_indent=f"  {name:<9} ",
+            print(textwrap.fill(one_line(cell) or "(nothing)", WIDTH, initial_indent=f"  {name:<9} ",
                                 subsequent_indent=" " * 12), file=stream)
 
 
@@ -51,7 +50,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
                 stream: TextIO | None = None) -> None:
     """Print a table; numbers are given as they shall be read."""
     stream = sys.stdout if stream is None else stream
-    cells = [[clean(str(cell)) for cell in row] for row in rows]
+    cells = [[one_line(str(cell)) for cell in row] for row in rows]
     if stream.isatty() and _print_rich(title, columns, cells, stream):
         return
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
@@ -59,17 +58,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     print(title, file=stream)
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), file=stream)
-
-
-def clean(text: str) -> str:
-    """`text` in one line, with every control character (escape sequences would act on the terminal) made visible."""
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
-
-
-def harmless(text: str) -> str:
-    """`text` as a terminal may have it: every control character but line breaks and tabs written out."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _print_rich(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], stream: TextIO) -> bool:

@@ -14,10 +14,11 @@ from minitune.config import Training
 from minitune.data.batch import Batch
 from minitune.errors import InputError
 from minitune.training.flops import Costs
+from minitune.training.hints import Divergence, hints
 from minitune.training.optimizers import SGD, AdamW, FlatOptimizer
-from minitune.training.run import Observer, Run, RunInfo
+from minitune.training.run import Observer, Run, RunInfo, tell
+from minitune.training.runner import Evaluate, Group, Runner, TrainingDiverged
 from minitune.training.step import Objective
-from minitune.training.steps import Evaluate, Group, Steps, TrainingDiverged, tell
 
 
 @runtime_checkable
@@ -33,7 +34,7 @@ class Epochs(Protocol):
 
 def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Objective,
         observers: Sequence[Observer] = (), *, evaluate: Evaluate | None = None, costs: Costs | None = None,
-        matrix_rate: float | None = None) -> Run:
+        matrix_rate: float | None = None, chance: float | None = None) -> Run:
     """Train what `model` gives as trainable: ``model.param_groups(lr)``, ``.device``, ``.train(mode)``, ``.training``.
 
     `batches` holds micro-batches and is read again for each epoch: a list, or a data set with a method ``epoch(i)``,
@@ -42,7 +43,8 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     ``max_steps``, where given, decides alone, and the data is repeated as often as needed; else the run has ``epochs``
     times the data. `evaluate` is called before the first step, every ``training.evaluate_every`` steps (a tenth of the
     run) and after the last one, with the model in eval mode; it must not draw from torch's generators, so that it
-    changes nothing. `costs` counts each step's FLOPs; with `matrix_rate` observers can tell their share of it.
+    changes nothing. `costs` counts each step's FLOPs; with `matrix_rate` observers can tell their share of it. With
+    `chance`, the loss of guessing, ln(vocab_size), a loss that diverges is told of, as other `hints` are.
 
     On a GPU the numbers of a step are read while the next one runs, so the device never waits for the host but at an
     evaluation; observers hear of each step one step late, and a divergence is found one step late. Seeds torch's
@@ -61,12 +63,14 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     model.train(True)
     try:
         tell(observers, "on_start", run.info)
+        for hint in hints(batches, training, total_steps):
+            tell(observers, "on_note", hint)
         groups = islice(_groups(batches, training.micro_batches, limit, device, costs), total_steps)
-        steps = Steps(model, optimizer, objective, observers, run, evaluate)
-        steps.go(groups)
+        runner = Runner(model, optimizer, objective, observers, run, evaluate, Divergence(chance))
+        runner.go(groups)
         if not run.records:
             raise InputError("training: the data has no trained token (no batch, or all labels are -100)")
-        steps.check_weights()
+        runner.check_weights()
         run.end = "finished" if len(run.records) == total_steps else "out of data"
     except KeyboardInterrupt:
         run.end = "interrupted"

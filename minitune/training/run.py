@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -84,6 +84,7 @@ class Run:
     ``end`` is "finished" when all planned steps were done, "out of data" when the data ended before, "interrupted" when
     Ctrl-C stopped it, "diverged" when its numbers were no longer finite, "failed" when another exception did.
     ``adapter`` is the folder of what was trained, if it was saved; ``best_adapter`` that of the lowest validation loss.
+    ``diverging``: the step after which the loss stood far above where it began (training/hints.py), though finite.
     """
 
     info: RunInfo
@@ -92,6 +93,18 @@ class Run:
     end: Literal["finished", "out of data", "interrupted", "diverged", "failed"] = "failed"
     adapter: Path | None = None
     best_adapter: Path | None = None
+    diverging: int | None = None
+
+    def __repr__(self) -> str:
+        """One line; the records are in ``records``."""
+        how = self.end if self.diverging is None else f"{self.end}, diverging since step {self.diverging}"
+        parts = [f"{how}, {len(self.records):,} of {self.info.total_steps:,} steps",
+                 f"{self.n_tokens - self.n_filler:,} tokens ({self.n_trained:,} trained)",
+                 f"final loss {self.final_loss:.4f}", f"{self.tokens_per_second:,.0f} tokens/s"]
+        if self.best is not None:
+            parts.append(f"best validation loss {self.best.loss:.4f} after step {self.best.step}")
+        places = [str(place) for place in (self.adapter, self.best_adapter) if place is not None]
+        return f"Run({', '.join(parts)}{'; saved in ' if places else ''}{' and '.join(places)})"
 
     @property
     def losses(self) -> list[float]:
@@ -153,6 +166,11 @@ class Observer(Protocol):
         """Before the first step."""
         return None
 
+    def on_note(self, text: str) -> None:
+        """What a user should know of the run and no number says (training/hints.py): before the first step, and once
+        where the loss diverges."""
+        return None
+
     def on_step(self, record: StepRecord) -> None:
         """After step 1, every ``log_every``-th step and the last one; on a GPU one step later than it happens."""
         return None
@@ -165,3 +183,11 @@ class Observer(Protocol):
     def on_end(self, run: Run) -> None:
         """Once, whatever happened: see ``run.end``."""
         return None
+
+
+def tell(observers: Sequence[Observer], method: str, what: object) -> None:
+    """Call that method of every observer that has it."""
+    for observer in observers:
+        listener = getattr(observer, method, None)
+        if listener is not None:
+            listener(what)

@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
-from tyro.conf import Positional
 
-from minitune.commands.fields import choices, options
+from minitune.commands.flags.declared import POSITIONAL, choices, options
 
 CONFIG = "TOML file of settings by the names that they have here (seed = 1); what the command line says wins over it."
 WORDS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
-_POSITIONAL = get_args(Positional[int])[1]
 
 
 def shown(command: type[Any]) -> type[Any]:
@@ -57,7 +55,7 @@ def _twin(owner: type[Any], more: tuple[Any, ...] = ()) -> type[Any]:
         empty = (default if field.default is dataclasses.MISSING else field.default) in (None, (), "", {})
         needed = (field.default, field.default_factory) == (dataclasses.MISSING, dataclasses.MISSING)
         metavar = word(hint)
-        if _POSITIONAL in getattr(hint, "__metadata__", ()):
+        if POSITIONAL in getattr(hint, "__metadata__", ()):
             metavar = field.name.upper() if needed else f"[{field.name.upper()}]"
         note = tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="" if empty and not needed else None)
         fields.append((field.name, Annotated[hint, note], copy.copy(field)))

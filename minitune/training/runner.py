@@ -1,4 +1,4 @@
-"""Steps: launches the steps of a run, reads their numbers without holding up the device, and pauses to evaluate."""
+"""Runner: launches the steps of a run, reads their numbers without holding up the device, and pauses to evaluate."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from minitune.config import Training
 from minitune.data.batch import Batch
+from minitune.training.hints import Divergence
 from minitune.training.machine import peak_memory
 from minitune.training.optimizers import FlatOptimizer
-from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord
+from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord, tell
 from minitune.training.schedule import learning_rate, warmup_of
 from minitune.training.step import Objective, StepResult, train_step
 
@@ -41,13 +42,13 @@ class Group:
     flops: float
 
 
-class Steps:
-    """The steps of `run`. On a GPU the numbers of a step are read while the next one runs."""
+class Runner:
+    """Does the steps of `run`. On a GPU the numbers of a step are read while the next one runs."""
 
     def __init__(self, model: Any, optimizer: FlatOptimizer, objective: Objective, observers: Sequence[Observer],
-                 run: Run, evaluate: Evaluate | None) -> None:
+                 run: Run, evaluate: Evaluate | None, divergence: Divergence) -> None:
         self.model, self.optimizer, self.objective, self.observers = model, optimizer, objective, observers
-        self.run, self.evaluate = run, evaluate
+        self.run, self.evaluate, self.divergence = run, evaluate, divergence
         self.device = torch.device(run.info.device)
         self.lag = 0 if self.device.type == "cpu" else 1
         self.waiting: deque[_Launched] = deque()
@@ -108,6 +109,12 @@ class Steps:
             raise TrainingDiverged(
                 f"step {record.step}: loss {loss}, gradient norm {norm}, lr {record.lr:.3g}. The trained weights are "
                 f"spoilt and are not saved: begin anew, {_gentler(self.run.info.training)}")
+        if self.divergence.seen(loss):
+            self.run.diverging = record.step
+            tell(self.observers, "on_note",
+                 f"step {record.step}: diverging: the median loss of the last {self.divergence.steps} steps is "
+                 f"{self.divergence.median:.2f}, the first one was {self.divergence.first:.2f}; begin anew, "
+                 f"{_gentler(self.run.info.training)}")
 
     def check_weights(self) -> None:
         """TrainingDiverged if the last update, which no later loss has seen, spoilt the trained weights."""
@@ -157,11 +164,3 @@ def _gentler(training: Training) -> str:
 
 def _is_told(step: int, info: RunInfo) -> bool:
     return step == 1 or step == info.total_steps or step % info.training.log_every == 0
-
-
-def tell(observers: Sequence[Observer], method: str, what: object) -> None:
-    """Call that method of every observer that has it."""
-    for observer in observers:
-        listener = getattr(observer, method, None)
-        if listener is not None:
-            listener(what)

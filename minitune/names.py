@@ -1,4 +1,4 @@
-"""nearest: the known name that a mistyped one is most likely meant to be, other trainers' names included."""
+"""Names of settings: what other trainers call ours, and the known name that a mistyped one is meant to be."""
 
 from __future__ import annotations
 
@@ -30,3 +30,14 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
         return names[ELSEWHERE[plain]]
     close = get_close_matches(plain, names, n=1, cutoff=0.6)
     return names[close[0]] if close else None
+
+
+def unknown_names(names: Iterable[str], known: Iterable[str]) -> str:
+    """What a message says of names that are not known: each, with the one here that it is meant to be, if there is
+    one."""
+    known = list(known)
+    said = []
+    for name in sorted(names):
+        meant = nearest(name, known)
+        said.append(f"{name} (here: {meant})" if meant else name)
+    return ", ".join(said)

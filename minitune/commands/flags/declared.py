@@ -1,4 +1,4 @@
-"""The settings of a command as its dataclasses declare them: their names, their types, and which values these take."""
+"""What a command's dataclasses declare: the names of its settings, their types, and which values these take."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from tyro.conf import Positional
+
+POSITIONAL = get_args(Positional[int])[1]
+"""What marks a field that its place tells."""
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
 
 
@@ -30,6 +34,12 @@ def settings(owner: type) -> dict[tuple[str, ...], Any]:
         else:
             found[field.name,] = hint
     return found
+
+
+def positionals(owner: type) -> list[tuple[str, ...]]:
+    """The paths of the settings that have no flag, since their place tells them."""
+    hints = get_type_hints(owner, include_extras=True)
+    return [(name,) for name, hint in hints.items() if POSITIONAL in getattr(hint, "__metadata__", ())]
 
 
 def options(hint: Any) -> tuple[Any, ...]:

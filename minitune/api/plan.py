@@ -1,4 +1,4 @@
-"""show: what `minitune train --dry-run` says, all that is known before the first step, beside what the machine has."""
+"""plan: what a run would take, all that is known before its first step, beside what the machine has."""
 
 from __future__ import annotations
 
@@ -6,25 +6,12 @@ import math
 
 import torch
 
-from minitune.api import Model
+from minitune.api.model import Model
 from minitune.api.training import policy_of
 from minitune.config import Training
 from minitune.data.stream import Stream
 from minitune.errors import InputError
 from minitune.model.memory import free_bytes, kept_bytes
-from minitune.report.inspect import print_ledger
-from minitune.report.tables import print_table
-
-
-def show(model: Model, data: Stream, valid: Stream | None, training: Training) -> None:
-    """Print the ledgers of the data and the plan."""
-    rows = plan(model, data, training)
-    print_ledger(data.ledger)
-    if valid is not None:
-        print()
-        print_ledger(valid.ledger, title="Held out")
-    print()
-    print_table("What would be trained; nothing is written", ("", ""), rows)
 
 
 def plan(model: Model, data: Stream, training: Training) -> list[tuple[str, str]]:
@@ -34,8 +21,6 @@ def plan(model: Model, data: Stream, training: Training) -> list[tuple[str, str]
     The bytes are those of weights, of what is trained (parameter, gradient, moments) and of what the layers keep for
     the backward; buffers of single ops come on top. Raises InputError if the data trains no token.
     """
-    n_batches = data.count(training.epochs)
-    steps = training.max_steps or math.ceil(n_batches / training.micro_batches)
     first = next((batch for batch in data.epoch(0) if batch.n_trained), None)
     if first is None:
         raise InputError("train: the data has no trained token (all labels are -100)")
@@ -47,7 +32,7 @@ def plan(model: Model, data: Stream, training: Training) -> list[tuple[str, str]
             ("data", f"{data.n_documents:,} documents, {data.n_tokens:,} tokens, {data.n_trained:,} of them trained"),
             ("an epoch", f"{data.count(1):,} rows of {data.tokens:,} tokens, "
                          f"{data.n_tokens / (data.count(1) * data.tokens):.0%} full"),
-            ("steps", f"{steps:,} of {training.micro_batches} x {data.tokens:,} tokens")]
+            ("steps", f"{n_steps(data, training):,} of {training.micro_batches} x {data.tokens:,} tokens")]
     rows += _memory(model, data.tokens, training)
     was_training = model.training
     model.train(False)
@@ -57,6 +42,11 @@ def plan(model: Model, data: Stream, training: Training) -> list[tuple[str, str]
     finally:
         model.train(was_training)
     return rows
+
+
+def n_steps(data: Stream, training: Training) -> int:
+    """Optimizer steps of the run."""
+    return training.max_steps or math.ceil(data.count(training.epochs) / training.micro_batches)
 
 
 def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The flags of `evaluate` and `merge` about how held-out samples are read."""
+"""Groups of flags that several commands have: how held-out samples are read, and how each token is chosen."""
 
 from __future__ import annotations
 
@@ -21,3 +21,19 @@ class Reading:
     def fields(self) -> dict[str, str]:
         """``field_map`` as a table {our field: their field}."""
         return Data(field_map=self.field_map).fields()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each token is chosen, and what ends an answer early."""
+
+    temperature: float = 0.0
+    """0 is greedy, more is bolder."""
+    top_k: int | None = None
+    """Draw among so many likeliest tokens."""
+    top_p: float | None = None
+    """Draw among the fewest tokens whose probabilities reach this."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer."""
+    seed: int | None = None
+    """Random seed of the draws."""

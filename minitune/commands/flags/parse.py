@@ -9,27 +9,31 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes
 
 from minitune.commands import COMMANDS
-from minitune.commands.fields import choices, describe, options, settings
-from minitune.commands.settings import read_defaults
-from minitune.commands.shared import nearest
-from minitune.commands.shown import own, shown, word
-from minitune.config import short
+from minitune.commands.flags.config_file import read_defaults
+from minitune.commands.flags.declared import choices, describe, options, positionals, settings
+from minitune.commands.flags.help import own, shown, word
+from minitune.commands.flags.suggestions import instead, instead_of_value
+from minitune.config import LINEAR_NAMES, short
 from minitune.errors import InputError
+from minitune.names import nearest
 
 FLAG = re.compile(r"(--[A-Za-z][\w-]*)(=.*)?", re.DOTALL)
 FOREIGN = re.compile(r"--?[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
 """A flag as others write it: with dots, or behind one hyphen."""
 LIKE_A_FLAG = re.compile(r"--?(?!h$|(?i:inf|infinity|nan)$)[A-Za-z].*", re.DOTALL)
 """What tyro takes for a flag too, whatever else stands in it."""
+OF_LINEARS = ("--targets", "--rank-pattern", "--alpha-pattern")
+LINEARS = (*LINEAR_NAMES, "lm_head", "all-linear")
+"""The plain names that the values of these flags may be."""
 
 
 def parse(name: str, args: Sequence[str]) -> Any:
@@ -39,7 +43,7 @@ def parse(name: str, args: Sequence[str]) -> Any:
     """
     command = load_command(name)
     twin = shown(command)
-    given = _check_flags(name, args, settings(twin))
+    given = _check_flags(name, args, twin)
     file = _config_of(args)
     default: dict[str, Any] = {}
     if file is not None:
@@ -104,14 +108,14 @@ def _config_of(args: Sequence[str]) -> Path | None:
     return file
 
 
-def _check_flags(name: str, args: Sequence[str], known: dict[tuple[str, ...], Any]) -> set[tuple[str, ...]]:
-    """The paths of the settings that flags give. InputError for a flag that the command does not have, and for a single
-    value that its flag does not take."""
-    paths = {f"--{path[-1].replace('_', '-')}": path for path in known}
+def _check_flags(name: str, args: Sequence[str], command: type[Any]) -> set[tuple[str, ...]]:
+    """The paths of the settings that flags give. InputError for a flag that the command does not have, and for a value
+    that its flag does not take."""
+    known, places = settings(command), positionals(command)
+    paths = {f"--{path[-1].replace('_', '-')}": path for path in known if path not in places}
+    every = {"--help"} | set(paths) | {f"--no-{flag[2:]}" for flag, path in paths.items() if known[path] is bool}
     given: set[tuple[str, ...]] = set()
-    hints = {f"--{path[-1].replace('_', '-')}": hint for path, hint in known.items()}
-    every = {"--help"} | set(hints) | {f"--no-{flag[2:]}" for flag, hint in hints.items() if hint is bool}
-    for arg, following in itertools.zip_longest(args, args[1:]):
+    for place, arg in enumerate(args):
         if arg == "--":
             break
         match = FLAG.fullmatch(arg)
@@ -123,39 +127,71 @@ def _check_flags(name: str, args: Sequence[str], known: dict[tuple[str, ...], An
             continue
         flag = f"--{match[1][2:].replace('_', '-')}"
         if flag not in every:
-            positional = nearest(flag[2:], {path[0] for path in known})
-            meant = nearest(flag[2:], {each[2:] for each in every}) or positional
-            hint = f"; did you mean --{meant}?" if meant else ""
-            raise InputError(f"{name}: there is no flag {short(match[1])[1:-1]}{hint} ({_see(name)})")
-        value = match[2][1:] if match[2] is not None else following
-        if value is not None and flag in hints:
-            _check_value(name, flag, value, hints[flag])
+            raise InputError(f"{name}: there is no flag {short(match[1])[1:-1]}{_instead(name, flag, every, places)} "
+                             f"({_see(name)})")
+        if flag in paths:
+            values = [match[2][1:]] if match[2] is not None else _values(args[place + 1:])
+            _check_values(name, flag, values, known[paths[flag]])
         setting = paths.get(flag) or paths.get(f"--{flag.removeprefix('--no-')}")
         given |= set() if setting is None else {setting}
     return given
+
+
+def _values(args: Sequence[str]) -> list[str]:
+    """What stands behind a flag, up to the next one."""
+    return list(itertools.takewhile(lambda arg: arg != "--" and not LIKE_A_FLAG.fullmatch(arg), args))
+
+
+def _instead(name: str, flag: str, every: set[str], places: Collection[tuple[str, ...]]) -> str:
+    """What is said behind "there is no flag …"."""
+    found = instead(flag[2:], {each[2:] for each in every}, "--")
+    meant = nearest(flag[2:], [path[-1] for path in places])
+    if found or not meant:
+        return found
+    usage = " ".join(path[-1].upper() for path in places)
+    return f"; {meant.upper()} is told by its place: minitune {name} {usage}"
 
 
 def _check_foreign(name: str, arg: str, every: set[str]) -> None:
     """InputError for a flag as others write it (--train.epochs, -r) that is meant to be one of ours."""
     if FOREIGN.fullmatch(arg):
         flag = arg.partition("=")[0]
-        meant = nearest(flag.lstrip("-").rpartition(".")[2], {each[2:] for each in every})
-        if meant:
-            raise InputError(f"{name}: there is no flag {short(flag)[1:-1]}; did you mean --{meant}? ({_see(name)})")
+        hint = instead(flag.lstrip("-").rpartition(".")[2], {each[2:] for each in every}, "--")
+        if hint:
+            raise InputError(f"{name}: there is no flag {short(flag)[1:-1]}{hint} ({_see(name)})")
 
 
-def _check_value(name: str, flag: str, value: str, hint: Any) -> None:
+def _check_values(name: str, flag: str, values: list[str], hint: Any) -> None:
+    """InputError for values that are not of the flag's type, as far as these are simple, and for typos in names of
+    linears, which else only the loaded model would find."""
     (kind, *more) = options(hint)
     allowed = [*map(str, choices(hint)), *(["None"] if NoneType in get_args(hint) else [])]
-    if choices(hint) and value not in allowed:
-        meant = nearest(value, allowed)
-        raise InputError(f"{name}: {flag} is {short(value)}; it must be {describe(hint)}"
-                         f"{f'; did you mean {meant}?' if meant else ''} ({_see(name)})")
-    if kind in (int, float) and not more and value not in allowed:
-        try:
-            kind(value)
-        except ValueError:
-            raise InputError(f"{name}: {flag} is {short(value)}; it must be {describe(hint)} ({_see(name)})") from None
+    if choices(hint) and values and values[0] not in allowed:
+        raise InputError(f"{name}: {flag} is {short(values[0])}; it must be {describe(hint)}"
+                         f"{instead_of_value(values[0], allowed)} ({_see(name)})")
+    if kind in (int, float) and not more and values and values[0] not in allowed and not _is(kind, values[0]):
+        raise InputError(f"{name}: {flag} is {short(values[0])}; it must be {describe(hint)} ({_see(name)})")
+    if get_origin(kind) in (dict, Mapping) and values:
+        number = get_args(kind)[1]
+        if len(values) % 2 or not all(_is(number, value) for value in values[1::2]):
+            raise InputError(f"{name}: {flag} is {short(' '.join(values))}; it takes names, each with "
+                             f"{describe(number)}: {flag} {word(hint)} ({_see(name)})")
+        values = values[::2]
+    if flag in OF_LINEARS:
+        for value in values:
+            meant = nearest(value, LINEARS) if re.fullmatch(r"[\w-]+", value) and value not in LINEARS else None
+            if meant:
+                raise InputError(f"{name}: {flag} has {short(value)}, which names no linear; did you mean {meant}? "
+                                 f"({_see(name)})")
+
+
+def _is(kind: type[int] | type[float], value: str) -> bool:
+    """Whether a text is such a number."""
+    try:
+        kind(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _plain(box: str, known: dict[tuple[str, ...], Any]) -> str:

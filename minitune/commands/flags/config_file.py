@@ -15,10 +15,11 @@ from typing import Any, TypeVar, get_origin
 
 from tyro import MISSING
 
-from minitune.commands.fields import Misfit, choices, convert, describe, options, settings
-from minitune.commands.shared import nearest
+from minitune.commands.flags.declared import Misfit, choices, convert, describe, options, settings
+from minitune.commands.flags.suggestions import done_here, instead, instead_of_value
 from minitune.config import short
 from minitune.errors import InputError
+from minitune.names import nearest
 
 LARGEST = 1 << 18
 """Bytes. A larger file is hardly one of settings."""
@@ -45,7 +46,7 @@ def read_defaults(command: type[T], file: Path) -> tuple[T, set[tuple[str, ...]]
             given[path] = convert(value, known[path])
         except Misfit:
             raise InputError(f"{source.at(keys)}: {'.'.join(keys)} is {short(value)}; it must be "
-                             f"{describe(known[path])}{_meant(value, known[path])}") from None
+                             f"{describe(known[path])}{_instead(value, known[path])}") from None
     return _build(command, given, seen, source), set(given)
 
 
@@ -134,9 +135,10 @@ def _path_of(keys: tuple[str, ...], known: dict[tuple[str, ...], Any], source: _
     if table and home is not None:
         raise InputError(f"{source.at(keys)}: {short('.'.join(keys))} is no setting of this command; {last} belongs to "
                          f"[{home}]")
-    meant = nearest(last, {path[-1] for path in known if not table or path[:-1] == tuple(table)} | groups)
-    hint = f"did you mean {meant}?" if meant else f"there are {', '.join(sorted({path[-1] for path in known}))}"
-    raise InputError(f"{source.at(keys)}: {short('.'.join(keys))} is no setting of this command; {hint}")
+    every = {path[-1] for path in known}
+    here = {path[-1] for path in known if not table or path[:-1] == tuple(table)} | groups
+    hint = done_here(last, every) or instead(last, here) or f"; there are {', '.join(sorted(every))}"
+    raise InputError(f"{source.at(keys)}: {short('.'.join(keys))} is no setting of this command{hint}")
 
 
 def _build(owner: type[T], given: dict[tuple[str, ...], Any], seen: dict[tuple[str, ...], tuple[str, ...]],
@@ -173,6 +175,5 @@ def _plain(key: str) -> str:
     return key.replace("-", "_")
 
 
-def _meant(value: Any, hint: Any) -> str:
-    meant = nearest(value, map(str, choices(hint))) if isinstance(value, str) else None
-    return f"; did you mean {meant}?" if meant else ""
+def _instead(value: Any, hint: Any) -> str:
+    return instead_of_value(value, [*map(str, choices(hint))]) if isinstance(value, str) and choices(hint) else ""

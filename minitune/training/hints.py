@@ -1,0 +1,81 @@
+"""What a user is told of a run that will hardly do what is wanted: too few steps, rows mostly empty, a loss that rises.
+
+None of it is an error, for each may be meant; but none of it shows in a number that a newcomer looks at.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
+
+from minitune.config import Training
+
+FEW_STEPS = 10
+"""With fewer optimizer steps a learning rate hardly gets to work, whatever the data."""
+WINDOW = 20
+"""Steps whose median loss is looked at."""
+EARLY = 5
+"""As many are enough in a run that has not had WINDOW yet."""
+
+
+@runtime_checkable
+class Filled(Protocol):
+    """Data that knows how full its rows are, as `mt.data.stream` gives it."""
+
+    tokens: int
+    n_tokens: int
+    n_filler: int
+
+
+def hints(batches: Iterable[Any], training: Training, total_steps: int) -> list[str]:
+    """A line for each thing to know before the first step; empty where all is well.
+
+    The number of steps is not questioned where ``max_steps`` says it.
+    """
+    found = []
+    if total_steps < FEW_STEPS and training.max_steps is None:
+        ways = [*(["fewer micro_batches"] if training.micro_batches > 1 else []), "fewer tokens a row", "more epochs"]
+        found.append(f"only {total_steps} optimizer step{'' if total_steps == 1 else 's'}, in which hardly anything is "
+                     f"learned; {' or '.join(ways)} make{'' if len(ways) > 1 else 's'} more (tokens is "
+                     f"{training.tokens:,}, epochs {training.epochs})")
+    if isinstance(batches, Filled) and batches.n_filler > batches.n_tokens:
+        share = batches.n_filler / (batches.n_filler + batches.n_tokens)
+        found.append(f"{share:.0%} of the rows is filler, which is computed for nothing on a GPU; take fewer tokens a "
+                     f"row (tokens is {batches.tokens:,})")
+    return found
+
+
+class Divergence:
+    """Watches the losses of a run: `seen` tells once that they rose far above where they began.
+
+    That is when the median of the last WINDOW is a nat above the first one, and more than half of the way from it to
+    `chance`, the loss of a model that guesses every token alike, ln(vocab_size): a network that a step has wrecked
+    settles near that, and only one that is spoilt by more stands above.
+    """
+
+    def __init__(self, chance: float | None) -> None:
+        self.chance, self.first = chance, 0.0       # None: nothing is watched
+        self._last: deque[float] = deque(maxlen=WINDOW)
+        self._told = False
+
+    def seen(self, loss: float) -> bool:
+        """Whether this loss is the one that shows it."""
+        if not self._last:
+            self.first = loss
+        self._last.append(loss)
+        if self._told or self.chance is None or len(self._last) < EARLY:
+            return False
+        self._told = self.median > max(self.first + 1, (self.first + self.chance) / 2)
+        return self._told
+
+    @property
+    def steps(self) -> int:
+        """How many losses are looked at."""
+        return len(self._last)
+
+    @property
+    def median(self) -> float:
+        """Of these losses: one that is far off says nothing."""
+        return statistics.median(self._last)
