@@ -25,8 +25,9 @@ import torch
 from benchmarks.gpu_step import flops_a_token, seconds_a_step
 from benchmarks.gpu_timing import emit, matrix_rate, reason
 from benchmarks.harness import ROOT, summary
-from benchmarks.random_weights import ALPHA, LINEARS, RANK, SEED, SEVEN_B, TINY, batch, ours, theirs
+from benchmarks.random_weights import ALPHA, RANK, SEED, SEVEN_B, TINY, batch, ours, theirs
 from benchmarks.shapes import LR, Size, token_ids
+from minitune.config import LINEAR_NAMES
 
 SIDES = ("minitune", "minitune nf4-dq", "peft", "peft compiled", "peft nf4-dq", "unsloth", "unsloth nf4-dq")
 SECONDS = {"minitune": 60, "minitune nf4-dq": 60}
@@ -77,7 +78,7 @@ def measure_unsloth(size: Size, lengths: tuple[int, ...], device: str, quant: st
         write_folder(size, Path(place), device)
         model, _ = FastLanguageModel.from_pretrained(place, max_seq_length=max(lengths), dtype=torch.bfloat16,
                                                      load_in_4bit=quant is not None)
-    model = FastLanguageModel.get_peft_model(model, r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS),
+    model = FastLanguageModel.get_peft_model(model, r=RANK, lora_alpha=ALPHA, target_modules=list(LINEAR_NAMES),
                                              lora_dropout=0, use_gradient_checkpointing="unsloth", random_state=SEED)
     ids = torch.tensor(token_ids(size, sum(lengths)), device=device).view(len(lengths), lengths[0])
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import ALPHA, RANK, SEED, Size, token_ids
+from minitune.config import LINEAR_NAMES
 
 SEVEN_B = Size(layers=32, d_model=4096, d_ff=11_008, heads=32, kv_heads=32, head_dim=128)
 TINY = Size(layers=2, d_model=64, d_ff=128, heads=4, kv_heads=2, head_dim=16, vocab=256)
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def values(name: str, shape: tuple[int, ...], device: str | torch.device, dtype: torch.dtype) -> Tensor:
@@ -81,7 +81,7 @@ def theirs(size: Size, device: str, quant: str | None, compiled: bool, checkpoin
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
-    wanted = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS), task_type="CAUSAL_LM")
+    wanted = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEAR_NAMES), task_type="CAUSAL_LM")
     model: Any = peft.get_peft_model(base, wanted)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -98,7 +98,7 @@ def _quantise(base: Any, device: str, double_quant: bool) -> None:
 
     for layer in base.model.layers:
         for part in (layer.self_attn, layer.mlp):
-            for name in LINEARS:
+            for name in LINEAR_NAMES:
                 linear = getattr(part, name, None)
                 if linear is None:
                     continue

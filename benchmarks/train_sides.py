@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import shapes
 from benchmarks.harness import memory, serve
 from benchmarks.shapes import ALPHA, LR, NEW_TOKENS, PROMPT, RANK, SEED, SIZES, Size, layout, token_ids
+from minitune.config import LINEAR_NAMES
 
 if TYPE_CHECKING:
     import torch
 
     from minitune.config import Quant
-
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Trainer(ABC):
@@ -99,7 +98,7 @@ class Peers(Trainer):
         torch.manual_seed(SEED)
         base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16,
                                                                  attn_implementation=attention, **four_bits(quant))
-        wanted = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS, lora_dropout=0.0,
+        wanted = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEAR_NAMES), lora_dropout=0.0,
                                  task_type="CAUSAL_LM")
         self.model: Any = peft.get_peft_model(base, wanted, autocast_adapter_dtype=adapters == "fp32")
         self.model.train()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minitune.config import LINEAR_NAMES, LoRA
 from minitune.errors import InputError
+from minitune.names import nearest
 
 HEAD = "lm_head"
 T = TypeVar("T")
@@ -103,5 +104,7 @@ def check_targets(lora: LoRA, paths: list[str]) -> None:
         for name in names:
             if any(matches(name, path) for path in paths):
                 continue
-            raise InputError(f"LoRA: {kind} has {name!r}, which names no linear of this model; its linears are "
+            meant = nearest(name, [*LINEAR_NAMES, HEAD])
+            hint = f"; did you mean {meant}? Its" if meant else "; its"
+            raise InputError(f"LoRA: {kind} has {name!r}, which names no linear of this model{hint} linears are "
                              f'{", ".join(LINEAR_NAMES)} and {HEAD}, in full for example {paths[0]!r}')
