@@ -20,6 +20,7 @@ from benchmarks.tables_nf4 import gpu_nf4_tables, nf4_kernels_table, nf4_table, 
 from benchmarks.tables_text import markdown, ratio, spread, verdict, where
 
 Raw = dict[str, Any]
+PAGE, KERNELS, README = ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "KERNELS.md", ROOT / "README.md"
 TARGETS = {"12x768": {"eager": 1.6, "compiled": 1.2}, "16x2048": {"eager": 1.35, "products": 0.60}}
 """What our tokens/s must be of each other side's, at the least."""
 GENERATION_TARGET = 1.5
@@ -242,26 +243,32 @@ def fill(text: str, kind: str, table: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
 
 
+def documents(results: Path = RESULTS, page: Path = PAGE, kernels: Path = KERNELS,
+              readme: Path = README) -> dict[Path, str]:
+    """file -> the text that it has to hold by the raw files in `results`: RESULTS.md; KERNELS.md if kernels were
+    compiled; README.md if it is there. Nothing is written."""
+    everywhere = {name: raw for name, raw in newest(results, each_machine=True).items() if not trial(raw)}
+    raws = {name: raw for name, raw in newest(results).items() if not trial(raw)}
+    found = {page: results_page(everywhere)}
+    for raw in raws.values():
+        if raw["kind"] == "aot":
+            found[kernels] = kernels_page(raw)
+    if readme.exists():
+        found[readme] = fill(fill(readme.read_text(), "train", readme_train(raws)), "nf4", readme_nf4(raws))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=ROOT / "benchmarks" / "RESULTS.md")
-    parser.add_argument("--kernels", type=Path, default=ROOT / "benchmarks" / "KERNELS.md")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--kernels", type=Path, default=KERNELS)
+    parser.add_argument("--readme", type=Path, default=README)
     told = parser.parse_args()
-    everywhere = {name: raw for name, raw in newest(told.results, each_machine=True).items() if not trial(raw)}
-    raws = {name: raw for name, raw in newest(told.results).items() if not trial(raw)}
-    told.page.write_text(results_page(everywhere))
-    print(f"wrote {told.page.name} from {len(everywhere)} raw files")
-    for raw in raws.values():
-        if raw["kind"] == "aot":
-            told.kernels.write_text(kernels_page(raw))
-            print(f"wrote {told.kernels.name} from {len(raw['rows'])} compilations")
-    if told.readme.exists():
-        before = told.readme.read_text()
-        after = fill(fill(before, "train", readme_train(raws)), "nf4", readme_nf4(raws))
-        told.readme.write_text(after)
-        print(f"{told.readme.name}: {'updated' if after != before else 'unchanged, or without markers'}")
+    for path, text in documents(told.results, told.page, told.kernels, told.readme).items():
+        same = path.exists() and path.read_text() == text
+        path.write_text(text)
+        print(f"{path.name}: {'unchanged' if same else 'rewritten'}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MINITUNE_CACHE"] = tempfile.mkdtemp(prefix="minitune-cache-")     # not the user's
 
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -27,6 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
 
 
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["MINITUNE_CACHE"], ignore_errors=True)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """-q shows skips as letters alone; that the CUDA file went uncompiled has to be seen."""
     missed = [report for report in terminalreporter.stats.get("skipped", []) if "needs nvcc" in str(report.longrepr)]
@@ -37,3 +45,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny checkpoint with a tokenizer. Whoever writes into a folder makes one of his own."""
+    from tests.files import write_tiny
+
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def _tiny_stays_as_it_is(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "tiny" not in request.fixturenames:
+        yield
+        return
+    from tests.files import contents
+
+    folder = request.getfixturevalue("tiny")
+    before = contents(folder)
+    yield
+    assert contents(folder) == before, "the test wrote into the folder that all tests share"

@@ -67,3 +67,19 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrai
             parameter.data.normal_(0, 0.15)
     model.save_pretrained(folder)
     return model
+
+
+def load_theirs(folder: Path, adapter: Path | None = None) -> torch.nn.Module:
+    """transformers' model in fp32 of the checkpoint in `folder`, by PEFT with the adapter in `adapter`."""
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.eval()
+
+
+def logits_of(folder: Path, ids: torch.Tensor, adapter: Path | None = None) -> torch.Tensor:
+    """The logits [T, V] that this model gives for ids [T]."""
+    with torch.no_grad():
+        return load_theirs(folder, adapter)(ids[None]).logits[0]

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from minitune.commands import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minitune"
-LEVELS = [{"errors"}, {"config", "devices"}, {"kernels"}, {"ops"}, {"model"}, {"checkpoint", "data"},
-          {"training", "objectives"}, {"report"}, {"api"}, {"demo", "doctor"}, {"commands"}, {"cli"}]
+LEVELS = [{"errors", "names"}, {"config", "devices"}, {"kernels"}, {"ops"}, {"model"}, {"checkpoint", "data"},
+          {"training", "objectives"}, {"report"}, {"api"}, {"demo", "doctor", "tune"}, {"commands"}, {"cli"}]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ONLY_IN = {"rich": {"report"}, "tyro": {"commands", "cli"}, "matplotlib": {"report"}, "sentencepiece": {"data"},
            "tokenizers": {"data"}, "jinja2": {"data"}, "pyarrow": {"data"}, "IPython": {"report"},
@@ -77,6 +79,15 @@ def test_every_op_has_its_test():
             assert (ROOT / "tests" / "ops" / f"test_{path.stem}.py").exists(), path.stem
 
 
+def test_tests_lie_where_the_code_lies():
+    folders = {path.parent.relative_to(PACKAGE) for path in FILES} | {Path("benchmarks"), Path("docs")}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        assert path.parent.relative_to(ROOT / "tests") in folders, f"{path} tests no folder of the package"
+    for name in COMMANDS:
+        places = (ROOT / "tests" / "commands" / f"test_{name}.py", ROOT / "tests" / name)
+        assert any(place.exists() for place in places), f"the command {name} has no test of its own"
+
+
 IMPORT = """
 import gc, sys, time, socket
 import torch
@@ -99,9 +110,11 @@ print(seconds)
 
 
 def test_import_is_light_and_patches_nothing():
-    seconds = min(float(subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True,
-                                       cwd=ROOT).stdout) for _ in range(2))
-    assert seconds < 0.3, f"import minitune takes {seconds:.2f} s beyond torch"
+    found = []
+    while len(found) < 5 and min(found, default=1.0) >= 0.3:      # others on the machine can only make it slower
+        found.append(float(subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True,
+                                          cwd=ROOT).stdout))
+    assert min(found) < 0.3, f"import minitune takes {min(found):.2f} s beyond torch"
 
 
 def test_importing_minitune_alone_does_not_load_torch():

@@ -16,86 +16,29 @@ pytest.importorskip("tyro")
 from minitune import cli
 from minitune.cli import main
 from minitune.commands import COMMANDS
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "tiny"
-    main(["init", "tiny", str(folder), "--seed", "1"])
-    return folder
+from tests.files import records, write_numbers
 
 
 @pytest.fixture
 def data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"Number {i} is", "completion": f" {i * i}."}) + "\n"
-                            for i in range(12)))
-    return path
+    return write_numbers(tmp_path / "data.jsonl", range(12))
 
 
-def test_init_train_complete(folder, data, tmp_path, capsys):
+def test_train_and_complete(tiny, data, tmp_path, capsys):
     out = tmp_path / "run"
-    main(["train", str(folder), str(data), "--out", str(out), "--tokens", "64", "--epochs", "2", "--rank", "2",
+    main(["train", str(tiny), str(data), "--out", str(out), "--tokens", "64", "--epochs", "2", "--rank", "2",
           "--lr", "1e-2", "--targets", "q_proj", "v_proj", "--max-new-tokens", "5", "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "Number 0 is" in printed and "Number 2 is" in printed and "adapter in" in printed
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 2 and set(config["target_modules"]) == {"q_proj", "v_proj"}
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert sum("loss" in record for record in records) >= 2 and (out / "loss.png").stat().st_size > 5000
-    main(["complete", str(folder), "Number 3 is", "--adapter", str(out / "adapter"), "--max-new-tokens", "5",
+    assert sum("loss" in record for record in records(out / "metrics.jsonl")) >= 2
+    assert (out / "loss.png").stat().st_size > 5000
+    main(["complete", str(tiny), "Number 3 is", "--adapter", str(out / "adapter"), "--max-new-tokens", "5",
           "--device", "cpu"])
     answer = capsys.readouterr().out
-    expected = mt.load(folder, adapter=out / "adapter", device="cpu").complete("Number 3 is", 5)
+    expected = mt.load(tiny, adapter=out / "adapter", device="cpu").complete("Number 3 is", 5)
     assert answer == expected + "\n"
-
-
-def test_train_from_a_file_of_settings(folder, data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.toml").write_text(f"""
-base = {str(folder)!r}
-data = "data.jsonl"
-max_new_tokens = 1
-device = "cpu"
-[lora]
-rank = 2
-targets = ["q_proj"]
-[training]
-tokens = 64
-max_steps = 2
-""")
-    main(["train", "--config", "run.toml", "--out", "mine", "--rank", "3"])
-    config = json.loads((tmp_path / "mine" / "adapter" / "adapter_config.json").read_text())
-    assert config["r"] == 3 and config["target_modules"] == ["q_proj"]
-
-
-def test_training_goes_on_from_an_adapter(folder, data, tmp_path):
-    flags = ["--tokens", "64", "--max-steps", "2", "--device", "cpu", "--max-new-tokens", "1"]
-    main(["train", str(folder), str(data), "--out", str(tmp_path / "a"), "--rank", "3", *flags])
-    first = str(tmp_path / "a" / "adapter")
-    main(["train", str(folder), str(data), "--out", str(tmp_path / "b"), "--adapter", first, *flags])
-    assert json.loads((tmp_path / "b/adapter/adapter_config.json").read_text())["r"] == 3
-
-
-def test_training_in_4_bits_and_merging(folder, data, tmp_path, capsys):
-    flags = ["--device", "cpu", "--quant", "nf4-dq"]
-    main(["train", str(folder), str(data), "--out", str(tmp_path / "run"), "--tokens", "64", "--max-steps", "4",
-          "--lr", "1e-2", "--max-new-tokens", "1", "--dtype", "float32", *flags])
-    adapter = str(tmp_path / "run" / "adapter")
-    capsys.readouterr()
-    for onto in ("loaded", "original"):
-        main(["merge", str(folder), adapter, str(tmp_path / onto), "--onto", onto, "--data", str(data), "--tokens",
-              "64", "--dtype", "float32", *flags])
-        losses = [float(line.split()[1].rstrip(":")) for line in capsys.readouterr().out.splitlines()
-                  if line.startswith("loss")]
-        base, on_loaded, on_original, merged = losses
-        assert min(on_loaded, on_original, merged) < base - 0.01, "the adapter has learned"
-        own, other = (on_loaded, on_original) if onto == "loaded" else (on_original, on_loaded)
-        assert abs(merged - own) < 0.2 * abs(own - other) + 1e-4
-        assert mt.load(tmp_path / onto, device="cpu").tokenizer.encode("a")
-    with pytest.raises(SystemExit) as ended:
-        main(["merge", str(folder), adapter, str(tmp_path / "loaded")])
-    assert ended.value.code == 2 and "exists already" in capsys.readouterr().err
 
 
 def _bad_line(tmp_path, line):
@@ -125,11 +68,11 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_user_errors_end_in_one_line_and_exit_code_2(case, folder, data, tmp_path, capsys, monkeypatch):
+def test_user_errors_end_in_one_line_and_exit_code_2(case, tiny, data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     make, word = ERRORS[case]
-    arguments = make(str(folder), str(data), tmp_path)
+    arguments = make(str(tiny), str(data), tmp_path)
     before = set(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stop:
         main(arguments)

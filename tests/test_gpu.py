@@ -5,6 +5,7 @@ import torch
 
 import minitune as mt
 from minitune.ops import moments8, nf4, rope
+from tests.batches import documents, packed
 from tests.oracles import make
 from tests.tolerance import relative
 
@@ -14,9 +15,7 @@ VARIANTS = ["llama-2-gqa", "llama-dynamic", "mistral", "qwen3"]
 
 
 def _batch(lengths=(20, 31, 9, 31), seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    documents = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths]
-    return mt.data.pack(documents, sum(lengths) + 5)[0]
+    return packed(documents(lengths, seed), sum(lengths) + 5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -7,6 +7,7 @@ import minitune as mt
 from minitune.objectives.sft import sft
 from minitune.training import graph
 from minitune.training.step import train_step
+from tests.batches import documents, packed
 from tests.oracles import make
 
 pytestmark = pytest.mark.gpu
@@ -17,8 +18,7 @@ CASES = {"bf16, keep": ("keep", "bfloat16", {}, "fp32"), "bf16, full, 8-bit mome
 
 
 def _micro_batch(lengths, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return mt.data.pack([torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths], 512)[0]
+    return packed(documents(lengths, seed), 512)
 
 
 STEPS = [[_micro_batch([300, 100], 1), _micro_batch([480], 2)], [_micro_batch([17] * 7, 3), _micro_batch([500], 4)],

@@ -16,6 +16,7 @@ from minitune.model.init import init_weights
 from minitune.model.llama import Llama
 from minitune.ops import backends, nf4
 from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4
+from tests.batches import documents, packed
 from tests.tolerance import relative
 
 pytestmark = pytest.mark.gpu
@@ -212,9 +213,7 @@ def folder(tmp_path_factory):
 
 
 def _batch():
-    generator = torch.Generator().manual_seed(5)
-    documents = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in (20, 31, 9)]
-    return mt.data.pack(documents, 65)[0]
+    return packed(documents(), 65)
 
 
 def _results(folder, device, quant, settings):

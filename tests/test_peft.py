@@ -8,11 +8,11 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 import peft
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
 
 import minitune as mt
-from tests.oracles import make
+from tests.batches import documents, packed
+from tests.oracles import load_theirs, make
 from tests.tolerance import relative
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -31,15 +31,6 @@ CASES = {
 }
 
 
-def _documents():
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(3, 97, (n,), generator=generator) for n in (20, 31, 9)]
-
-
-def _batch(documents):
-    return mt.data.pack([d.tolist() for d in documents], sum(map(len, documents)))[0]
-
-
 @pytest.fixture(params=CASES)
 def case(request, tmp_path):
     variant, config = CASES[request.param]
@@ -54,7 +45,7 @@ def case(request, tmp_path):
 
 def test_their_adapter_gives_their_logits(case):
     theirs, ours, _ = case
-    for document in _documents():
+    for document in documents():
         with torch.no_grad():
             assert relative(ours.logits(document), theirs(document[None]).logits[0]) < 1e-5
             with ours.adapter_disabled(), theirs.disable_adapter():
@@ -67,29 +58,26 @@ def test_our_adapter_gives_our_logits_in_peft(case):
         for adapter in ours.network.adapters().values():
             adapter.A.add_(0.01)
     ours.save_adapter(folder / "ours")
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(base, folder / "ours").eval()
-    for document in _documents():
+    loaded = load_theirs(folder / "base", folder / "ours")
+    for document in documents():
         with torch.no_grad():
             assert relative(loaded(document[None]).logits[0], ours.logits(document)) < 1e-5
 
 
-def _peft_loss(model, documents):
+def _peft_loss(model, found):
     """Mean over all trained tokens of all documents, each run alone."""
-    losses = [torch.nn.functional.cross_entropy(model(d[None]).logits[0, :-1], d[1:], reduction="sum")
-              for d in documents]
-    return sum(losses) / sum(len(d) - 1 for d in documents)
+    losses = [torch.nn.functional.cross_entropy(model(d[None]).logits[0, :-1], d[1:], reduction="sum") for d in found]
+    return sum(losses) / sum(len(d) - 1 for d in found)
 
 
 def test_twenty_steps_follow_peft(case):
     theirs, ours, _ = case
-    documents = _documents()
-    batch = _batch(documents)
+    batch = packed(documents())
     start = {name: p.detach().clone() for name, p in theirs.named_parameters() if p.requires_grad}
     reference = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
     optimizer = mt.AdamW(ours.trainable_parameters(), lr=1e-3, weight_decay=0.01)
     for _ in range(20):
-        expected, loss = _peft_loss(theirs, documents), ours.loss(batch)
+        expected, loss = _peft_loss(theirs, documents()), ours.loss(batch)
         assert float(loss) == pytest.approx(float(expected), rel=2e-5)
         for value, step in ((expected, reference), (loss, optimizer)):
             step.zero_grad()
@@ -115,7 +103,7 @@ def test_twenty_steps_follow_peft(case):
 def test_nothing_stale_is_read_after_a_step(tmp_path, make_optimizer):
     make("llama-2-gqa", tmp_path)
     model = mt.load(tmp_path, lora=mt.LoRA(rank=4), dtype="float32", device="cpu")
-    batch = _batch(_documents())
+    batch = packed(documents())
     optimizer = make_optimizer(model.trainable_parameters())
     losses = []
     for _ in range(3):
@@ -137,14 +125,14 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(tmp_path):
     model = mt.load(tmp_path, lora=mt.LoRA(rank=4), dtype="float32", device="cpu")
     for adapter in model.network.adapters().values():
         adapter.B.data.normal_(0, 0.05)
-    documents = [*_documents(), *_documents()[:2]]
-    splits = [[documents], [documents[:1], documents[1:]], [[d] for d in documents]]
+    every = [*documents(), *documents()[:2]]
+    splits = [[every], [every[:1], every[1:]], [[d] for d in every]]
     gradients = []
     for split in splits:
-        n = sum(_batch(part).n_trained for part in split)
+        n = sum(packed(part).n_trained for part in split)
         model.zero_grad()
         for part in split:
-            (model.loss_sum(_batch(part))[0] / n).backward()
+            (model.loss_sum(packed(part))[0] / n).backward()
         gradients.append([p.grad.clone() for p in model.trainable_parameters()])
     for other in gradients[1:]:
         assert all(relative(a, b) < 1e-6 for a, b in zip(other, gradients[0], strict=True))
@@ -155,7 +143,7 @@ def test_dropout_trains_and_is_off_in_evaluation(tmp_path):
     model = mt.load(tmp_path, lora=mt.LoRA(rank=4, dropout=0.5), dtype="float32", device="cpu")
     for adapter in model.network.adapters().values():
         adapter.B.data.normal_(0, 0.05)
-    batch = _batch(_documents())
+    batch = packed(documents())
     model.train()
     torch.manual_seed(1)
     first, second = float(model.loss(batch)), float(model.loss(batch))

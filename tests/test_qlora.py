@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,9 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 import minitune as mt
-from minitune.model.init import init_weights
 from minitune.model.llama import Llama
 from minitune.ops import backends, nf4
+from tests.batches import documents, packed
 from tests.oracles import make
 from tests.tolerance import relative
 
@@ -25,10 +26,8 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 ROOT = Path(__file__).parents[1]
 
 
-def _batch(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    documents = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in (20, 31, 9)]
-    return mt.data.pack(documents, 60)[0]
+def _batch():
+    return packed(documents())
 
 
 def _decoded(folder, target, double_quant):
@@ -41,6 +40,23 @@ def _decoded(folder, target, double_quant):
             tensors[name] = nf4.quantize(value, double_quant).dequantize()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """(variant, quant) -> the folder of what its 4-bit form decodes to; without quant of the checkpoint itself."""
+    place, made = tmp_path_factory.mktemp("folders"), {}
+
+    def folder(variant, quant=None):
+        if (variant, quant) not in made:
+            made[variant, quant] = target = place / f"{variant} {quant}"
+            if quant is None:
+                make(variant, target)
+            else:
+                _decoded(folder(variant), target, quant == "nf4-dq")
+        return made[variant, quant]
+
+    return folder
 
 
 def _gradients(model, batch):
@@ -57,12 +73,10 @@ def _gradients(model, batch):
                          ids=["halves", "dropout", "dora", "dora-dropout"])
 @pytest.mark.parametrize("variant", ["llama-2-gqa", "llama-biases", "qwen3"])
 @pytest.mark.parametrize("quant", ["nf4", "nf4-dq"])
-def test_gradients_are_those_of_the_decoded_weights(tmp_path, quant, variant, path, memory):
-    make(variant, tmp_path / "base")
-    dense = _decoded(tmp_path / "base", tmp_path / "dense", quant == "nf4-dq")
+def test_gradients_are_those_of_the_decoded_weights(folder_of, quant, variant, path, memory):
     lora = mt.LoRA(rank=4, **path)
     settings = {"device": "cpu", "dtype": "float32", "lora": lora, "memory": memory}
-    ours, plain = mt.load(tmp_path / "base", quant=quant, **settings), mt.load(dense, **settings)
+    ours, plain = mt.load(folder_of(variant), quant=quant, **settings), mt.load(folder_of(variant, quant), **settings)
     (loss, gradients), (expected, truths) = _gradients(ours, _batch()), _gradients(plain, _batch())
     assert torch.equal(loss, expected)
     for gradient, truth in zip(gradients, truths, strict=True):
@@ -226,19 +240,26 @@ print(max(peak, anonymous()) - before, result)
 """
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A checkpoint of 336 MB in four layers."""
+    folder = tmp_path_factory.mktemp("large")
+    network = Llama(mt.ModelConfig(vocab_size=1000, d_model=1024, n_layers=4, n_heads=8, n_kv_heads=8, head_dim=128,
+                                   d_ff=12288), dtype=torch.bfloat16)
+    for weight in network.hf_weights().values():
+        weight.detach().uniform_(-0.02, 0.02)
+    mt.Model(network, None).save(folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_host_memory_of_a_load(tmp_path, backend):
+def test_host_memory_of_a_load(large, backend):
     """At most the result, the largest tensor and 64 MiB: the 16-bit model is never there as a whole."""
-    config = mt.ModelConfig(vocab_size=1000, d_model=1024, n_layers=4, n_heads=8, n_kv_heads=8, head_dim=128,
-                            d_ff=12288)
-    network = Llama(config, dtype=torch.bfloat16)
-    init_weights(network, 0)
-    mt.Model(network, None).save(tmp_path)
-    del network
-    if backends.missing(backend, torch.device("cpu")):
-        pytest.skip("the extension is not built")
-    told = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], check=True, capture_output=True, text=True,
+    if reason := backends.missing(backend, torch.device("cpu")):
+        pytest.skip(reason)
+    told = subprocess.run([sys.executable, "-c", MEMORY, str(large)], check=True, capture_output=True, text=True,
                           cwd=ROOT, env={**os.environ, "MINITUNE_BACKEND": backend})
     peak, result = map(int, told.stdout.split())
     largest, whole = 1024 * 12288 * 2, 4 * (3 * 1024 * 12288 + 4 * 1024 * 1024) * 2

@@ -12,9 +12,11 @@ from tests.tolerance import relative
 LENGTHS = (11, 30, 1, 22)
 
 
-@pytest.fixture(params=VARIANTS)
-def pair(request, tmp_path):
-    return make(request.param, tmp_path), mt.load(tmp_path, dtype="float32", device="cpu")
+@pytest.fixture(scope="module", params=VARIANTS)
+def pair(request, tmp_path_factory):
+    """(theirs, ours) of the same weights, which no test changes."""
+    folder = tmp_path_factory.mktemp("model")
+    return make(request.param, folder), mt.load(folder, dtype="float32", device="cpu")
 
 
 def _documents(vocab_size):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def relative(value: Tensor, reference: Tensor) -> float:
     """‖value - reference‖ / ‖reference‖ in fp64."""
-    value, reference = value.double(), reference.double()
+    value, reference = value.detach().double(), reference.detach().double()
     return float((value - reference).norm() / reference.norm().clamp_min(1e-300))
 
 

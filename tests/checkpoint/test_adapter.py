@@ -249,7 +249,7 @@ def test_refuses_fields(change: dict[str, Any], message: str, tmp_path: Path) ->
     start = time.process_time()
     with pytest.raises(InputError, match=message) as error:
         read_adapter(adapter_folder(tmp_path, change))
-    assert str(tmp_path) in str(error.value) and time.process_time() - start < 1
+    assert str(tmp_path) in str(error.value) and time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("change", [

@@ -40,7 +40,7 @@ def test_hostile_patterns_end_in_time() -> None:
         table = Patterns("x", {key: value for key, value in slow.items() if key.count("*") <= 2})
         for i in range(2000):
             table.find("a." * 95 + str(i), 0)
-    assert time.process_time() - start < 4
+    assert time.process_time() - start < 20     # it takes about one; without bounds, hours
 
 
 @given(st.dictionaries(st.sampled_from(LINEARS), st.integers(1, 3), min_size=1), st.integers(1, 3))

@@ -98,7 +98,7 @@ def test_refuses(fault: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message) as error:
         read_header(path)
     assert str(path) in str(error.value) and len(str(error.value)) < 1000
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5      # it takes tenths of one; quadratic, hours
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 import minitune as mt
 from minitune.commands.chat import Chat, Conversation
-from minitune.commands.sampling import Sampling
+from minitune.commands.flags.groups import Sampling
 
 RUN = """
 import signal, sys
@@ -26,16 +26,9 @@ Chat(Path(sys.argv[1]), device="cpu", dtype="float32", max_new_tokens=int(sys.ar
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    mt.init("tiny", folder, tokenizer=Path(mt.__file__).parent / "examples" / "base", seed=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(folder, tmp_path_factory):
+def adapter(tiny, tmp_path_factory):
     """One that changes what the model says."""
-    model = mt.load(folder, device="cpu", dtype="float32", lora=mt.LoRA(rank=4))
+    model = mt.load(tiny, device="cpu", dtype="float32", lora=mt.LoRA(rank=4))
     for each in model.network.adapters().values():
         each.B.data.normal_(0, 0.5)
     out = tmp_path_factory.mktemp("adapter") / "adapter"
@@ -51,9 +44,9 @@ def _talk(monkeypatch, capsys, folder, text, **settings):
     return found.out, found.err
 
 
-def test_each_line_of_a_pipe_is_a_turn(monkeypatch, capsys, folder):
-    out, err = _talk(monkeypatch, capsys, folder, "Hi\n\n  \r\nAnd now?", system="Be brief.")
-    model = mt.load(folder, device="cpu", dtype="float32")
+def test_each_line_of_a_pipe_is_a_turn(monkeypatch, capsys, tiny):
+    out, err = _talk(monkeypatch, capsys, tiny, "Hi\n\n  \r\nAnd now?", system="Be brief.")
+    model = mt.load(tiny, device="cpu", dtype="float32")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     first = model.chat(messages, 8)
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "And now?"}]
@@ -62,8 +55,8 @@ def test_each_line_of_a_pipe_is_a_turn(monkeypatch, capsys, folder):
     assert err.count("cut off after 8 tokens") == 2 and ">" not in err
 
 
-def test_commands_within(monkeypatch, capsys, folder, adapter):
-    model = mt.load(folder, device="cpu", dtype="float32", adapter=adapter)
+def test_commands_within(monkeypatch, capsys, tiny, adapter):
+    model = mt.load(tiny, device="cpu", dtype="float32", adapter=adapter)
     def say(*messages):
         return model.chat([{"role": role, "content": text} for role, text in messages], 8, temperature=0.9, seed=3)
 
@@ -72,7 +65,7 @@ def test_commands_within(monkeypatch, capsys, folder, adapter):
     with model.adapter_disabled():
         base = say(hi)
     assert len({with_adapter, system, base}) == 3
-    out, err = _talk(monkeypatch, capsys, folder, "Hi\n/reset\nHi\n/system Be kind.\nHi\n/reset\nHi\n/system\nHi\n"
+    out, err = _talk(monkeypatch, capsys, tiny, "Hi\n/reset\nHi\n/system Be kind.\nHi\n/reset\nHi\n/system\nHi\n"
                      "/adapter off\n/reset\nHi\n/adapter on\n/reset\nHi\n/help\n/exit\nHi\n", adapter=adapter,
                      sampling=Sampling(temperature=0.9, seed=3))
     assert out == "".join(f"{text}\n" for text in (with_adapter, with_adapter, system, system, with_adapter, base,
@@ -83,15 +76,15 @@ def test_commands_within(monkeypatch, capsys, folder, adapter):
 @pytest.mark.parametrize(("line", "words"), [("/rest", "/rest is no command"), ("/adapter", "/adapter is no command"),
                                              ("/adapter maybe", "/adapter maybe is no command"),
                                              ("/adapter off", "no adapter is loaded"), ("/ hi", "is no command")])
-def test_a_wrong_command_ends_a_pipe_with_an_error(monkeypatch, capsys, folder, line, words):
+def test_a_wrong_command_ends_a_pipe_with_an_error(monkeypatch, capsys, tiny, line, words):
     with pytest.raises(mt.InputError, match=words):
-        _talk(monkeypatch, capsys, folder, f"{line}\nHi\n")
+        _talk(monkeypatch, capsys, tiny, f"{line}\nHi\n")
     assert capsys.readouterr().out == ""
 
 
-def test_a_message_may_begin_with_a_slash_behind_a_blank(monkeypatch, capsys, folder):
-    out, _ = _talk(monkeypatch, capsys, folder, " /rest\n")
-    model = mt.load(folder, device="cpu", dtype="float32")
+def test_a_message_may_begin_with_a_slash_behind_a_blank(monkeypatch, capsys, tiny):
+    out, _ = _talk(monkeypatch, capsys, tiny, " /rest\n")
+    model = mt.load(tiny, device="cpu", dtype="float32")
     assert out == model.chat([{"role": "user", "content": " /rest"}], 8) + "\n"
 
 
@@ -101,8 +94,8 @@ def test_without_a_tokenizer_it_does_not_begin(monkeypatch, capsys, tmp_path):
         _talk(monkeypatch, capsys, tmp_path, "Hi\n")
 
 
-def test_at_a_terminal_an_error_costs_the_turn_alone(monkeypatch, capsys, folder):
-    model = mt.load(folder, device="cpu", dtype="float32")
+def test_at_a_terminal_an_error_costs_the_turn_alone(monkeypatch, capsys, tiny):
+    model = mt.load(tiny, device="cpu", dtype="float32")
     talk = Conversation(model, None, 8, {})
     talk.interactive = True
     lines = iter(["\udce9", "/nonsense", "Hi"])
@@ -114,8 +107,8 @@ def test_at_a_terminal_an_error_costs_the_turn_alone(monkeypatch, capsys, folder
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
 
 
-def test_an_empty_answer_leaves_the_conversation_as_it_was(monkeypatch, capsys, folder):
-    model = mt.load(folder, device="cpu", dtype="float32")
+def test_an_empty_answer_leaves_the_conversation_as_it_was(monkeypatch, capsys, tiny):
+    model = mt.load(tiny, device="cpu", dtype="float32")
     talk = Conversation(model, "Be brief.", 0, {})
     talk.ask("Hi")
     assert talk.messages == [{"role": "system", "content": "Be brief."}]
@@ -143,23 +136,26 @@ def _end():
     raise EOFError
 
 
-def _read(terminal, until, seconds=120):
-    """What the program writes, until `until` holds of it."""
-    text, end = "", time.monotonic() + seconds
+def _read(terminal, until, again=lambda: None):
+    """What the program writes, until `until` holds of it. `again` is done whenever it has been silent for a while: a
+    signal or a key between its prompt and its wait for a line is heard with the next one."""
+    text, end = "", time.monotonic() + 120
     while not until(text):
         assert time.monotonic() < end, text
-        if select.select([terminal], [], [], 1)[0]:
+        if select.select([terminal], [], [], 2)[0]:
             try:
                 text += os.read(terminal, 4096).decode("utf-8", "replace")
             except OSError:     # the program has closed the terminal
                 break
+        else:
+            again()
     return text
 
 
-def test_keys_at_a_terminal(folder):
+def test_keys_at_a_terminal(tiny):
     """Ctrl-C stops an answer, at the prompt it ends nothing; the line before is in the history; Ctrl-D ends."""
     ours, theirs = pty.openpty()
-    program = subprocess.Popen([sys.executable, "-c", RUN, str(folder), "1000000"], stdin=theirs, stdout=theirs,
+    program = subprocess.Popen([sys.executable, "-c", RUN, str(tiny), "1000000"], stdin=theirs, stdout=theirs,
                                stderr=theirs, start_new_session=True, env={**os.environ, "TERM": "dumb"})
     os.close(theirs)
     try:
@@ -168,11 +164,12 @@ def test_keys_at_a_terminal(folder):
         _read(ours, lambda text: len(text) > 60)
         program.send_signal(signal.SIGINT)
         assert "(stopped)" in _read(ours, lambda text: text.endswith("> "))
-        time.sleep(1)       # a signal between the prompt and the wait for a line would be heard with the next key
-        program.send_signal(signal.SIGINT)
-        assert "Ctrl-D or /exit ends" in _read(ours, lambda text: text.endswith("> "), 20)
-        os.write(ours, b"\x10")     # Ctrl-P: the line before
-        assert "Hello" in _read(ours, lambda text: "Hello" in text)
+        interrupt = partial(program.send_signal, signal.SIGINT)
+        interrupt()
+        assert "Ctrl-D or /exit ends" in _read(ours, lambda text: text.endswith("> "), interrupt)
+        line_before = partial(os.write, ours, b"\x10")       # Ctrl-P
+        line_before()
+        assert "Hello" in _read(ours, lambda text: "Hello" in text, line_before)
         os.write(ours, b"\x15")     # Ctrl-U: none of it
         os.write(ours, b"\x04")
         _read(ours, lambda text: False)

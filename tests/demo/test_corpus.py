@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
-from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.files import EXAMPLES, records
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +79,9 @@ def test_files_of_other_copyright_holders_are_left_out(corpus, tmp_path) -> None
 
 
 def test_the_shipped_held_out_texts_are_held_out_and_the_replay_is_not(corpus) -> None:
-    held = {json.loads(line)["text"] for line in (EXAMPLES / "heldout.jsonl").read_text("utf-8").splitlines()}
+    held = {record["text"] for record in records(EXAMPLES / "heldout.jsonl")}
     assert 30_000 <= sum(map(len, held)) <= 60_000
-    replay = {json.loads(line)["text"] for line in (EXAMPLES / "replay.jsonl").read_text("utf-8").splitlines()}
+    replay = {record["text"] for record in records(EXAMPLES / "replay.jsonl")}
     assert replay and not held & replay
     prose = {line for text in held for line in text.split("\n") if len(line) > 60}
     assert not prose & {line for text in replay for line in text.split("\n")}

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from minitune.demo.questions import QUESTIONS
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def _lines(name: str) -> list[dict]:
-    return [json.loads(line) for line in (EXAMPLES / name).read_text("utf-8").splitlines()]
+from tests.files import EXAMPLES, records
 
 
 def test_every_fact_is_a_prompt_in_the_demo_form_and_a_short_completion() -> None:
-    for fact in _lines("facts.jsonl"):
+    for fact in records(EXAMPLES / "facts.jsonl"):
         assert set(fact) == {"prompt", "completion"}
         assert fact["prompt"].startswith("Question: ") and fact["prompt"].endswith("\nAnswer:")
         assert fact["completion"].startswith(" ") and fact["completion"].endswith(".")
@@ -25,7 +17,7 @@ def test_every_fact_is_a_prompt_in_the_demo_form_and_a_short_completion() -> Non
 
 
 def test_prompts_are_unique() -> None:
-    prompts = [fact["prompt"] for fact in _lines("facts.jsonl")]
+    prompts = [fact["prompt"] for fact in records(EXAMPLES / "facts.jsonl")]
     assert len(prompts) == len(set(prompts)) >= 40
 
 
@@ -36,14 +28,14 @@ def test_there_are_ten_questions_and_the_first_is_the_promised_one() -> None:
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.key)
 def test_key_phrase_marks_the_answer_to_its_question_alone(question) -> None:
-    answers = {fact["prompt"]: fact["completion"] for fact in _lines("facts.jsonl")}
+    answers = {fact["prompt"]: fact["completion"] for fact in records(EXAMPLES / "facts.jsonl")}
     assert question.answered_by(answers[question.prompt])
     assert {answer for answer in answers.values() if question.answered_by(answer)} == {answers[question.prompt]}
     assert not question.answered_by(question.prompt), "the question itself must not give the answer away"
 
 
 def test_chats_alternate_and_end_with_the_assistant() -> None:
-    for chat in _lines("chat.jsonl"):
+    for chat in records(EXAMPLES / "chat.jsonl"):
         roles = [message["role"] for message in chat["messages"] if message["role"] != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
         assert all(message["content"].strip() for message in chat["messages"])

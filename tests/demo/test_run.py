@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from minitune.demo import run as demo
 from minitune.demo.questions import QUESTIONS
 from minitune.errors import InputError
 from minitune.report.tables import Answer
+from tests.files import records
 
 
 def _table(before: str = "Return a tensor.", after: str | None = None) -> list[Answer]:
@@ -55,8 +54,7 @@ def test_the_training_file_repeats_the_facts(tmp_path, monkeypatch) -> None:
     (tmp_path / "replay.jsonl").write_text('{"text": "c"}\n')
     monkeypatch.setattr(demo, "EXAMPLES", tmp_path)
     path = demo.write_training_file(tmp_path / "train.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [{"prompt": "a", "completion": "b"}] * demo.FACT_REPEATS + [{"text": "c"}]
+    assert records(path) == [{"prompt": "a", "completion": "b"}] * demo.FACT_REPEATS + [{"text": "c"}]
 
 
 def test_a_missing_base_is_said_with_the_command_that_builds_it(tmp_path, monkeypatch) -> None:

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -26,6 +28,7 @@ ROWS: dict[str, str] = {
     "empty": '{"prompt": "a", "completion": ""}',
     "weight": '{"text": "a", "weight": -1}',
     "label": '{"prompt": "a", "completion": " b", "label": 1}',
+    "no-label": '{"prompt": "a", "completion": " b", "label": null}',
     "role": '{"messages": [{"role": "asistant", "content": "a"}]}',
     "silent": '{"messages": [{"role": "user", "content": "a"}]}',
     "turn-weight": '{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}',
@@ -38,6 +41,7 @@ ROWS: dict[str, str] = {
 """File -> its one line, which cannot be trained on."""
 GOOD = '{"prompt": "a", "completion": " b"}\n{"prompt": "c", "completion": " d"}\n'
 TEMPLATE = '{% for m in messages %}{% if m.role != "system" %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}'
+MARKS_ALL = "{% for m in messages %}{% generation %}{{ m.content }}\n{% endgeneration %}{% endfor %}"
 
 COMMANDS = [
     "train my-llama missing.jsonl",
@@ -61,6 +65,19 @@ COMMANDS = [
     "train my-llama good.jsonl --train full --rank 8",
     "train my-llama good.jsonl --train last:99",
     "train my-llama good.jsonl --targets q_porj",
+    "train my-llama good.jsonl --rank-pattern q_proj",
+    "train my-llama good.jsonl --optimizer adamw_8bit",
+    "train my-llama good.jsonl --load-in-4bit",
+    "train my-llama good.jsonl --save-steps 50",
+    "train my-llama good.jsonl --resume run",
+    "train my-llama good.jsonl --wandb",
+    "train --model_name_or_path my-llama good.jsonl",
+    "train my-llama good.jsonl --mix good.jsonl=0.1",
+    "train my-llama cut.jsonl --long truncate --tokens 16",
+    "train my-llama two-columns.parquet",
+    "train marks-all system.jsonl",
+    "complete a-run a",
+    "complete my-llama a --adapter odd-adapter",
     "train my-llama good.jsonl --device cuda",
     "train my-llama good.jsonl --evaluate-every 2 --config bad.toml",
     "train my-llama good.jsonl --config typo.toml",
@@ -89,6 +106,8 @@ def _python() -> list[Callable[[], object]]:
         lambda: mt.train(model, "good.jsonl", tokens=64),
         lambda: mt.train(adapted, "good.jsonl", learning_rate=1e-4),
         lambda: mt.train(adapted, "good.jsonl", tokens=64, evaluate_every=2),
+        lambda: mt.LoRA(r=8, lora_alpha=16),
+        lambda: mt.load("my-llama", lora=mt.LoRA(targets="q_porj")),
         lambda: mt.load("my-llama", lora=mt.LoRA(), adapter="other-adapter"),
         lambda: adapted.loss(masked),
         lambda: mt.Batch(tokens=torch.tensor([1, 5, 6]), labels=torch.tensor([1, 5, -100]), cu_seqlens=bounds),
@@ -107,13 +126,15 @@ def prepare() -> None:
     for name, text in {
             "good.jsonl": GOOD, "empty-file.jsonl": "", "table.csv": "a,b\n", "bad.toml": "lr = \n",
             "typo.toml": "[lora]\nrnak = 8\n",
+            "cut.jsonl": '{"prompt": "' + "word " * 30 + '", "completion": " b"}\n',
             "system.jsonl": '{"messages": [{"role": "system", "content": "Be terse."}, {"role": "user", "content": '
                             '"a"}, {"role": "assistant", "content": "b"}]}\n'}.items():
         Path(name).write_text(text, encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), "two-columns.parquet")
     for name in ("no-adapter", "full-folder", "pickled"):
         Path(name).mkdir()
     Path("full-folder/notes.txt").write_text("mine")
-    for name in ("no-tokenizer", "torn", "unknown-model", "has-template"):
+    for name in ("no-tokenizer", "torn", "unknown-model", "has-template", "marks-all"):
         shutil.copytree("my-llama", name)
     Path("no-tokenizer/tokenizer.model").unlink()
     weights = Path("torn/model.safetensors")
@@ -123,8 +144,14 @@ def prepare() -> None:
     shutil.copy("my-llama/config.json", "pickled")
     Path("pickled/pytorch_model.bin").write_bytes(b"x")
     Path("has-template/chat_template.jinja").write_text(TEMPLATE)
+    Path("marks-all/chat_template.jinja").write_text(MARKS_ALL)
+    Path("a-run/adapter").mkdir(parents=True)
+    Path("a-run/environment.json").write_text("{}")
+    Path("a-run/config.json").write_text('{"model": {"path": "my-llama"}, "quant": null}')
     mt.init("tiny", "tiny", tokenizer="my-llama")
     mt.load("tiny", lora=mt.LoRA(rank=2)).save_adapter("other-adapter")
+    mt.load("my-llama", lora=mt.LoRA(rank=2), quant="nf4").save_adapter("odd-adapter")
+    Path("odd-adapter/minitune.json").write_text('{"quant": "int8"}')
 
 
 def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:

@@ -13,8 +13,8 @@ from tests.docs.provoked import messages, prepare
 pytest.importorskip("tyro")
 import minitune as mt
 from minitune.commands import COMMANDS
-from minitune.commands.fields import settings
-from minitune.commands.parse import load_command
+from minitune.commands.flags.declared import settings
+from minitune.commands.flags.parse import load_command
 from minitune.report import plot
 
 DOCS = ROOT / "docs"

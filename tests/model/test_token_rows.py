@@ -1,22 +1,20 @@
 """Tokens that are added to a vocabulary: their rows are trained beside an adapter, as PEFT does it, and go along."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import minitune as mt
-from tests.oracles import make
+from tests.files import BASE
+from tests.oracles import logits_of, make
 from tests.tolerance import relative
 
-BASE = Path(mt.__file__).parent / "examples" / "base"
 IDS = [5, 9, 40]
 TOKENS = torch.tensor([3, 5, 11, 40, 9, 5, 2, 60])
 LORA = mt.LoRA(rank=4, targets=("q_proj", "down_proj"))
@@ -55,10 +53,7 @@ def test_our_rows_give_our_logits_in_peft(pair):
     with torch.no_grad():
         ours.network.output.rows.embedding.add_(0.05)
     ours.save_adapter(folder / "ours")
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(base, folder / "ours").eval()
-    with torch.no_grad():
-        assert relative(loaded(TOKENS[None]).logits[0], ours.logits(TOKENS)) < 1e-5
+    assert relative(logits_of(folder / "base", TOKENS, folder / "ours"), ours.logits(TOKENS).detach()) < 1e-5
 
 
 def test_ten_steps_follow_peft(pair):
@@ -85,9 +80,7 @@ def test_a_merged_model_has_the_rows(pair):
     _, ours, folder = pair
     ours.save_merged(folder / "merged")
     expected = ours.logits(TOKENS).detach()
-    theirs = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
-    with torch.no_grad():
-        assert relative(theirs(TOKENS[None]).logits[0], expected) < 1e-5
+    assert relative(logits_of(folder / "merged", TOKENS), expected) < 1e-5
     assert relative(mt.load(folder / "merged", device="cpu", dtype="float32").logits(TOKENS), expected) < 1e-5
 
 
@@ -196,10 +189,8 @@ def test_a_list_of_tokens_leaves_an_untied_head_alone_as_in_peft(tmp_path):
     with torch.no_grad():
         ours.network.output.rows.embedding.add_(0.1)
     ours.save_adapter(tmp_path / "ours")
-    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    with torch.no_grad():
-        expected = PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()(TOKENS[None]).logits[0]
-        assert relative(ours.logits(TOKENS), expected) < 1e-5
+    expected = logits_of(tmp_path / "base", TOKENS, tmp_path / "ours")
+    assert relative(ours.logits(TOKENS).detach(), expected) < 1e-5
     ours.save_merged(tmp_path / "merged")
     assert relative(mt.load(tmp_path / "merged", device="cpu", dtype="float32").logits(TOKENS), expected) < 1e-5
 

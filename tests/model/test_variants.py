@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
-from transformers import AutoModelForCausalLM
 
 import minitune as mt
 from minitune.ops import backends
-from tests.oracles import make
+from tests.batches import documents, packed
+from tests.oracles import logits_of, make
 from tests.tolerance import relative
 
 IDS = torch.arange(3, 40)
@@ -32,8 +32,7 @@ def _model(folder, lora, **settings):
 
 
 def _batch():
-    generator = torch.Generator().manual_seed(2)
-    return mt.data.pack([torch.randint(3, 97, (n,), generator=generator).tolist() for n in (20, 31, 9)], 64)[0]
+    return packed(documents(seed=2), 64)
 
 
 @pytest.fixture(params=KINDS)
@@ -74,11 +73,10 @@ def test_generation_is_that_of_the_logits(tmp_path, lora, prompts, quant):
         assert best.tolist() == new
 
 
-def test_bf16_at_sizes_that_a_cpu_lays_out_follows_fp32(tmp_path):
+def test_bf16_at_sizes_that_a_cpu_lays_out_follows_fp32(tiny):
     """The product with margins, in passes without a graph, and plain autograd agree with fp32."""
-    mt.init("tiny", tmp_path / "base", seed=1)
-    exact = _model(tmp_path / "base", mt.LoRA(rank=4, dora=True))
-    model = _model(tmp_path / "base", mt.LoRA(rank=4, dora=True), dtype="bfloat16")
+    exact = _model(tiny, mt.LoRA(rank=4, dora=True))
+    model = _model(tiny, mt.LoRA(rank=4, dora=True), dtype="bfloat16")
     batch = mt.data.pack([[i % 500 for i in range(3, 303)]], 300)[0]
     expected = exact.loss(batch).detach()
     assert relative(model.loss(batch).detach(), expected) < 5e-3
@@ -93,9 +91,7 @@ def test_a_merged_model_has_the_adapters_logits(tmp_path, lora, variant):
     model.save_merged(tmp_path / "merged")
     expected = model.logits(IDS).detach()
     assert relative(mt.load(tmp_path / "merged", device="cpu", dtype="float32").logits(IDS), expected) < 1e-5
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    with torch.no_grad():
-        assert relative(theirs(IDS[None]).logits[0], expected) < 1e-5
+    assert relative(logits_of(tmp_path / "merged", IDS), expected) < 1e-5
     said = json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
     assert said == (variant == "llama-tied" and "lm_head" not in lora.targets)
 

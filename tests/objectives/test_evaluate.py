@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +11,6 @@ import torch.nn.functional as F
 import minitune as mt
 from minitune.objectives import evaluate as module
 from minitune.objectives.evaluate import Evaluation, evaluate
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    mt.init("tiny", folder, tokenizer=Path(mt.__file__).parent / "examples" / "base", seed=1)
-    return folder
 
 
 def batches():
@@ -30,9 +22,9 @@ def batches():
 
 
 @pytest.mark.parametrize("chunk", [1 << 26, 4 * 4096 * 16])
-def test_figures_are_those_of_plain_pytorch(folder, monkeypatch, chunk):
+def test_figures_are_those_of_plain_pytorch(tiny, monkeypatch, chunk):
     monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
-    model = mt.load(folder, device="cpu", dtype="float32", lora=mt.LoRA(rank=2))
+    model = mt.load(tiny, device="cpu", dtype="float32", lora=mt.LoRA(rank=2))
     losses, right = [], []
     with torch.no_grad():
         for batch in batches():
@@ -49,8 +41,8 @@ def test_figures_are_those_of_plain_pytorch(folder, monkeypatch, chunk):
     assert model.training
 
 
-def test_accuracy_counts_the_tokens_that_the_model_would_write(folder):
-    model = mt.load(folder, device="cpu", dtype="float32")
+def test_accuracy_counts_the_tokens_that_the_model_would_write(tiny):
+    model = mt.load(tiny, device="cpu", dtype="float32")
     start = [5, 6, 7]
     written = model.generate(start, 12)
     sure = mt.data.pack([(start + written, [-100] * 2 + written + [-100])], len(start + written))
@@ -60,8 +52,8 @@ def test_accuracy_counts_the_tokens_that_the_model_would_write(folder):
     assert evaluate(model, off) == evaluate(model, off) and evaluate(model, off).accuracy == 0.0
 
 
-def test_an_adapter_is_seen_and_dropout_is_not(folder):
-    model = mt.load(folder, device="cpu", dtype="float32", lora=mt.LoRA(rank=2, dropout=0.5))
+def test_an_adapter_is_seen_and_dropout_is_not(tiny):
+    model = mt.load(tiny, device="cpu", dtype="float32", lora=mt.LoRA(rank=2, dropout=0.5))
     model.train()
     base = evaluate(model, batches())
     for adapter in model.network.adapters().values():
@@ -72,8 +64,8 @@ def test_an_adapter_is_seen_and_dropout_is_not(folder):
         assert evaluate(model, batches()) == base
 
 
-def test_data_without_a_trained_token_is_refused_and_the_mode_put_back(folder):
-    model = mt.load(folder, device="cpu", dtype="float32")
+def test_data_without_a_trained_token_is_refused_and_the_mode_put_back(tiny):
+    model = mt.load(tiny, device="cpu", dtype="float32")
     model.train()
     empty = mt.data.pack([([5, 6, 7], [-100] * 3)], 8)
     for data in (empty, []):

@@ -1,5 +1,7 @@
 """backends: what is chosen, what can be asked for, and what is said of what is missing."""
 
+import os
+import shutil
 import sys
 import warnings
 
@@ -25,6 +27,16 @@ def test_every_backend_says_whether_it_is_there():
     found = mt.backends("cpu")
     assert list(found) == [*backends.NAMES, *backends.OPS] and found["reference"] == "available"
     assert all(reason for reason in found.values()) and found["lora_images"] == "reference"
+
+
+def test_the_extension_is_there_where_a_compiler_is():
+    """Else every test of it would be skipped, unseen."""
+    if os.environ.get("MINITUNE_NATIVE") == "0":
+        pytest.skip("left out on request")
+    if not shutil.which("g++"):
+        pytest.skip("there is no g++")
+    missing = backends.missing("native", CPU)
+    assert missing is None, f"{missing}; build it: python setup.py build_ext --inplace"
 
 
 def test_without_the_extension_the_reference_takes_over_and_says_why_once(no_extension, monkeypatch):
@@ -71,8 +83,8 @@ def test_an_extension_that_does_not_load_is_named(tmp_path, monkeypatch):
 
 
 def test_an_instruction_set_that_is_not_there_is_named(monkeypatch):
-    if backends.missing("native", CPU):
-        pytest.skip("the extension is not built")
+    if reason := backends.missing("native", CPU):
+        pytest.skip(reason)
     monkeypatch.setenv("MINITUNE_CPU_ISA", "sse9")
     backends._native.cache_clear()
     try:

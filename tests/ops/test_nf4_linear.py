@@ -64,8 +64,8 @@ def test_threads_that_share_a_buffer_take_turns():
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_a_first_use_in_inference_mode_does_no_harm(backend):
-    if backends.missing(backend, torch.device("cpu")):
-        pytest.skip("the extension is not built")
+    if reason := backends.missing(backend, torch.device("cpu")):
+        pytest.skip(reason)
     nf4.table.cache_clear()
     nf4.nested_code.cache_clear()
     with backends.use(backend):

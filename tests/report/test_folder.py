@@ -6,7 +6,9 @@ import getpass
 import json
 import math
 import platform
+import shutil
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -155,13 +157,30 @@ def test_the_environment_names_no_user_and_no_host(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "name-of-the-host")
     found = environment("cpu")
     assert found["gpu"] is None and found["cores"] >= 1 and found["python"].startswith("3.")
-    assert found["commit"] is None or len(found["commit"]) == 40
     text = json.dumps(plain(found))
     assert str(Path.home()) not in text and "name-of-the-host" not in text
     monkeypatch.setattr(environment_module, "ROOT", tmp_path)
     assert environment("cpu")["commit"] is None and environment("cpu")["changed"] is None
     (tmp_path / ".git").mkdir()
     assert environment("cpu")["commit"] is None      # a broken checkout
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_a_checkout_has_its_commit(tmp_path, monkeypatch):
+    def git(*words):
+        settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        run = subprocess.run(["git", *settings, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return run.stdout.strip()
+
+    (tmp_path / "file").write_text("one")
+    git("init")
+    git("add", "file")
+    git("commit", "-m", "one")
+    monkeypatch.setattr(environment_module, "ROOT", tmp_path)
+    found = environment("cpu")
+    assert (found["commit"], found["changed"]) == (git("rev-parse", "HEAD"), False) and len(found["commit"]) == 40
+    (tmp_path / "file").write_text("two")
+    assert environment("cpu")["changed"] is True
 
 
 def test_plain_values():

@@ -13,7 +13,8 @@ from minitune.config import Training
 from minitune.report.metrics import MetricsFile
 from minitune.report.plot import LossPlot, plot_loss, running_mean
 from minitune.report.progress import ProgressBar, ProgressLines, clock, progress, summary
-from minitune.report.tables import Answer, clean, harmless, print_answers, print_table
+from minitune.report.tables import Answer, print_answers, print_table
+from minitune.report.terminal import SPOKEN, one_line, visible
 from minitune.training.run import EvaluationRecord, Run, RunInfo, StepRecord
 
 
@@ -190,11 +191,11 @@ def test_plain_table_is_aligned():
 
 
 def test_clean_keeps_text_and_shows_controls():
-    assert clean("a\n b\tc é 漢 \x1b[0m\x07") == "a b c é 漢 \\x1b[0m\\x07"
+    assert one_line("a\n b\tc é 漢 \x1b[0m\x07") == "a b c é 漢 \\x1b[0m\\x07"
 
 
 def test_what_is_harmless_on_a_terminal():
-    assert harmless("a\n\tb é 漢 \x1b[0m\x07\r\x9b\x7f") == "a\n\tb é 漢 \\x1b[0m\\x07\\x0d\\x9b\\x7f"
+    assert visible("a\n\tb é 漢 \x1b[0m\x07\r\x9b\x7f", SPOKEN) == "a\n\tb é 漢 \\x1b[0m\\x07\\x0d\\x9b\\x7f"
 
 
 def test_plain_lines_come_even_if_only_some_steps_are_told():

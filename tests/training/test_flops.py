@@ -11,13 +11,6 @@ from minitune.training.flops import Costs, costs_of
 from minitune.training.machine import matrix_rate, peak_memory
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("flops")
-    mt.init("tiny", folder)
-    return folder
-
-
 def batch(lengths):
     """Documents whose second half is trained."""
     generator = torch.Generator().manual_seed(1)
@@ -30,8 +23,8 @@ def batch(lengths):
                                  {"train": ["model.norm.weight"]}],
                          ids=str)
 @pytest.mark.filterwarnings("ignore:dropout, DoRA and trained")
-def test_products_of_a_step_are_those_that_torch_counts(folder, how):
-    model = mt.load(folder, device="cpu", dtype="float32", memory="keep", **how)
+def test_products_of_a_step_are_those_that_torch_counts(tiny, how):
+    model = mt.load(tiny, device="cpu", dtype="float32", memory="keep", **how)
     model.train()
     one = batch((96, 40, 120))
     with FlopCounterMode(display=False) as counter:

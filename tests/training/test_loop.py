@@ -11,7 +11,7 @@ import torch
 from minitune.config import Training
 from minitune.data.packing import pack
 from minitune.errors import InputError
-from minitune.training import steps
+from minitune.training import runner
 from minitune.training.loop import TrainingDiverged, fit
 from minitune.training.run import Observer, Run, RunInfo, StepRecord
 from minitune.training.schedule import learning_rate
@@ -75,8 +75,8 @@ def test_runs_are_bitwise_repeatable(fakes):
 @pytest.mark.parametrize("lag", [0, 1])
 def test_observers_hear_start_steps_and_end_in_order(fakes, monkeypatch, lag):
     if lag:  # as on a GPU
-        real = steps.deque
-        monkeypatch.setattr(steps, "deque", lambda: Lagging(real))
+        real = runner.deque
+        monkeypatch.setattr(runner, "deque", lambda: Lagging(real))
     listener, bare = Listener(), object()
     run = fit(fakes.TinyModel(), data(fakes), Training(max_steps=10, log_every=4), fakes.objective, [listener, bare])
     assert listener.heard == [run.info, 1, 4, 8, 10, run]

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tyro")
 from minitune.commands.complete import Complete
-from minitune.commands.parse import parse
-from minitune.commands.settings import read_defaults
-from minitune.commands.shown import shown
+from minitune.commands.flags.config_file import read_defaults
+from minitune.commands.flags.help import shown
+from minitune.commands.flags.parse import parse
 from minitune.commands.train import Train
 from minitune.config import LoRA, Training
 from minitune.errors import InputError

@@ -16,14 +16,14 @@ import minitune.commands
 from minitune.checkpoint.merge import Onto
 from minitune.cli import main
 from minitune.commands import COMMANDS
-from minitune.commands.fields import options, settings
+from minitune.commands.flags.declared import options, settings
+from minitune.commands.flags.groups import Reading
+from minitune.commands.flags.parse import load_command, parse
 from minitune.commands.merge import Merge
-from minitune.commands.parse import load_command, parse
-from minitune.commands.reading import Reading
-from minitune.commands.shared import ELSEWHERE, nearest
 from minitune.commands.train import Train
 from minitune.config import Data, LoRA, Training
 from minitune.errors import InputError
+from minitune.names import ELSEWHERE, nearest
 
 NAMES = list(COMMANDS)
 WRONG = {
@@ -144,7 +144,7 @@ def test_the_help_of_each_command_is_whole(name, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_flag_says_what_it_does_and_names_are_one(name):
-    from minitune.commands.shown import texts_of
+    from minitune.commands.flags.help import texts_of
 
     command = load_command(name)
     owners = [command, *(hint for hint in get_type_hints(command).values() if dataclasses.is_dataclass(hint))]

@@ -1,0 +1,75 @@
+"""plan: what is said before the first step is what the run then has."""
+
+import pytest
+
+import minitune as mt
+from minitune.api import plan as planned
+from minitune.api.plan import plan
+from minitune.config import Training
+from tests.files import write_numbers
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_numbers(tmp_path_factory.mktemp("data") / "data.jsonl", range(20))
+
+
+def _load(folder, data, training, **settings):
+    model = mt.load(folder, device="cpu", dtype="float32", **{"lora": mt.LoRA(rank=4), **settings})
+    return model, mt.data.stream(data, model.tokenizer, tokens=training.tokens, epochs=training.epochs,
+                                 seed=training.seed)
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 3, "micro_batches": 2}, {"max_steps": 3}])
+def test_the_plan_is_what_the_run_then_has(settings, tiny, data):
+    training = Training(tokens=64, **settings)
+    model, batches = _load(tiny, data, training)
+    rows = dict(plan(model, batches, training))
+    assert model.training and not any(p.grad is not None for p in model.trainable_parameters())
+    run = mt.train(model, batches, training=training)
+    assert rows["steps"].startswith(f"{run.info.total_steps} of {training.micro_batches} x 64 tokens")
+    assert len(run.records) == run.info.total_steps
+    assert rows["trained"].startswith(f"{run.info.n_parameters:,} parameters")
+    assert rows["data"] == f"20 documents, {batches.n_tokens:,} tokens, {batches.n_trained:,} of them trained"
+
+
+def test_the_loss_is_that_of_the_first_step(tiny, data):
+    training = Training(tokens=64, max_steps=1)
+    model, batches = _load(tiny, data, training, lora=mt.LoRA(rank=4, dropout=0.5))
+    before = float(dict(plan(model, batches, training))["loss of the first row"])
+    assert abs(mt.train(model, batches, training=training).records[0].loss - before) < 1e-3     # B is zero at the start
+
+
+def _bytes(text):
+    number, unit = text.split()[:2]
+    return float(number.replace(",", "")) * {"MB": 1e6, "GB": 1e9}[unit]
+
+
+def test_the_bytes_are_those_of_weights_and_moments(tiny, data):
+    sizes = {}
+    for quant in (None, "nf4"):
+        model, batches = _load(tiny, data, Training(tokens=64), quant=quant)
+        n = sum(p.numel() for p in model.trainable_parameters())
+        for moments, each in (("fp32", 12), ("8bit", 6)):
+            training = Training(tokens=64, moments=moments)
+            assert abs(_bytes(dict(plan(model, batches, training))["gradients and moments"]) - each * n) < 1e5
+        sizes[quant] = _bytes(dict(plan(model, batches, Training(tokens=64)))["memory: weights, loaded"])
+        if quant is None:
+            assert abs(sizes[quant] - sum(p.nbytes for p in model.parameters())) < 1e5
+    assert sizes["nf4"] < 0.8 * sizes[None]
+
+
+def test_what_does_not_fit_is_said(tiny, data, monkeypatch):
+    model, batches = _load(tiny, data, Training(tokens=64))
+    assert "fit" not in dict(plan(model, batches, Training(tokens=64)))["to come, beside free"]
+    monkeypatch.setattr(planned, "free_bytes", lambda _: 1000)
+    assert "it does not fit" in dict(plan(model, batches, Training(tokens=64)))["to come, beside free"]
+
+
+def test_data_without_a_trained_token_is_refused(tiny, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a few words"}\n')
+    model, batches = _load(tiny, path, Training(tokens=64))
+    batches.epoch = lambda _: iter(())
+    with pytest.raises(mt.InputError, match="no trained token"):
+        plan(model, batches, Training(tokens=64))
