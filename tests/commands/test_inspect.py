@@ -11,9 +11,7 @@ import pytest
 from minitune.commands.inspect import Inspect
 from minitune.config import Data
 from minitune.errors import InputError
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-BASE = EXAMPLES / "base"
+from tests.files import BASE, EXAMPLES
 
 
 def write(path: Path, texts: list[str]) -> Path:

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 
 from minitune.cli import main
+from tests.files import BASE
 
-ROOT = Path(__file__).parents[2]
-BASE = ROOT / "examples" / "base"
 FENCE = re.compile(r"```(\w*)[ \t]*(.*)")
 
 

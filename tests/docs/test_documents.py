@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 
-from tests.docs.blocks import ROOT, Block, Runner, blocks_of, check_output, commands_of, matches
+from tests.docs.blocks import Block, Runner, blocks_of, check_output, commands_of, matches
 from tests.docs.provoked import messages, prepare
+from tests.files import ROOT
 
 pytest.importorskip("tyro")
 import minitune as mt

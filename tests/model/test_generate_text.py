@@ -2,24 +2,22 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 import minitune as mt
 from minitune.api.generation import Answer
+from tests.files import write_tiny
 
 MESSAGES = [{"role": "user", "content": "What is minitune?"}]
 PROMPTS = ["import", "The number", "def add(a, b):\n    return"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tiny):
     """A tiny network of random weights, wide enough to write all kinds of tokens, the bytes among them."""
-    folder = tmp_path_factory.mktemp("tiny")
-    mt.init("tiny", folder, tokenizer=Path(mt.__file__).parent / "examples" / "base", seed=1)
-    return mt.load(folder, device="cpu", dtype="float32")
+    return mt.load(tiny, device="cpu", dtype="float32")
 
 
 def test_many_texts_at_once_are_as_one_by_one(model):
@@ -78,7 +76,7 @@ def test_a_chat_renders_the_template_and_ends_with_its_turn(model):
 
 def test_a_chat_ends_where_its_template_ends_a_turn(tmp_path):
     """ChatML, whose <|im_end|> no file of the folder calls EOS; and a blank that the template writes is not said."""
-    mt.init("tiny", tmp_path, tokenizer=Path(mt.__file__).parent / "examples" / "base", seed=1)
+    write_tiny(tmp_path)
     template = ("{% for m in messages %}{{ '<s>' + m.role + ' ' + m.content + '<unk>' }}{% endfor %}"
                 "{% if add_generation_prompt %}{{ '<s>assistant' }}{% endif %}")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,7 @@ from minitune.report import progress
 from minitune.report.inspect import SHOWN, print_lengths, print_sample, spread
 from minitune.report.ledger import print_ledger
 from minitune.report.terminal import visible
-
-BASE = Path(__file__).parents[2] / "examples" / "base"
+from tests.files import BASE
 
 
 class Terminal(io.StringIO):
