@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from minitune.ops import attention_library, backends, tuned
 from minitune.ops.documents import Documents
 
-ROWS = 256
+ROWS = 512
 """Rows of one product, queries times the query heads of a key head: enough for the matrix unit, few enough that the
 scores stay in the cache and what lies above the diagonal is skipped block by block."""
 
