@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,30 +47,30 @@ class Batch:
     def __post_init__(self) -> None:
         self._check()
         documents = Documents.from_cu_seqlens(self.cu_seqlens)
-        last = self.cu_seqlens[1:].long() - 1
-        if (self.labels[last] != IGNORED).any():
+        bounds = self.cu_seqlens.long()
+        target = self.labels != IGNORED
+        if target[bounds[1:] - 1].any():
             raise InputError("Batch: the last position of a document has no next token; its label must be -100")
-        wrong = (self.labels[:-1] != IGNORED) & (self.labels[:-1] != self.tokens[1:])
+        wrong = target & (self.labels != self.tokens.roll(-1))
         if wrong.any():
             at = int(wrong.nonzero()[0])
             raise InputError(f"Batch: labels[{at}] is {int(self.labels[at])}; it must be the next token "
                              f"{int(self.tokens[at + 1])}, or -100 (labels are already shifted)")
-        if self.tokens.min() < 0:
-            raise InputError(f"Batch: tokens holds {int(self.tokens.min())}; ids are never negative")
+        lowest, highest = (int(bound) for bound in self.tokens.aminmax())
+        if lowest < 0:
+            raise InputError(f"Batch: tokens holds {lowest}; ids are never negative")
         if self.weights is not None and not torch.isfinite(self.weights).all():
             raise InputError("Batch: weights holds values that are not finite")
-        trained = (self.labels != IGNORED).nonzero().flatten()
-        derived = {"documents": documents, "positions": documents.positions(), "trained": trained,
+        trained = target.nonzero().flatten()
+        before = torch.searchsorted(trained, bounds).tolist()       # trained positions before each document
+        starts = bounds[:-1].repeat_interleave(bounds.diff(), output_size=target.numel())
+        derived = {"documents": documents, "positions": torch.arange(target.numel()) - starts, "trained": trained,
                    "n_trained": trained.numel(), "max_seqlen": documents.max_seqlen,
-                   "longest_trained": max((documents.lengths[i] for i in self._trained_documents(trained)), default=0),
-                   "highest_token": int(self.tokens.max())}
+                   "longest_trained": max((length for length, (first, end) in zip(
+                       documents.lengths, pairwise(before), strict=True) if first < end), default=0),
+                   "highest_token": highest}
         for name, value in derived.items():
             object.__setattr__(self, name, value)
-
-    def _trained_documents(self, trained: Tensor) -> list[int]:
-        """Which documents hold a trained position."""
-        found: list[int] = torch.bucketize(trained, self.cu_seqlens[1:].long(), right=True).unique().tolist()
-        return found
 
     def _check(self) -> None:
         tokens = self.tokens.numel() if isinstance(self.tokens, Tensor) else 0
@@ -86,10 +87,10 @@ class Batch:
                                  f"{list(value.shape)} on {value.device}; build it on the host, then call .to(device)")
             if name != "cu_seqlens" and value.numel() != tokens:
                 raise InputError(f"Batch: {name} has {value.numel()} entries for {tokens} tokens")
-        bounds = self.cu_seqlens
-        if bounds.numel() < 2 or bounds[0] != 0 or bounds[-1] != tokens or (bounds.diff() <= 0).any():
+        bounds = self.cu_seqlens.tolist()
+        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or any(a >= b for a, b in pairwise(bounds)):
             raise InputError(f"Batch: cu_seqlens must rise strictly from 0 to the {tokens} tokens, "
-                             f"not {short(bounds.tolist())}")
+                             f"not {short(bounds)}")
 
     def without_filler(self) -> Batch:
         """The documents alone: what packing left of the row is cut off. Losses and gradients stay what they are; on a

@@ -13,7 +13,6 @@ array at a multiple of 64 bytes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import functools
 import hashlib
@@ -31,7 +30,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from minitune.data.corpus import ARRAYS, Corpus
+from minitune.data.corpus import ARRAYS, Corpus, raw
 
 if TYPE_CHECKING:
     from minitune.data.tokenizer import Tokenizer
@@ -139,19 +138,13 @@ def store(path: Path, corpus: Corpus) -> None:
             hashed = hashlib.sha256(head)
             file.write(MAGIC + bytes(32) + head)
             for values in arrays.values():
-                raw = _bytes(values)
-                for piece in (raw, bytes(-len(raw) % _ALIGNED)):
+                content = raw(values)
+                for piece in (content, bytes(-len(content) % _ALIGNED)):
                     hashed.update(piece)
                     file.write(piece)
             file.seek(len(MAGIC))
             file.write(hashed.digest())
         _prune(path)
-
-
-def _bytes(values: Tensor) -> memoryview:
-    """The memory of a flat tensor, which must outlive the view; numpy, which could give it too, need not be there."""
-    n = values.numel() * values.element_size()
-    return memoryview((ctypes.c_char * n).from_address(values.data_ptr()) if n else b"").cast("B")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import re
 from array import array
@@ -90,22 +91,22 @@ class Builder:
                 reason = " and ".join(sorted(set(sample.reasons)))
                 before = self._dropped.get(reason, (0, 0))
                 self._dropped[reason] = (before[0] + 1, before[1] + sample.n_dropped)
-            if sample.document is not None:
-                self._append(sample.document, sample.empty_answer)
+            if sample.ids:
+                self._append(sample)
 
-    def _append(self, document: Document, blank: bool) -> None:
-        ids, trained, arrays = document.ids, document.trained, self._arrays
+    def _append(self, sample: Encoded) -> None:
+        ids, trained, arrays = sample.ids, sample.trained, self._arrays
         arrays["ids"].extend(ids)
-        arrays["trained"].extend(trained)
-        arrays["bounds"].append(self.n_tokens)
-        arrays["weights"].append(float("nan") if document.weight is None else document.weight)
-        arrays["numbers"].append(self._number(document.where))
-        digest = hashlib.blake2b(memoryview(ids), digest_size=8).digest()       # type: ignore[arg-type]
+        arrays["trained"].frombytes(trained)
+        arrays["bounds"].append(len(arrays["ids"]))
+        arrays["weights"].append(float("nan") if sample.weight is None else sample.weight)
+        arrays["numbers"].append(self._number(sample.where))
+        digest = hashlib.blake2b(ids, digest_size=8).digest()
         arrays["digests"].append(int.from_bytes(digest, "little", signed=True))
-        arrays["n_trained"].append(bytes(memoryview(trained)).count(1))         # type: ignore[arg-type]
+        arrays["n_trained"].append(len(trained) - trained.count(0))
         ends = bool(trained[-1] and ids[-1] in self._eos_ids) or any(       # nearly always at the end
             target and token in self._eos_ids for token, target in zip(ids, trained, strict=True))
-        arrays["flags"].append(ENDS * ends + BLANK * blank)
+        arrays["flags"].append(ENDS * ends + BLANK * sample.empty_answer)
 
     def _number(self, where: str) -> int:
         digits = where[len(self.path) + len(self.marker):]
@@ -122,9 +123,15 @@ class Builder:
         return Corpus(path=self.path, marker=self.marker, n_samples=self.n_samples, dropped=self._dropped, **found)
 
 
+def raw(values: Tensor) -> memoryview:
+    """The bytes of a flat tensor, which must outlive the view; numpy, which could give them too, need not be there."""
+    n = values.numel() * values.element_size()
+    return memoryview((ctypes.c_char * n).from_address(values.data_ptr()) if n else b"").cast("B")
+
+
 def _tensor(values: array[Any], dtype: torch.dtype) -> Tensor:
     """`values` without a copy."""
     return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
 
-__all__ = ["ARRAYS", "BLANK", "ENDS", "Builder", "Corpus"]
+__all__ = ["ARRAYS", "BLANK", "ENDS", "Builder", "Corpus", "raw"]

@@ -7,7 +7,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from minitune.errors import InputError
 
@@ -66,8 +66,7 @@ def _flags(values: Sequence[int]) -> array[int]:
     return array("b", map(bool, values))
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of a sample's text. A ``trained`` one is the model's to say, and EOS is put behind it and trained too.
 
     ``continues``: it follows other text, so the tokenizer adds no leading blank. ``parse_special``: control tokens that
@@ -88,25 +87,25 @@ def encode_samples(samples: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -
     segments are the same whatever follows: a prompt at generation is exactly a prefix of the sample that was trained
     on. A BOS or EOS that a segment's own text spells (``parse_special``) is not put there a second time.
     """
-    encoded: dict[tuple[bool, bool], list[list[int]]] = {}
-    for way in {(segment.continues, segment.parse_special) for sample in samples for segment in sample}:
-        texts = [segment.text for sample in samples for segment in sample
-                 if (segment.continues, segment.parse_special) == way]
-        found = tokenizer.encode_many(texts, bos=False, parse_special=way[1], continues=way[0])
-        encoded[way] = found[::-1]
+    texts: dict[tuple[bool, bool], list[str]] = {}
+    for sample in samples:
+        for segment in sample:
+            texts.setdefault((segment.continues, segment.parse_special), []).append(segment.text)
+    encoded = {(continues, parse): iter(tokenizer.encode_many(some, False, False, parse, continues=continues))
+               for (continues, parse), some in texts.items()}
     head = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     results: list[tuple[list[int], list[bool]]] = []
     for sample in samples:
         ids: list[int] = []
         trained: list[bool] = []
         for segment in sample:
-            piece = encoded[segment.continues, segment.parse_special].pop()
+            piece = next(encoded[segment.continues, segment.parse_special])
+            ids += piece
             closed = segment.parse_special and bool(piece) and piece[-1] in tokenizer.eos_ids
             if segment.trained and segment.ends and not closed:
-                piece = [*piece, tokenizer.require_eos()]
-            ids += piece
-            trained += [segment.trained] * len(piece)
-        if not (sample and sample[0].parse_special and ids[:1] == head):
+                ids.append(tokenizer.require_eos())
+            trained += [segment.trained] * (len(ids) - len(trained))
+        if head and not (sample and sample[0].parse_special and ids[:1] == head):
             ids, trained = head + ids, [False] * len(head) + trained
         results.append((ids, trained))
     return results

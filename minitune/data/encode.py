@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from minitune.data.chat import encode_conversations
-from minitune.data.document import Document, encode_samples
+from minitune.data.document import encode_samples
 from minitune.data.formats import Sample
 from minitune.data.template import REASONING
 from minitune.errors import InputError
@@ -21,18 +21,20 @@ _LONG = ("content", "tool_calls", *REASONING)
 """The fields of a message that may be long."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """One sample of a file, encoded. ``document`` is None where the whole sample is unused.
+class Encoded(NamedTuple):
+    """One sample of a file, encoded. ``where`` is "file:line".
 
-    ``n_dropped`` are the tokens of its unused texts, ``reasons`` say why each is. ``empty_answer``: what is trained is
-    blank, the end of the text apart. ``where`` is "file:line".
+    ``ids`` int32 [n] and ``trained`` [n], 1 for a target (the first token never is one), else 0; both are empty where
+    the whole sample is unused. ``weight`` multiplies its loss (None: 1). ``n_dropped`` are the tokens of its unused
+    texts, ``reasons`` say why each is. ``empty_answer``: what is trained is blank, the end of the text apart.
     """
 
-    document: Document | None
-    n_dropped: int
-    reasons: tuple[str, ...]
     where: str
+    ids: array[int]
+    trained: bytes
+    weight: float | None = None
+    n_dropped: int = 0
+    reasons: tuple[str, ...] = ()
     empty_answer: bool = False
 
 
@@ -48,13 +50,18 @@ def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Encoded]:
     counts = iter(map(len, tokenizer.encode_many(unused, bos=False)) if unused else ())
     found: list[Encoded] = []
     for sample in samples:
-        document = None
+        ids: list[int] = []
+        trained: list[bool] = []
         if sample.segments is not None or sample.messages is not None:
             ids, trained = next(pieces if sample.segments is not None else talks)
-            document = Document(ids, trained, sample.weight, sample.where)
-        dropped = sum(next(counts) for _ in sample.unused)
-        reasons = tuple(each.reason for each in sample.unused)
-        found.append(Encoded(document, dropped, reasons, sample.where, _is_blank(sample)))
+            if not ids:
+                raise InputError(f"{sample.where}: the tokenizer makes no token of it; write some text or remove the "
+                                 "sample")
+            trained[0] = False      # nothing stands before it
+        dropped = sum([next(counts) for _ in sample.unused])
+        reasons = tuple([each.reason for each in sample.unused])
+        found.append(Encoded(sample.where, array("i", ids), bytes(trained), sample.weight, dropped, reasons,
+                             _is_blank(sample)))
     return found
 
 
@@ -88,8 +95,8 @@ def chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
 def _characters(sample: Sample) -> int:
     texts = [segment.text for segment in sample.segments or ()]
     texts += [str(message[field]) for message in sample.messages or () for field in _LONG if message.get(field)]
-    tools = len(str(sample.tools)) if sample.tools else 0
-    return sum(map(len, texts)) + tools + sum(len(each.text) for each in sample.unused)
+    texts += [each.text for each in sample.unused]
+    return sum(map(len, texts)) + (len(str(sample.tools)) if sample.tools else 0)
 
 
 def _is_blank(sample: Sample) -> bool:
@@ -100,7 +107,7 @@ def _is_blank(sample: Sample) -> bool:
             if message.get("tool_calls"):
                 return False
             answers.append(str(message.get("content") or ""))
-    return bool(answers) and all(not answer or answer.isspace() for answer in answers)
+    return bool(answers) and not any(map(str.strip, answers))
 
 
 __all__ = ["CHUNK_CHARACTERS", "CHUNK_SAMPLES", "Encoded", "chunks", "encode"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minitune.config import short
 from minitune.data.conversations import check_trained, text_of, to_messages, to_tools, untrained
@@ -17,16 +17,14 @@ from minitune.errors import InputError
 Messages = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Unused:
+class Unused(NamedTuple):
     """Text of a row that is not used, and why: its tokens count as dropped."""
 
     reason: str
     text: str
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One row, whatever its format: segments of text, or messages for a chat template, or neither (all is unused).
 
     ``messages`` are OpenAI's: {"role", "content", …}; assistant turns are trained, except those with "weight": 0.
@@ -52,8 +50,7 @@ class Prompt:
     tools: list[Any] | None = None
 
 
-@dataclass(frozen=True)
-class _Content:
+class _Content(NamedTuple):
     """What a format's reader finds in a row."""
 
     segments: list[Segment] | None = None
@@ -230,7 +227,7 @@ def _gradient(fields: Mapping[str, Any], where: str) -> _Content:
             segments.append(Segment(value, trainable, bool(segments), parse, ends=False))
     if not segments:
         raise InputError(f"{where}: inputs holds no text; write some or remove the sample")
-    segments[-1] = replace(segments[-1], ends=True)
+    segments[-1] = segments[-1]._replace(ends=True)
     return _Content(segments)
 
 

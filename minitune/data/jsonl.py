@@ -28,28 +28,27 @@ def open_data(path: Path, kind: str) -> BinaryIO:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def read_jsonl(path: str | Path, *, max_line: int = MAX_LINE) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) for each line of `path` that is not blank.
+def read_jsonl(path: str | Path, *, max_line: int = MAX_LINE) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (where, object) for each line of `path` that is not blank; ``where`` is "file:line", lines from 1.
 
     UTF-8; a byte order mark at the file's start is skipped, since editors on Windows write one. Refused with an
     InputError that names file:line: malformed or too deeply nested JSON, anything but an object, a key given twice, NaN
     and infinite numbers, lone surrogates, bytes that are not UTF-8, a line of more than `max_line` bytes (refused after
     reading that many), and a file without any sample. Memory: one line.
     """
-    path = Path(path)
-    samples = 0
-    with open_data(path, "a JSONL file") as file:
-        number = 0
+    name = str(path)
+    samples = number = 0
+    with open_data(Path(path), "a JSONL file") as file:
         while line := file.readline(max_line + 1):
             number += 1
-            where = f"{path}:{number}"
+            where = f"{name}:{number}"
             if len(line) > max_line:
                 raise InputError(f"{where}: the line is longer than {max_line:,} bytes; put one sample on each line")
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
+            if line and not line.isspace():
                 samples += 1
-                yield number, _parse(line, where)
+                yield where, _parse(line, where)
     if not samples:
         raise InputError(f"{path}: holds no samples; write one JSON object a line")
 
@@ -80,7 +79,7 @@ def decode_value(text: str, start: int, where: str) -> tuple[Any, int]:
     """
     try:
         value, end = _DECODER.raw_decode(text, start)
-        if _MAY_BE_SURROGATE.search(text, start, end):
+        if text.find("\\u", start, end) >= 0 and _MAY_BE_SURROGATE.search(text, start, end):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError:
         raise

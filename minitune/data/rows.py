@@ -49,7 +49,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return _read_text(path)
     if suffix == ".parquet":
         return _read_parquet(path)
-    return ((f"{path}:{number}", row) for number, row in read_jsonl(path))
+    return read_jsonl(path)
 
 
 def _read_text(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

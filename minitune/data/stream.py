@@ -15,6 +15,7 @@ import torch
 from minitune.config import Long, check_seed, check_share, check_whole, short
 from minitune.data.account import Part, notes_of, source_of
 from minitune.data.batch import Batch
+from minitune.data.corpus import raw
 from minitune.data.document import Document
 from minitune.data.ledger import Epoch, Ledger
 from minitune.data.packing import Piece, best_fit, check_row, make_batch
@@ -54,6 +55,7 @@ class Stream:
         self._base = [sum(sizes[:place]) for place in range(len(sizes))]
         self._weighted = any(bool((~part.corpus.weights[part.kept].isnan()).any()) for part in parts)
         self._counts: list[int] = []        # batches of each epoch, as far as they were asked for
+        self._first: list[list[int]] | None = None      # the rows of epoch 0, until they are asked for
         self._cursor: Iterator[Batch] | None = None
         self._account()
 
@@ -88,7 +90,9 @@ class Stream:
     def count(self, epochs: int) -> int:
         """The number of batches in the first `epochs` epochs."""
         while len(self._counts) < epochs:
-            self._counts.append(len(self._rows(len(self._counts))))
+            rows = self._rows(len(self._counts))
+            self._first = self._first if self._counts else rows
+            self._counts.append(len(rows))
         return sum(self._counts[:epochs])
 
     def __iter__(self) -> Iterator[Batch]:
@@ -104,19 +108,26 @@ class Stream:
         """The batches of one epoch (from 0). Documents are shuffled and packed, then the rows are shuffled, by
         (seed, epoch) alone; without ``shuffle`` documents of a row and rows keep the files' order where packing lets
         them."""
-        for row in self._rows(epoch):
-            yield make_batch(map(self._piece, row), self.tokens, self._weighted)
+        memory = [(raw(part.corpus.ids), raw(part.corpus.trained)) for part in self.parts]
 
-    def _piece(self, index: int) -> Piece:
+        def piece(index: int) -> Piece:
+            start, place = self._starts[index], self._owner[index]
+            end = start + self._lengths[index]
+            ids, trained = memory[place]
+            return ids[4 * start:4 * end], trained[start:end], self._weight(index) if self._weighted else None
+
+        for row in self._rows(epoch):
+            yield make_batch(map(piece, row), self.tokens, self._weighted)
+
+    def _weight(self, index: int) -> float | None:
         place = self._owner[index]
-        corpus = self.parts[place].corpus
-        start = self._starts[index]
-        end = start + self._lengths[index]
-        weight = corpus.weight(int(self._pieces[place].owners[index - self._base[place]])) if self._weighted else None
-        return corpus.ids[start:end], corpus.trained[start:end], weight
+        return self.parts[place].corpus.weight(int(self._pieces[place].owners[index - self._base[place]]))
 
     def _rows(self, epoch: int) -> list[list[int]]:
         """Which pieces stand in each batch of an epoch."""
+        if epoch == 0 and self._first is not None:      # packed when its batches were counted
+            rows, self._first = self._first, None
+            return rows
         order = self._order(epoch)
         shuffler = random.Random(f"{self.seed}:{epoch}") if self.shuffle else None
         if shuffler:

@@ -110,7 +110,7 @@ class SentencePieceBackend:
         model = self._continuing if continues else self._model
         markers = self._all_markers if parse_special else self._plain_markers
         if markers is None or not any(markers.search(text) for text in texts):
-            return [list(ids) for ids in model.encode(list(texts))]
+            return list(model.encode(list(texts)))
         return [self._encode_around(text, continues, markers) for text in texts]
 
     def _encode_around(self, text: str, continues: bool, markers: re.Pattern[str]) -> list[int]:

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from array import array
+from typing import Any
+
 import pytest
 
 from minitune.data.corpus import BLANK, ENDS, Builder
-from minitune.data.document import Document
 from minitune.data.encode import Encoded
+
+
+def sample(ids: list[int], trained: list[int], where: str = "a:1", **more: Any) -> Encoded:
+    return Encoded(where, array("i", ids), bytes(trained), **more)
 
 
 @pytest.mark.parametrize("places", [[":1", ":20"], [": row 1", ": row 7"], ["", ""]])
 def test_names_of_lines_rows_and_files(places: list[str]) -> None:
     path = "some 3 folder/data.7"
     builder = Builder(path, [2])
-    builder.add(Encoded(Document([5, 6, 2], [0, 1, 1], None, path + place), 0, (), path + place) for place in places)
+    builder.add(sample([5, 6, 2], [0, 1, 1], path + place) for place in places)
     corpus = builder.finish()
     assert [corpus.where(index) for index in range(2)] == [path + place for place in places]
 
 
 def test_what_is_kept_of_each_document() -> None:
     builder = Builder("a", [2, 3])
-    documents = [Document([5, 6, 2], [1, 1, 1]), Document([5, 2, 6], [0, 1, 1], 2.5), Document([5, 6, 2], [0, 1, 0]),
-                 Document([5, 3, 9], [0, 1, 0]), Document([2], [1])]
-    builder.add([Encoded(each, 0, (), "a:1", empty_answer=place == 1) for place, each in enumerate(documents)])
-    builder.add([Encoded(None, 4, ("label is false",), "a:6"), Encoded(None, 3, ("label is false",), "a:7"),
-                 Encoded(documents[0], 2, ("rejected answer",), "a:8")])
+    builder.add([sample([5, 6, 2], [0, 1, 1]), sample([5, 2, 6], [0, 1, 1], weight=2.5, empty_answer=True),
+                 sample([5, 6, 2], [0, 1, 0]), sample([5, 3, 9], [0, 1, 0]), sample([2], [0])])
+    builder.add([sample([], [], "a:6", n_dropped=4, reasons=("label is false",)),
+                 sample([], [], "a:7", n_dropped=3, reasons=("label is false",)),
+                 sample([5, 6, 2], [0, 1, 1], "a:8", n_dropped=2, reasons=("rejected answer",))])
     corpus = builder.finish()
     assert corpus.n_trained.tolist() == [2, 2, 1, 1, 0, 2] and corpus.bounds.tolist() == [0, 3, 6, 9, 12, 13, 16]
     assert corpus.flags.tolist() == [ENDS, ENDS + BLANK, 0, ENDS, 0, ENDS]

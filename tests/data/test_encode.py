@@ -38,23 +38,21 @@ def test_many_samples_are_encoded_as_one_by_one(tokenizer: Tokenizer) -> None:
     together = encode(samples(), tokenizer)
     assert [encode([sample], tokenizer)[0] for sample in samples()] == together
     assert [each.where for each in together] == [f"a.jsonl:{place + 1}" for place in range(len(ROWS))]
-    weights = [each.document.weight if each.document else None for each in together]
-    assert weights == [None, None, 2.5, None, None, None, None, None]
+    assert [each.weight for each in together] == [None, None, 2.5, None, None, None, None, None]
 
 
 def test_what_is_unused_is_counted_and_said(tokenizer: Tokenizer) -> None:
     found = encode(samples(), tokenizer)
-    assert found[3].reasons == ("rejected answer",) and found[3].document is not None
+    assert found[3].reasons == ("rejected answer",) and found[3].ids
     assert found[3].n_dropped == len(tokenizer.encode("a bad answer", bos=False)) > 0
-    assert found[4].document is None and found[4].reasons == ("label is false",) and found[4].n_dropped > 0
+    assert not found[4].ids and found[4].reasons == ("label is false",) and found[4].n_dropped > 0
     assert [each.n_dropped for each in found if not each.reasons] == [0] * 6
     assert [place for place, each in enumerate(found) if each.empty_answer] == [6]
 
 
 def test_a_message_of_weight_0_is_not_trained(tokenizer: Tokenizer) -> None:
-    document = encode(samples(), tokenizer)[7].document
-    assert document is not None
-    targets = [number for number, trained in zip(document.ids, document.trained, strict=True) if trained]
+    found = encode(samples(), tokenizer)[7]
+    targets = [number for number, trained in zip(found.ids, found.trained, strict=True) if trained]
     assert tokenizer.decode(targets).strip() == "w" and targets[-1] == tokenizer.eos_id
 
 

@@ -30,9 +30,8 @@ def tokenizer(request: pytest.FixtureRequest, small_spm: Path, byte_level: Calla
 
 
 def document_of(row: dict[str, Any], tokenizer: Tokenizer) -> Document:
-    document = encode([to_sample(row, "w")], tokenizer)[0].document
-    assert document is not None
-    return document
+    found = encode([to_sample(row, "w")], tokenizer)[0]
+    return Document(found.ids, found.trained, found.weight, found.where)
 
 
 def trained_runs(document: Document, tokenizer: Tokenizer) -> list[str]:

@@ -54,18 +54,18 @@ BAD = {
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(GOOD + b"\n" + GOOD + line + b"\n" + GOOD)
-    found: list[int] = []
+    found: list[str] = []
     with pytest.raises(InputError, match=BAD[line]) as caught:
-        for number, _ in read_jsonl(path):
-            found.append(number)
-    assert found == [1, 3]
+        for where, _ in read_jsonl(path):
+            found.append(where)
+    assert found == [f"{path}:1", f"{path}:3"]
     assert str(caught.value).startswith(f"{path}:4: ") and len(str(caught.value)) < len(str(path)) + 250
 
 
 def test_what_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "\\ud83d\\ude00 \xe2\x80\xa8"}\r\n  \n\n{"n": {"a": [1, 1.5]}}')
-    assert list(read_jsonl(path)) == [(1, {"text": "😀 \u2028"}), (4, {"n": {"a": [1, 1.5]}})]
+    assert list(read_jsonl(path)) == [(f"{path}:1", {"text": "😀 \u2028"}), (f"{path}:4", {"n": {"a": [1, 1.5]}})]
 
 
 def test_files_without_samples(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_any_damage_gives_samples_or_one_error(tmp_path: Path, data: st.DataObje
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD + line[:start] + data.draw(st.binary(max_size=4)) + line[end:] + b"\n")
     try:
-        for number, found in read_jsonl(path):
-            assert isinstance(found, dict) and number >= 1
+        for where, found in read_jsonl(path):
+            assert isinstance(found, dict) and where.startswith(f"{path}:")
     except InputError as error:
         assert str(error).startswith(f"{path}:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,6 @@ from minitune.config import Data
 from minitune.data.account import Part
 from minitune.data.batch import Batch
 from minitune.data.corpus import Builder
-from minitune.data.document import Document
 from minitune.data.encode import Encoded
 from minitune.data.holdout import split_off, streams
 from minitune.data.stream import Stream
@@ -33,7 +33,7 @@ def tokenizer(small_spm: Path) -> Tokenizer:
 
 def part(documents: list[list[int]], share: float = 1, path: str = "a.jsonl") -> Part:
     builder = Builder(path, [2])
-    builder.add(Encoded(Document(ids, [1] * len(ids), None, f"{path}:{line}"), 0, (), f"{path}:{line}")
+    builder.add(Encoded(f"{path}:{line}", array("i", ids), bytes([0] + [1] * (len(ids) - 1)))
                 for line, ids in enumerate(documents, 1))
     return Part.whole(builder.finish(), share)
 
