@@ -192,13 +192,13 @@ def _read_network(folder: Path, dtype: torch.dtype, device: torch.device, memory
     if stored and quant is not None:
         raise InputError(f"load: quant is {quant!r}, but {folder} is quantised already, as its config.json says; leave "
                          "quant out")
-    checkpoint = Checkpoint.open(folder)
     in_4bit = stored or quant is not None
-    if _too_large(config, checkpoint):      # its missing tensors are named before memory is taken for them
-        empty = Llama(config, dtype=dtype, device="meta", quantized=in_4bit)
-        _fill(checkpoint, empty, quant, stored)
-    network = Llama(config, dtype=dtype, device=device, memory=memory, quantized=in_4bit)
-    _fill(checkpoint, network, quant, stored)
+    with Checkpoint.open(folder) as checkpoint:
+        if _too_large(config, checkpoint):      # its missing tensors are named before memory is taken for them
+            empty = Llama(config, dtype=dtype, device="meta", quantized=in_4bit)
+            _fill(checkpoint, empty, quant, stored)
+        network = Llama(config, dtype=dtype, device=device, memory=memory, quantized=in_4bit)
+        _fill(checkpoint, network, quant, stored)
     return network
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +20,11 @@ from minitune.errors import InputError
 
 CHUNK = 16 << 20
 """Bytes read at a time: the only memory that reading takes beside the destination."""
+READERS = 4
+"""Threads that read a chunk side by side. What takes the time is less the file than the pages of the destination, which
+the system hands out at the first touch."""
+PART = 1 << 20
+"""A part of a chunk below which another thread is not worth its start."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INDEX = "model.safetensors.index.json"
 _SPOILT = "the file is damaged, or its training diverged: fetch it again, or take another one"
@@ -37,6 +43,7 @@ class Checkpoint:
                 self._infos[name], self._paths[name] = info, header.path
         self._open: tuple[Path, FileIO] | None = None
         self._staging: dict[bool, Tensor] = {}
+        self._readers: ThreadPoolExecutor | None = None
 
     @staticmethod
     def open(folder: str | Path) -> Checkpoint:
@@ -125,9 +132,12 @@ class Checkpoint:
         return True
 
     def close(self) -> None:
-        """Close the file last read and free the buffer. A later read opens it again."""
+        """Close the file last read, free the buffer and end the threads. A later read makes them anew."""
         self._release()
         self._staging.clear()
+        if self._readers is not None:
+            self._readers.shutdown()
+        self._readers = None
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -164,17 +174,17 @@ class Checkpoint:
         file = self._open[1]
         if not n_bytes:
             return
-        file.seek(place)
         memory = memoryview((ctypes.c_char * n_bytes).from_address(out.data_ptr())).cast("B")
-        filled = 0
-        while filled < n_bytes:
-            try:
-                got = file.readinto(memory[filled:])
-            except OSError as error:
-                raise InputError(f"{path}: cannot be read at byte {place + filled:,}: {error.strerror}") from error
-            if not got:
-                raise InputError(f"{path}: ends at byte {place + filled:,}; it has become shorter while it was read")
-            filled += got
+        size = max(PART, -(-n_bytes // READERS))
+        if n_bytes <= size or not hasattr(os, "preadv"):        # not on Windows
+            _read(file, path, place, memory)
+            return
+        self._readers = self._readers or ThreadPoolExecutor(READERS)
+        parts = [self._readers.submit(_read, file, path, place + begin, memory[begin : begin + size])
+                 for begin in range(0, n_bytes, size)]
+        wait(parts)     # all of them, so that none writes any more when the first error is raised
+        for part in parts:
+            part.result()
 
     def _release(self) -> None:
         if self._open:
@@ -198,6 +208,23 @@ class Checkpoint:
             f"{path}: tensor {show(name)}: {n_overflow:,} values of {info.dtype} are too large for {dtype}; "
             "load the model in another dtype"
         )
+
+
+def _read(file: FileIO, path: Path, place: int, memory: memoryview) -> None:
+    """Fill `memory` with what the file holds from byte `place` on."""
+    filled = 0
+    while filled < len(memory):
+        try:
+            if hasattr(os, "preadv"):
+                got = os.preadv(file.fileno(), [memory[filled:]], place + filled)
+            else:
+                file.seek(place + filled)
+                got = file.readinto(memory[filled:])
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read at byte {place + filled:,}: {error.strerror}") from error
+        if not got:
+            raise InputError(f"{path}: ends at byte {place + filled:,}; it has become shorter while it was read")
+        filled += got
 
 
 def _finite(piece: Tensor) -> bool:
