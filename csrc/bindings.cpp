@@ -1,5 +1,10 @@
 // bindings.cpp: the module minitune._C: the schemas of the ops and their CPU half.
 #include "bindings.h"
+#include "nf4_cpu.h"
+#include "rows.h"
+
+#include <algorithm>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -50,6 +55,52 @@ void launch(const Nf4QuantizeAbsmax& work, const Tensor&) {
   });
 }
 
+// Rows [first, last) of W · x, decoded a few at a time into a cache's first level and multiplied there.
+void decode_and_multiply(const Nf4Dequantize& work, int isa, const void* x, int64_t columns, int64_t first,
+                         int64_t last, uint8_t* y) {
+  constexpr int64_t kCached = 16384;      // values: a third to two thirds of the first level
+  const int64_t bytes = work.dtype == NF4_F32 ? 4 : 2, at_once = std::max(int64_t(1), kCached / columns);
+  std::vector<uint8_t> room(size_t(at_once * columns * bytes));
+  for (int64_t row = first; row < last; row += at_once) {
+    const int64_t count = std::min(at_once, last - row);
+    nf4_cpu_decode(&work, isa, row * columns, (row + count) * columns, room.data());
+    rows::path_of(isa).product({{count, 1, columns, work.dtype == NF4_F32 ? rows::F32 : rows::BF16},
+                                {room.data(), columns}, x, y + row * bytes}, 0, count);
+  }
+}
+
+// y = W · x with W [rows of y, values of x] in NF4, as decoding W and multiplying it, but W is nowhere whole.
+void nf4_product(const Tensor& packed, const Tensor& absmax, const Optional& nested_absmax, const Optional& nested_code,
+                 const Optional& nested_offset, const Tensor& table, int64_t blocksize, const Tensor& x,
+                 const Tensor& y) {
+  const char* op = "nf4_product";
+  const ScalarType dtype = x.scalar_type();
+  if (dtype == ScalarType::Half) fail(op, ": x is ", toString(dtype), "; it must be float32 or bfloat16");
+  const int32_t kind = dtype_of(op, "x", dtype);
+  const int64_t columns = x.numel(), rows = y.numel();
+  int64_t n = 0;
+  if (__builtin_mul_overflow(rows, columns, &n)) fail(op, ": y has ", rows, " elements, x ", columns, "; too many");
+  const void* given = checked<void>(op, "x", x, dtype, columns, packed);
+  checked<void>(op, "y", y, dtype, rows, packed);
+  Nf4Dequantize work = operands(op, packed, absmax, nested_absmax, nested_code, nested_offset, table, blocksize, n);
+  work.dtype = kind;
+  if (columns == 0) fail(op, ": x has no elements");
+  uint8_t* out = static_cast<uint8_t*>(y.mutable_data_ptr());
+  const int isa = chosen_isa();
+  std::vector<float> wide(static_cast<size_t>(columns)), sums(static_cast<size_t>(rows));
+  for (int64_t i = 0; i < columns; ++i)
+    wide[i] = kind == NF4_F32 ? static_cast<const float*>(given)[i]
+                              : nf4::value_of(static_cast<const nf4::BFloat16*>(given)[i]);
+  torch::stable::parallel_for(0, rows, std::max(int64_t(1), kValuesPerThread / columns),
+                              [&](int64_t first, int64_t last) {
+    if (!nf4_cpu_multiply(&work, isa, wide.data(), columns, first, last, sums.data() + first))
+      return decode_and_multiply(work, isa, given, columns, first, last, out);
+    for (int64_t row = first; row < last; ++row)
+      if (kind == NF4_F32) reinterpret_cast<float*>(out)[row] = sums[row];
+      else reinterpret_cast<nf4::BFloat16*>(out)[row] = nf4::rounded<nf4::BFloat16>(sums[row]);
+  });
+}
+
 PyObject* cpu_isa(PyObject*, PyObject*) {
   const char* error = "";
   const int isa = nf4_cpu_isa(&error);
@@ -69,11 +120,16 @@ STABLE_TORCH_LIBRARY(minitune, library) {
               "Tensor? nested_offset, Tensor table, int blocksize, int rows, int columns, ScalarType dtype) -> Tensor");
   library.def("nf4_dequantize_out(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, "
               "Tensor? nested_offset, Tensor table, int blocksize, Tensor(a!) out) -> ()");
+  library.def("nf4_product(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, "
+              "Tensor? nested_offset, Tensor table, int blocksize, Tensor x, Tensor(a!) y) -> ()");
   library.def("nf4_quantize(Tensor weight, Tensor table, int blocksize) -> (Tensor, Tensor)");
   library.def("nf4_quantize_absmax(Tensor absmax, Tensor offset, Tensor code) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(minitune, CPU, library) { implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(minitune, CPU, library) {
+  implement(library);
+  library.impl("nf4_product", TORCH_BOX(&nf4_product));
+}
 
 // To import the module is to register the ops.
 PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module); }

@@ -5,6 +5,17 @@
 
 #include <type_traits>
 
+namespace rows {
+const Path& path_of(int isa) {
+#if defined(__x86_64__)
+  static const Path* const paths[3] = {&kPortable, &kAvx2, &kAvx512};
+  return *paths[isa];
+#else
+  return kPortable;
+#endif
+}
+}  // namespace rows
+
 namespace {
 using namespace rows;
 
@@ -12,15 +23,10 @@ using namespace rows;
 constexpr int64_t kValuesPerThread = 16384;
 
 const Path& chosen_path() {
-#if defined(__x86_64__)
-  static const Path* const paths[3] = {&kPortable, &kAvx2, &kAvx512};
   const char* error = "";
   const int isa = nf4_cpu_isa(&error);
   if (isa < 0) throw std::runtime_error(error);
-  return *paths[isa];
-#else
-  return kPortable;
-#endif
+  return path_of(isa);
 }
 
 // The shape of [tokens, width] or [tokens, inner, width].

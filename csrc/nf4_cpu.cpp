@@ -70,7 +70,7 @@ void encode_last(const Nf4Quantize& work, const float* midpoints) {
 }
 
 const Path kPortable = {
-    "portable", {decode<float>, decode<Half>, decode<BFloat16>}, {encode<float>, encode<Half>, encode<BFloat16>}};
+    "portable", {decode<float>, decode<Half>, decode<BFloat16>}, {encode<float>, encode<Half>, encode<BFloat16>}, {}};
 constexpr void (*kEncodeLast[3])(const Nf4Quantize&, const float*) = {encode_last<float>, encode_last<Half>,
                                                                      encode_last<BFloat16>};
 constexpr int64_t kBytes[3] = {4, 2, 2};
@@ -140,6 +140,18 @@ void nf4_cpu_dequantize(const Nf4Dequantize* work, int isa, int64_t first, int64
     decode_range(*work, *kPaths[isa], i, stop, out);
     i = stop;
   }
+}
+
+void nf4_cpu_decode(const Nf4Dequantize* work, int isa, int64_t first, int64_t last, void* out) {
+  decode_range(*work, *kPaths[isa], first, last, static_cast<uint8_t*>(out));
+}
+
+bool nf4_cpu_multiply(const Nf4Dequantize* work, int isa, const float* x, int64_t columns, int64_t first, int64_t last,
+                      float* sums) {
+  const auto multiply = kPaths[isa]->multiply[work->dtype];
+  if (!multiply || columns % (int64_t(1) << work->block_shift)) return false;
+  if (last > first) multiply(*work, x, columns, first, last, sums);
+  return true;
 }
 
 void nf4_cpu_quantize(const Nf4Quantize* work, int isa, int64_t first, int64_t last) {

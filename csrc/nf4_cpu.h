@@ -23,6 +23,9 @@ struct Path {
   void (*decode[3])(const Nf4Dequantize& work, int64_t first, int64_t last, void* out);
   // Whole blocks [first, last). midpoints[i] lies between levels i - 1 and i; midpoints[0] is not used.
   void (*encode[3])(const Nf4Quantize& work, const float* midpoints, int64_t first, int64_t last);
+  // Rows [first, last) of whole blocks times x; null where there is none.
+  void (*multiply[3])(const Nf4Dequantize& work, const float* x, int64_t columns, int64_t first, int64_t last,
+                      float* sums);
 };
 extern const Path kAvx2, kAvx512;
 

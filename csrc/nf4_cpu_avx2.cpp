@@ -149,7 +149,7 @@ AVX2 void encode(const Nf4Quantize& given, const float* midpoints, int64_t first
 }  // namespace
 
 const Path kAvx2 = {
-    "avx2", {decode<float>, decode<Half>, decode<BFloat16>}, {encode<float>, encode<Half>, encode<BFloat16>}};
+    "avx2", {decode<float>, decode<Half>, decode<BFloat16>}, {encode<float>, encode<Half>, encode<BFloat16>}, {}};
 
 }  // namespace nf4
 #endif

@@ -63,6 +63,41 @@ AVX512 void decode<float>(const Nf4Dequantize& given, int64_t first, int64_t las
   }
 }
 
+// ---- multiply ------------------------------------------------------------------------------------------------------
+AVX512 inline __m512 rounded32(__m512 x, float) { return x; }
+
+AVX512 inline __m512 rounded32(__m512 x, BFloat16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded16(x, BFloat16{})), 16));
+}
+
+// As decode<float>, but what it would store is multiplied at once.
+template <typename T>
+AVX512 void multiply(const Nf4Dequantize& work, const float* x, int64_t columns, int64_t first, int64_t last,
+                     float* sums) {
+  const __m512 levels = _mm512_loadu_ps(work.table);
+  const __m512i source = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+  const int64_t blocks = columns >> work.block_shift, size = int64_t(1) << work.block_shift;
+  for (int64_t row = first; row < last; ++row) {
+    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    const uint8_t* packed = work.packed + row * columns / 2;
+    const float* at = x;
+    for (int64_t block = row * blocks; block < (row + 1) * blocks; ++block) {
+      _mm_prefetch(reinterpret_cast<const char*>(packed) + 4096, _MM_HINT_T1);      // over the ends of rows
+      const __m512 values = rounded32(_mm512_mul_ps(levels, _mm512_set1_ps(scale_of(work, block))), T{});
+      for (int64_t i = 0; i < size; i += kChunk, packed += kChunk / 2, at += kChunk) {
+        const __m512i left = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+        const __m512i right = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + 8)));
+        const __m512i first_codes = _mm512_srlv_epi32(_mm512_permutexvar_epi32(source, left), shifts);
+        const __m512i last_codes = _mm512_srlv_epi32(_mm512_permutexvar_epi32(source, right), shifts);
+        even = _mm512_fmadd_ps(_mm512_permutexvar_ps(first_codes, values), _mm512_loadu_ps(at), even);
+        odd = _mm512_fmadd_ps(_mm512_permutexvar_ps(last_codes, values), _mm512_loadu_ps(at + 16), odd);
+      }
+    }
+    sums[row - first] = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+  }
+}
+
 // ---- quantise ------------------------------------------------------------------------------------------------------
 AVX512 inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
 
@@ -113,7 +148,8 @@ AVX512 void encode(const Nf4Quantize& given, const float* midpoints, int64_t fir
 }  // namespace
 
 const Path kAvx512 = {
-    "avx512", {decode<float>, decode<Half>, decode<BFloat16>}, {encode<float>, encode<Half>, encode<BFloat16>}};
+    "avx512", {decode<float>, decode<Half>, decode<BFloat16>}, {encode<float>, encode<Half>, encode<BFloat16>},
+    {multiply<float>, nullptr, multiply<BFloat16>}};
 
 }  // namespace nf4
 #endif

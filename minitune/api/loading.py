@@ -44,7 +44,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     name patterns). With none of the three all is frozen. add_tokens: texts that become tokens of their own; with an
     adapter their rows of embedding and head are trained beside it. memory: what is kept for the backward ("keep",
     "pointwise", "full", "offload"; "auto" decides by free memory). seed: for the adapters' start. On a CPU it also
-    tells malloc to keep freed memory, which saves a step's page faults, and asks Linux for huge pages under the weights.
+    tells malloc to keep freed memory, which saves a step's page faults, and asks Linux for huge pages under weights.
 
     Raises InputError for whatever is wrong with the folder or the arguments.
     """

@@ -114,7 +114,7 @@ class Llama(nn.Module):
     @contextlib.contextmanager
     def weights_at_hand(self, rows: int) -> Iterator[None]:
         """Within it a CPU finds the weights as products with `rows` rows like them, beside where they lie: packed for
-        a few rows; for one row as they are, where they lie in NF4 decoded once."""
+        a few rows; for one row as they are, where they lie in NF4 decoded once if the extension is not there."""
         projections = self.projections()
         try:
             for projection in projections:

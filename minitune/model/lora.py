@@ -105,6 +105,8 @@ class Projection(nn.Module):
         """Lay the weight out for many products with `rows` rows on a CPU: see `Llama.weights_at_hand`."""
         dense = self.operands().weight
         if not isinstance(dense, Tensor):
+            if rows == 1 and dense.reads_packed(dtype):
+                return
             dense = dense.decode(torch.empty(dense.shape, dtype=dtype, device=dense.device))
         self.packed = few_rows.pack(dense) if rows > 1 else None
         if self.packed is None and self.fused is not None:

@@ -7,6 +7,7 @@ the weight's memory again, so generation makes it and drops it (`model/generate.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -37,14 +38,13 @@ def product(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, packed
         return torch.mm(x, weight.mT, out=out) if bias is None else torch.addmm(bias, x, weight.mT, out=out)
     if len(x) == 1 and x.device.type == "cpu":
         y = x.new_empty(1, len(weight))
-        vector_product(weight)(weight, x[0], y[0])
+        vector_product(weight)(x[0], y[0])
         return y if bias is None else y.add_(bias)
     return x @ weight.mT if bias is None else torch.addmm(bias, x, weight.mT)
 
 
-def vector_product(weight: Tensor) -> Callable[[Tensor, Tensor, Tensor], object]:
+def vector_product(weight: Tensor) -> Callable[[Tensor, Tensor], object]:
     """What writes weight [N, K] times x [K] into y [N], all contiguous and on a CPU."""
     if weight.dtype == torch.bfloat16 and backends.by_rows("few_rows", weight):     # in fp32 torch's is the faster one
-        own: Callable[[Tensor, Tensor, Tensor], object] = torch.ops.minitune.rows_product.default
-        return own
-    return lambda weight, x, y: torch.mv(weight, x, out=y)      # addmv with a bias would be slower in bf16
+        return functools.partial(torch.ops.minitune.rows_product.default, weight)
+    return lambda x, y: torch.mv(weight, x, out=y)      # addmv with a bias would be slower in bf16

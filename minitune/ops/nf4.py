@@ -223,7 +223,7 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype | None = None, out: Tensor 
         raise InputError(f"nf4: dequantize to {dtype}; it must be float32, float16 or bfloat16")
     rows, columns = _rows_columns(weight.shape)
     if backends.choose("nf4", weight.device) == "native":
-        values: Tensor = torch.ops.minitune.nf4_dequantize(*_operands(weight), rows, columns, dtype)
+        values: Tensor = torch.ops.minitune.nf4_dequantize(*operands(weight), rows, columns, dtype)
         return values.view(weight.shape)
     return _into(weight, dtype, torch.empty(weight.shape, dtype=dtype, device=weight.device))
 
@@ -243,9 +243,9 @@ def _into(weight: NF4Weight, dtype: torch.dtype | None, out: Tensor) -> Tensor:
         raise InputError(f"nf4: out has strides {out.stride()}; its rows must be contiguous and must not overlap")
     backend = backends.choose("nf4", weight.device)
     if backend == "native":
-        torch.ops.minitune.nf4_dequantize_out(*_operands(weight), target)
+        torch.ops.minitune.nf4_dequantize_out(*operands(weight), target)
     elif backend == "triton":
-        backends.kernel("nf4").dequantize(*_operands(weight), target)
+        backends.kernel("nf4").dequantize(*operands(weight), target)
     else:
         _reference_into(weight, target)
     torch.autograd.graph.increment_version(out)      # a write through a raw pointer does not
@@ -290,7 +290,7 @@ def absmax_of(weight: NF4Weight, first: int = 0, last: int | None = None) -> Ten
     return weight.nested_code[stored.int()] * scales + weight.nested_offset
 
 
-def _operands(weight: NF4Weight) -> tuple[Tensor | int | None, ...]:
+def operands(weight: NF4Weight) -> tuple[Tensor | int | None, ...]:
     """The arguments that every backend's dequantise takes first."""
     return (weight.packed, weight.absmax, weight.nested_absmax, weight.nested_code, weight.nested_offset,
             table(weight.device), weight.blocksize)

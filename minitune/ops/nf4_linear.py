@@ -9,15 +9,18 @@ a layer's half (`model/half.py`).
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minitune.ops.nf4 import NF4Weight
+from minitune.ops import backends, few_rows
+from minitune.ops.nf4 import NF4Weight, operands
 
 
 class DecodeBuffer:
@@ -73,6 +76,24 @@ class FusedNF4:
                 rows.copy_(part)
             start += part.shape[0]
         return out
+
+    def reads_packed(self, dtype: torch.dtype) -> bool:
+        """Whether `vector_product` is there for x in dtype: on a CPU with the extension, in fp32 and bf16."""
+        return (self.device.type == "cpu" and dtype in backends.ROWS_DTYPES
+                and backends.choose("nf4", self.device) == "native")
+
+    def vector_product(self) -> Callable[[Tensor, Tensor], None]:
+        """What writes the weight times x [K] into y [N], contiguous, as decoding and `few_rows` would, but reads the
+        packed weight and writes no other."""
+        bounds = [0, *itertools.accumulate(part.shape[0] for part in self.parts)]
+        products = [functools.partial(torch.ops.minitune.nf4_product.default, *operands(part))
+                    if isinstance(part, NF4Weight) else few_rows.vector_product(part) for part in self.parts]
+
+        def product(x: Tensor, y: Tensor) -> None:
+            for each, first, last in zip(products, bounds, bounds[1:], strict=False):
+                each(x, y[first:last])
+
+        return product
 
     def to(self, device: torch.device) -> FusedNF4:
         """The same on another device, with the same buffer."""

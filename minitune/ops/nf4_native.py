@@ -21,6 +21,12 @@ def _(packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code:
     return None
 
 
+@torch.library.register_fake("minitune::nf4_product")
+def _(packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code: Tensor | None,
+      nested_offset: Tensor | None, table: Tensor, blocksize: int, x: Tensor, y: Tensor) -> None:
+    return None
+
+
 @torch.library.register_fake("minitune::nf4_quantize")
 def _(weight: Tensor, table: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     n = weight.numel()

@@ -112,15 +112,17 @@ class OneRow:
 def _product(w: LoraWeights, y: Tensor) -> Callable[[Tensor], None]:
     """x [K] -> None; y [1, N] becomes the product of `lora_matmul.forward`."""
     weight, bias, a, b = w.weight, w.bias, w.a, w.b
-    if not isinstance(weight, Tensor) or w.packed is not None or w.gain is not None:
+    reads_packed = isinstance(weight, Tensor) or weight.reads_packed(y.dtype)
+    if not reads_packed or w.packed is not None or w.gain is not None:
         def general(x: Tensor) -> None:
             y.copy_(lora_matmul.forward(x[None], w)[0])
 
         return general
-    flat, write = y.view(-1), few_rows.vector_product(weight)
+    flat = y.view(-1)
+    write = few_rows.vector_product(weight) if isinstance(weight, Tensor) else weight.vector_product()
 
     def product(x: Tensor) -> None:
-        write(weight, x, flat)
+        write(x, flat)
         if bias is not None:
             y.add_(bias)
         if a is not None and b is not None:

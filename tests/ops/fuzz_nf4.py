@@ -121,6 +121,24 @@ def target(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, b
     return whole, True
 
 
+def product() -> bool:
+    (rows, columns), blocksize = shape(), 2 ** random.randint(5, 12)
+    dtype = random.choice([torch.float32, torch.bfloat16])
+    right = [*operands(rows * columns, blocksize), torch.randn(columns).to(dtype), torch.zeros(rows, dtype=dtype)]
+    given, wrong = list(right), random.random() < 0.6
+    if wrong:
+        at = random.randrange(len(given))
+        given[at] = (random.choice([0, -64, 16, 63, *HUGE]) if isinstance(given[at], int)
+                     else torch.rand(3) if given[at] is None else spoil(given[at]))
+    torch.ops.minitune.nf4_product(*given)
+    if not wrong:
+        weight = decoded(*right[:-2], rows * columns).to(dtype).view(rows, columns).double()
+        error = (given[-1].double() - weight @ right[-2].double()).abs()
+        limit = weight.abs() @ right[-2].double().abs()
+        assert (error <= limit * (1e-5 if dtype == torch.float32 else 5e-3)).all(), "a wrong product"
+    return wrong
+
+
 def quantize() -> bool:
     rows, columns = shape()
     weight, table, blocksize = torch.randn(rows * columns).to(random.choice(DTYPES)), TABLE, 2 ** random.randint(5, 12)
@@ -166,7 +184,7 @@ def main() -> None:
         torch.manual_seed(round_)
         os.environ["MINITUNE_CPU_ISA"] = random.choice(names[: names.index(best) + 1])
         try:
-            wrong = random.choice([dequantize, dequantize, quantize, quantize_absmax])()
+            wrong = random.choice([dequantize, dequantize, product, quantize, quantize_absmax])()
             counts["wrong, harmless" if wrong else "right"] += 1
         except (RuntimeError, TypeError):      # TypeError: what no tensor is, in a tensor's place
             counts["wrong, refused"] += 1

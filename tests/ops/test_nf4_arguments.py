@@ -100,7 +100,27 @@ def test_wrong_operands(nested, name, value, message):
         OPS.nf4_dequantize(*given.values(), 6, 100, FLOAT)
     with pytest.raises(RuntimeError, match=message):
         OPS.nf4_dequantize_out(*given.values(), out)
+    with pytest.raises(RuntimeError, match=message):
+        OPS.nf4_product(*given.values(), torch.zeros(100), out[:, 0].clone())
     assert (out == 7).all()
+
+
+@needs_native
+@pytest.mark.parametrize(("x", "y", "message"), [
+    (torch.zeros(99), torch.zeros(6), "packed has 300 elements; it must have 297"),
+    (torch.zeros(100), torch.zeros(7), "packed has 300 elements; it must have 350"),
+    (torch.zeros(100), torch.zeros(0), "packed has 300 elements; it must have 0"),
+    (torch.zeros(100), torch.zeros(6).bfloat16(), "y is BFloat16; it must be Float"),
+    (torch.zeros(100).half(), torch.zeros(6).half(), "x is Half; it must be float32 or bfloat16"),
+    (torch.zeros(100).double(), torch.zeros(6).double(), "x is Double"),
+    (torch.zeros(200)[::2], torch.zeros(6), "x is not contiguous"),
+    (torch.zeros(100), torch.zeros(12)[::2], "y is not contiguous"),
+    (_short(torch.zeros(100)), torch.zeros(6), "its storage ends before"),
+    (torch.zeros(100), _short(torch.zeros(6)), "its storage ends before"),
+    (_unaligned(torch.zeros(100)), torch.zeros(6), "x lies at address")])
+def test_wrong_vectors(x, y, message):
+    with pytest.raises(RuntimeError, match=f"nf4_product: .*{message}"):
+        OPS.nf4_product(*_operands(False).values(), x, y)
 
 
 @needs_native
@@ -183,6 +203,6 @@ def test_random_arguments_under_sanitizers(tmp_path):
     extension = next((tmp_path / "lib" / "minitune").glob("_C.*.so"))
     environment |= {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1",
                     "UBSAN_OPTIONS": "print_stacktrace=1"}
-    run = subprocess.run([sys.executable, Path(__file__).with_name("fuzz_nf4.py"), extension, "15000"], cwd=tmp_path,
+    run = subprocess.run([sys.executable, Path(__file__).with_name("fuzz_nf4.py"), extension, "18000"], cwd=tmp_path,
                          env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]

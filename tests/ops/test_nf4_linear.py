@@ -9,6 +9,7 @@ import torch
 from minitune.ops import backends, lora_matmul, nf4
 from minitune.ops.lora_matmul import LoraWeights
 from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4, nf4_linear, reference
+from tests.tolerance import check
 
 
 def _fused(buffer, rows=(5, 9, 3), columns=24, seed=0):
@@ -112,3 +113,16 @@ def test_the_buffer_grows_and_is_one():
     large = buffer.take(5, 7, torch.device("cpu"))
     assert large.shape == (5, 7) and large.dtype == torch.bfloat16
     assert buffer.take(2, 3, torch.device("cpu")).data_ptr() == large.data_ptr() != small.data_ptr()
+
+
+@pytest.mark.skipif(bool(backends.missing("native", torch.device("cpu"))), reason="the extension is not there")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_row_reads_the_packed_parts_and_leaves_the_buffer_alone(dtype):
+    weight = _fused(DecodeBuffer(dtype))
+    weight = FusedNF4([*weight.parts, torch.randn(4, 24).to(dtype)], weight.buffer)     # one that is not quantised
+    x, bias = torch.randn(1, 24).to(dtype), torch.randn(21).to(dtype)
+    found = lora_matmul.forward(x, LoraWeights(weight, bias, None, None))[0]
+    assert found.shape == (1, 21) and not weight.buffer._rooms
+    whole = torch.cat([part if isinstance(part, torch.Tensor) else part.dequantize(dtype) for part in weight.parts])
+    truth = torch.nn.functional.linear(x.double(), whole.double(), bias.double())
+    check("y", found, reference(x, weight, bias), truth)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minitune.ops import backends, nf4
+from tests.tolerance import check
 
 CPU = torch.device("cpu")
 absent = backends.missing("native", CPU)
@@ -68,10 +69,10 @@ def test_dequantize(isa, blocksize, dtype, nested):
     for shape in SHAPES:
         weight = _weight(shape, blocksize, nested)
         reference = nf4.dequantize_reference(weight).to(dtype)
-        _same_bits(OPS.nf4_dequantize(*nf4._operands(weight), *shape, dtype), reference)
+        _same_bits(OPS.nf4_dequantize(*nf4.operands(weight), *shape, dtype), reference)
         for gap in (0, 1, 8):
             buffer = torch.full((shape[0], shape[1] + gap), 7.0, dtype=dtype)
-            OPS.nf4_dequantize_out(*nf4._operands(weight), buffer[:, : shape[1]])
+            OPS.nf4_dequantize_out(*nf4.operands(weight), buffer[:, : shape[1]])
             _same_bits(buffer[:, : shape[1]].contiguous(), reference)
             assert (buffer[:, shape[1]:] == 7).all(), "wrote between the rows"
 
@@ -85,7 +86,7 @@ def test_dequantize_any_scale(isa, dtype):
     packed = torch.arange(256, dtype=torch.uint8).repeat(len(scales))     # every pair of codes under every scale
     weight = nf4.NF4Weight(packed, torch.tensor(scales).repeat_interleave(8), None, None, None, 64, (len(scales), 512),
                            torch.float32)
-    value = OPS.nf4_dequantize(*nf4._operands(weight), len(scales), 512, dtype)
+    value = OPS.nf4_dequantize(*nf4.operands(weight), len(scales), 512, dtype)
     _same_bits(value, nf4.dequantize_reference(weight).to(dtype))
     if dtype == torch.bfloat16:
         assert set((value[0].view(torch.int16) & 0xffff).tolist()) == {0x7fc0}
@@ -99,10 +100,10 @@ def test_threads_give_the_same_bits():
         for threads in (1, 2):
             torch.set_num_threads(threads)
             out = torch.zeros(1024, 2056, dtype=torch.bfloat16)
-            OPS.nf4_dequantize_out(*nf4._operands(weight), out[:, :2049])
+            OPS.nf4_dequantize_out(*nf4.operands(weight), out[:, :2049])
             packed, absmax = OPS.nf4_quantize(flat, nf4.table(CPU), 64)
             codes, nested_absmax = OPS.nf4_quantize_absmax(absmax, absmax.mean(), nf4.nested_code(CPU))
-            results.append((OPS.nf4_dequantize(*nf4._operands(weight), 1024, 2049, torch.float32), out, packed, absmax,
+            results.append((OPS.nf4_dequantize(*nf4.operands(weight), 1024, 2049, torch.float32), out, packed, absmax,
                             codes, nested_absmax))
     finally:
         torch.set_num_threads(before)
@@ -163,19 +164,31 @@ def test_the_whole_way_is_the_references(isa, double_quant):
             assert torch.equal(weight.tensors()[name], tensor), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(7, 64), (5, 100), (3, 37), (300, 256), (2, 20_000)], ids=str)
+def test_a_product_is_that_of_the_decoded_weight(shape, nested, dtype):
+    weight, x = _weight(shape, nested=nested), torch.randn(shape[1]).to(dtype)
+    y, decoded = torch.full((shape[0],), float("nan"), dtype=dtype), weight.dequantize(dtype)
+    OPS.nf4_product(*nf4.operands(weight), x, y)
+    check("y", y, torch.mv(decoded, x), torch.mv(decoded.double(), x.double()))
+
+
 # ---- as torch sees them ---------------------------------------------------------------------------------------------
 def _calls():
     plain, nested = _weight((6, 37)), _weight((8, 64), nested=True)
     absmax, code = torch.rand(300), nf4.nested_code(CPU)
-    return {"nf4_dequantize": [(*nf4._operands(plain), 6, 37, torch.bfloat16),
-                               (*nf4._operands(nested), 8, 64, torch.float32)],
-            "nf4_dequantize_out": [(*nf4._operands(plain), torch.zeros(6, 40)[:, :37]),
-                                   (*nf4._operands(nested), torch.zeros(8, 64, dtype=torch.float16))],
+    return {"nf4_dequantize": [(*nf4.operands(plain), 6, 37, torch.bfloat16),
+                               (*nf4.operands(nested), 8, 64, torch.float32)],
+            "nf4_dequantize_out": [(*nf4.operands(plain), torch.zeros(6, 40)[:, :37]),
+                                   (*nf4.operands(nested), torch.zeros(8, 64, dtype=torch.float16))],
+            "nf4_product": [(*nf4.operands(plain), torch.randn(37), torch.zeros(6)),
+                            (*nf4.operands(nested), torch.randn(64).bfloat16(), torch.zeros(8).bfloat16())],
             "nf4_quantize": [(torch.randn(201), nf4.table(CPU), 64), (torch.randn(128).half(), nf4.table(CPU), 32)],
             "nf4_quantize_absmax": [(absmax, absmax.mean(), code)]}
 
 
-NAMES = ["nf4_dequantize", "nf4_dequantize_out", "nf4_quantize", "nf4_quantize_absmax"]
+NAMES = ["nf4_dequantize", "nf4_dequantize_out", "nf4_product", "nf4_quantize", "nf4_quantize_absmax"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -204,7 +217,7 @@ def test_the_instruction_set_must_be_one_that_there_is(monkeypatch):
 
     weight = _weight((2, 64))
     monkeypatch.setenv("MINITUNE_CPU_ISA", "sse9")
-    for call in (_C.cpu_isa, lambda: OPS.nf4_dequantize(*nf4._operands(weight), 2, 64, torch.float32),
+    for call in (_C.cpu_isa, lambda: OPS.nf4_dequantize(*nf4.operands(weight), 2, 64, torch.float32),
                  lambda: OPS.nf4_quantize(torch.randn(64), nf4.table(CPU), 64)):
         with pytest.raises(RuntimeError, match="sse9"):
             call()
