@@ -20,7 +20,9 @@ from minitune.errors import InputError
 
 CHUNK = 16 << 20
 """Bytes read at a time: the only memory that reading takes beside the destination."""
-READERS = 4
+STRAIGHT = 4
+"""Chunks that are read at a time where the bytes go straight into the destination."""
+READERS = 8
 """Threads that read a chunk side by side. What takes the time is less the file than the pages of the destination, which
 the system hands out at the first touch."""
 PART = 1 << 20
@@ -157,7 +159,7 @@ class Checkpoint:
         info, path = self._infos[name], self._paths[name]
         straight = target.device.type == "cpu" and target.dtype == info.dtype and target.is_contiguous()
         place = info.begin
-        for piece in _pieces(target, CHUNK // info.dtype.itemsize):
+        for piece in _pieces(target, (STRAIGHT if straight else 1) * CHUNK // info.dtype.itemsize):
             n_bytes = piece.numel() * info.dtype.itemsize
             source = piece if straight else self._buffer(n_bytes, piece).view(info.dtype).view(piece.shape)
             self._fill(path, place, source, n_bytes)
