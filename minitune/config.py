@@ -271,13 +271,15 @@ class Training:
     evaluate_every: int | None = None
     """Evaluate the validation data and ask the sample questions every so many steps, and before and after training; by
     default the data about ten times in the run, the questions only before and after."""
+    save_every: int | None = None
+    """Keep a checkpoint to resume from every so many steps; by default only where the run is interrupted."""
 
     def __post_init__(self) -> None:
         _check_types("training", self)
         check_seed("training", self.seed)
         _positive("training", tokens=self.tokens, micro_batches=self.micro_batches, epochs=self.epochs, lr=self.lr,
                   max_steps=self.max_steps, log_every=self.log_every, evaluate_every=self.evaluate_every,
-                  decay=self.decay)
+                  save_every=self.save_every, decay=self.decay)
         _at_least_zero("training", warmup=self.warmup or 0.0, min_lr_ratio=self.min_lr_ratio or 0.0,
                        weight_decay=self.weight_decay, momentum=self.momentum, clip=self.clip,
                        label_smoothing=self.label_smoothing)

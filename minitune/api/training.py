@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from minitune.api.examine import (
     validation_batches,
 )
 from minitune.api.model import Model, as_path
+from minitune.api.resume import about, check_out, check_position, saved_in
 from minitune.config import MemoryPolicy, Training, check_names, check_whole, short
 from minitune.data.account import overlap
 from minitune.data.batch import Batch
@@ -27,9 +28,11 @@ from minitune.data.stream import Stream, stream
 from minitune.errors import InputError
 from minitune.model.memory import choose_policy
 from minitune.objectives import sft
-from minitune.report.folder import check_free, run_folder
+from minitune.report.folder import run_folder
 from minitune.report.glued import with_glued
 from minitune.report.progress import is_watched, progress
+from minitune.training import checkpoint
+from minitune.training.checkpoint import Checkpoints, Saved
 from minitune.training.flops import costs_of
 from minitune.training.loop import fit
 from minitune.training.machine import matrix_rate
@@ -42,7 +45,7 @@ Files = str | Path | Sequence[str | Path] | Mapping[str | Path, float]
 def train(model: Model, data: Files | Iterable[Batch], *, valid: str | Path | Iterable[Batch] | None = None,
           training: Training | None = None, out: str | Path | None = None, ask: Sequence[Question] | None = None,
           max_new_tokens: int = 128, quiet: bool | None = None, config: Mapping[str, Any] | None = None,
-          observers: Sequence[Observer] = (), **settings: Any) -> Run:
+          observers: Sequence[Observer] = (), resume: bool = False, **settings: Any) -> Run:
     """Fine-tune `model` on a data file or on batches -> Run, the record of every step and evaluation.
 
     `settings` are fields of Training (lr=1e-4, tokens=4096, …), or give a whole `training`. A path is tokenised and
@@ -51,7 +54,10 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: str | Path | It
 
     out: a folder, new or empty, for all that a run leaves: config.json (with what `config` adds), environment.json,
     ledger.json, metrics.jsonl, answers.jsonl, loss.png, adapter/ (the last one) and adapter-best/ (that of the lowest
-    validation loss); for a model loaded with train=… they are model/ and model-best/. Ctrl-C keeps what was trained.
+    validation loss); for a model loaded with train=… they are model/ and model-best/. Ctrl-C keeps what was trained,
+    and a checkpoint.
+    resume: go on with the run in `out` from its checkpoint, as if it had not been interrupted. Model, data and settings
+    must be the same; ``log_every``, ``evaluate_every`` and ``save_every`` may be others.
     ask: questions, texts or lists of messages, answered greedily before and after training, and at each
     evaluation where ``evaluate_every`` is set; with `out` and a path by default the data's first three prompts.
     quiet: True shows no progress, False shows it always; by default it is shown on a terminal and in a notebook.
@@ -66,18 +72,20 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: str | Path | It
                              f"tokens={training.tokens}; set tokens in one place")
         training = replace(training, tokens=data.tokens)
     folder = None if out is None else as_path("train", "out", out)
-    ready = prepare(model, data, valid=valid, training=training, out=folder, ask=ask, max_new_tokens=max_new_tokens)
-    about = {"data": _name(data), "valid": None if valid is None else _name(valid),
+    ready = prepare(model, data, valid=valid, training=training, out=folder, ask=ask, max_new_tokens=max_new_tokens,
+                    resume=resume)
+    made_of = {"data": _name(data), "valid": None if valid is None else _name(valid),
              "ask": list(map(as_asked, ready.examiner.questions)), "max_new_tokens": max_new_tokens, **(config or {})}
     shown = is_watched() if quiet is None else not quiet
     _check_observers(observers)
-    everyone = [*(_folder(folder, model, ready.batches, about) if folder is not None else ()), *observers,
+    everyone = [*(_folder(folder, model, ready.batches, made_of) if folder is not None else ()), *observers,
                 progress() if shown else NotesAsWarnings()]
     _tell_ledgers(model, ready.batches, ready.held_out, everyone, shown)
     rate = matrix_rate(model.device, model.network.dtype) if shown or folder is not None else None
     objective = functools.partial(sft.sft, label_smoothing=training.label_smoothing)
     return fit(model, ready.batches, training, objective, everyone, evaluate=ready.examiner,
-               costs=costs_of(model.network), matrix_rate=rate, chance=math.log(model.config.vocab_size))
+               costs=costs_of(model.network), matrix_rate=rate, chance=math.log(model.config.vocab_size),
+               checkpoints=None if folder is None else _checkpoints(folder, model, ready), start=ready.saved)
 
 
 class NotesAsWarnings(Observer):
@@ -89,21 +97,26 @@ class NotesAsWarnings(Observer):
 
 @dataclass(frozen=True)
 class Ready:
-    """What a run is made of, read and checked: the batches, the validation data, and what is asked between steps."""
+    """What a run is made of, read and checked: the batches, the validation data, and what is asked between steps;
+    `about` tells it all (api/resume.py). ``saved``: the checkpoint that it goes on from."""
 
     batches: Iterable[Batch]
     held_out: Iterable[Batch] | None
     examiner: Examiner
+    about: Callable[[], Mapping[str, Any]]
+    saved: Saved | None
 
 
 def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Path | None, ask: Any,
-            max_new_tokens: Any) -> Ready:
+            max_new_tokens: Any, resume: bool = False) -> Ready:
     """All that is checked before a run, for `train` and for a dry run: InputError for whatever could not be trained,
     evaluated, asked or written. Nothing is computed and nothing written."""
     if not isinstance(model, Model):
         raise InputError(f"train: model is {short(model)}; give what mt.load returns")
-    if out is not None:
-        check_free(out)
+    check_out(out, resume)
+    if training.save_every is not None and out is None:
+        raise InputError(f"train: save_every is {training.save_every}, but there is no folder to keep a checkpoint in; "
+                         "give out=…, or leave it out")
     check_whole("train", "max_new_tokens", max_new_tokens)
     if ask is None:
         ask = first_questions(data) if out is not None and isinstance(data, str | Path) else ()
@@ -123,7 +136,12 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
     examiner = Examiner(model, None if held_out is None else validation_batches(held_out), questions, max_new_tokens,
                         training.evaluate_every is not None)
     examiner.check()
-    return Ready(batches, held_out, examiner)
+    for name, asked in (("resume", resume), ("save_every", training.save_every)):
+        if asked:
+            check_position(batches, f"{name} is {asked}")
+    made_of = functools.cache(functools.partial(about, model, training, batches, examiner.valid, questions,
+                                                max_new_tokens))
+    return Ready(batches, held_out, examiner, made_of, saved_in(out, made_of()) if out is not None and resume else None)
 
 
 def _training(training: Training | None, settings: Mapping[str, Any]) -> Training:
@@ -193,6 +211,19 @@ def _name(data: Any) -> Any:
     return data if _is_files(data) else f"batches of a {type(data).__name__}"
 
 
+def _checkpoints(folder: Path, model: Model, ready: Ready) -> Checkpoints | None:
+    """What keeps the run's checkpoint; None where it could not go on from one."""
+    if not isinstance(ready.batches, Stream | Sequence):
+        return None
+    return Checkpoints(folder / checkpoint.FOLDER, ready.about, folder / _what(model),
+                       None if ready.saved is None else ready.saved.step)
+
+
+def _what(model: Model) -> str:
+    """The name of what is trained, and of its folder."""
+    return "adapter" if model.lora is not None else "model"
+
+
 def _folder(folder: Path, model: Model, batches: Iterable[Batch], about: Mapping[str, Any]) -> list[Observer]:
     """The observers that write the run folder."""
     network, adapted = model.network, model.lora is not None
@@ -205,7 +236,7 @@ def _folder(folder: Path, model: Model, batches: Iterable[Batch], about: Mapping
               "quant": model.quant, "trained_weights": sorted(network.trained_names()),
               "add_tokens": [] if model._tokenizer is None else model._tokenizer.added, **about}
     save = model.save_adapter if adapted else model.save_merged if network.nf4_shapes() else model.save
-    return run_folder(folder, save, functools.partial(_sound, model), "adapter" if adapted else "model", config)
+    return run_folder(folder, save, functools.partial(_sound, model), _what(model), config)
 
 
 def policy_of(model: Model, tokens: int) -> MemoryPolicy:

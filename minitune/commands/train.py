@@ -29,7 +29,9 @@ class Train:
     """Samples: JSONL, JSON, text or Parquet; texts, prompts and completions, chats, preferences and more."""
     out: Path = Path("out")
     """Folder for all that the run leaves: adapters (last and best), metrics, answers, ledger, settings, loss.png; it
-    must not exist yet, or be empty."""
+    must not exist yet, or be empty, unless --resume goes on with its run."""
+    resume: bool = False
+    """Go on with the interrupted run in --out, from its checkpoint; all else as it was begun."""
     ask: tuple[str, ...] = ()
     """Questions to answer before and after; by default the first three prompts of the data."""
     max_new_tokens: int = 128
@@ -63,14 +65,14 @@ class Train:
     def run(self) -> None:
         from minitune.api import train
         from minitune.api.examine import first_questions
+        from minitune.api.resume import check_out
         from minitune.api.training import prepare
         from minitune.data.holdout import streams
-        from minitune.report.folder import check_free
         from minitune.report.progress import reading
         from minitune.report.tables import Answer, print_answers
         from minitune.report.tensorboard import TensorBoard
 
-        check_free(self.out)
+        check_out(self.out, self.resume)
         boards = [TensorBoard(self.out / "tensorboard")] if self.tensorboard else []
         model = self._load()
         samples = dataclasses.replace(self.samples, cache=False) if self.dry_run else self.samples
@@ -79,11 +81,11 @@ class Train:
         questions = self.ask or first_questions(self.data, self.samples.fields())
         if self.dry_run:
             prepare(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
-                    max_new_tokens=self.max_new_tokens)
+                    max_new_tokens=self.max_new_tokens, resume=self.resume)
             show_plan(model, data, valid, self.training)
             return
         run = train(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
-                    max_new_tokens=self.max_new_tokens, quiet=False, observers=boards,
+                    max_new_tokens=self.max_new_tokens, resume=self.resume, quiet=False, observers=boards,
                     config={"samples": dataclasses.asdict(self.samples)})
         before, after = run.evaluations[:1], run.evaluations[-1:]
         if questions:
@@ -126,5 +128,5 @@ def show_plan(model: Model, data: Stream, valid: Stream | None, training: Traini
         print_ledger(valid.ledger, title="Held out")
     print()
     print_table("What would be trained; nothing is written", ("", ""), rows)
-    for hint in hints(data, training, n_steps(data, training)):
+    for hint in hints(data, training, n_steps(data, training), model.device):
         print(f"note: {hint}")

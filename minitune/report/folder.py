@@ -16,12 +16,16 @@ from minitune.errors import InputError
 from minitune.report.environment import environment
 from minitune.report.metrics import AnswersFile, MetricsFile
 from minitune.report.plot import LossPlot
+from minitune.training import checkpoint
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo
 from minitune.training.schedule import min_lr_ratio_of, warmup_of
 
 
 def check_free(folder: Path) -> None:
     """InputError unless `folder` is not there yet, or is an empty folder."""
+    if (folder / checkpoint.FOLDER / checkpoint.JSON).exists():
+        raise InputError(f"{folder} exists already, with a run that did not end: go on with it (--resume, in Python "
+                         "resume=True), name another folder, or remove it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already; name another folder, or remove it")
 
@@ -60,8 +64,8 @@ class RunFolder(Observer):
     starts; `what`-best at each evaluation whose loss is the lowest so far; `what` (adapter, or model) when it ends.
 
     `save` writes what is trained into a folder, and `sound` tells whether all of it is finite. A run that Ctrl-C or an
-    error stopped keeps what its last step made, if that is sound; one that diverged does not. Each file takes its name
-    when it is whole.
+    error stopped keeps what its last step made, if that is sound; one that diverged what its last checkpoint held, if
+    there is one. The checkpoint of a run that came to its end is removed. Each file takes its name when it is whole.
     """
 
     def __init__(self, folder: str | Path, save: Callable[[Path], None], sound: Callable[[], bool], what: str,
@@ -87,6 +91,12 @@ class RunFolder(Observer):
             if self._ledger is not None:
                 staging.write("ledger.json", json_bytes(plain(self._ledger)))
 
+    def on_resume(self, run: Run) -> None:
+        """What stands in the folder stays; the best so far is known again."""
+        if run.best is not None and run.best.loss is not None:
+            self._lowest, best = run.best.loss, self.folder / f"{self.what}-best"
+            self._best = best if best.is_dir() else None
+
     def on_evaluation(self, record: EvaluationRecord) -> None:
         if record.step and record.loss is not None and record.loss < self._lowest and self.sound():
             self._lowest, self._best = record.loss, self.folder / f"{self.what}-best"
@@ -94,7 +104,7 @@ class RunFolder(Observer):
 
     def on_end(self, run: Run) -> None:
         run.best_adapter = self._best
-        if not run.records or run.end == "diverged":
+        if not run.records or (run.end == "diverged" and run.restored is None):
             return
         if not self.sound():
             warnings.warn(f"{self.folder / self.what} is not written: the last step made weights that are not finite; "
@@ -102,6 +112,8 @@ class RunFolder(Observer):
             return
         self.save(self.folder / self.what)
         run.adapter = self.folder / self.what
+        if run.end in ("finished", "out of data"):
+            checkpoint.remove(self.folder / checkpoint.FOLDER)
 
 
 def plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord
+from minitune.training.runner import is_told
 
 
 class JsonLines:
@@ -45,6 +46,16 @@ class MetricsFile(Observer):
     def on_start(self, info: RunInfo) -> None:
         self._lines = JsonLines(self.path)
 
+    def on_resume(self, run: Run) -> None:
+        """The lines up to the checkpoint, anew: what came after it is done again."""
+        self.on_start(run.info)
+        done: list[StepRecord | EvaluationRecord] = [r for r in run.records if is_told(r.step, run.info)]
+        for each in sorted([*done, *run.evaluations], key=lambda each: each.step):      # an evaluation after its step
+            if isinstance(each, StepRecord):
+                self.on_step(each)
+            else:
+                self.on_evaluation(each)
+
     def on_step(self, record: StepRecord) -> None:
         if self._lines is not None:
             self._lines.write({**vars(record), "tokens_per_second": record.tokens_per_second})
@@ -67,6 +78,11 @@ class AnswersFile(Observer):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lines: JsonLines | None = None
+
+    def on_resume(self, run: Run) -> None:
+        """The lines up to the checkpoint, anew."""
+        for record in run.evaluations:
+            self.on_evaluation(record)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         for each in record.answers:

@@ -55,6 +55,7 @@ class ProgressLines(Observer):
         self.stream = stream
         self._info: RunInfo | None = None
         self._started = 0.0
+        self._done = 0      # steps of an earlier process
         self._next = 0.0
 
     def on_ledger(self, ledgers: Mapping[str, Any]) -> None:
@@ -63,6 +64,11 @@ class ProgressLines(Observer):
     def on_start(self, info: RunInfo) -> None:
         self._info, self._started, self._next = info, time.perf_counter(), 0.0
         self._print(opening(info))
+
+    def on_resume(self, run: Run) -> None:
+        self.on_start(run.info)
+        self._done = len(run.records)
+        self._print(resuming(run))
 
     def on_note(self, text: str) -> None:
         self._print(f"note: {text}")
@@ -83,7 +89,7 @@ class ProgressLines(Observer):
 
     def _line(self, record: StepRecord) -> str:
         total = self._info.total_steps if self._info else record.step
-        left = (time.perf_counter() - self._started) / record.step * (total - record.step)
+        left = (time.perf_counter() - self._started) / (record.step - self._done) * (total - record.step)
         rate = self._info.matrix_rate if self._info else None
         return f"step {record.step:>{len(str(total))}}/{total}  {numbers(record, rate)}  left {clock(left)}"
 
@@ -136,6 +142,11 @@ class ProgressBar(Observer):
         self._task = self._bar.add_task("", total=info.total_steps)
         self._bar.start()
 
+    def on_resume(self, run: Run) -> None:
+        self.on_start(run.info)
+        self._bar.reset(self._task, completed=len(run.records))
+        self.console.print(resuming(run), highlight=False, markup=False)
+
     def on_note(self, text: str) -> None:
         self.console.print(f"note: {text}", highlight=False, markup=False)
 
@@ -164,6 +175,11 @@ def opening(info: RunInfo) -> str:
     return f"training {info.n_parameters:,} parameters on {info.device}, {steps}{rate}"
 
 
+def resuming(run: Run) -> str:
+    """Where a run goes on, in one line."""
+    return f"resumed after step {len(run.records)} of {run.info.total_steps}"
+
+
 def numbers(record: StepRecord, matrix_rate: float | None = None) -> str:
     """A step's figures in one line of fixed width. The share is that of `matrix_rate` (FLOP/s)."""
     share, memory = "", ""
@@ -187,6 +203,7 @@ def summary(run: Run) -> str:
     n_steps = f"{len(run.records)} step{'' if len(run.records) == 1 else 's'}"
     done = run.end in ("finished", "out of data")
     kept = f"what was trained is saved in {run.adapter}" if run.adapter else "what was trained is not saved"
+    kept += "" if run.checkpoint is None else f", it can be resumed after step {run.checkpoint}"
     end = f"{run.end}: {n_steps}" if done else f"{run.end} after {n_steps}, {kept}"
     n_real = run.n_tokens - run.n_filler
     full = f", rows {n_real / run.n_tokens:.0%} full" if run.n_tokens else ""

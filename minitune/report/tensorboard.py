@@ -26,6 +26,10 @@ class TensorBoard(Observer):
     def on_start(self, info: RunInfo) -> None:
         self._writer = self._make(str(self.folder))
 
+    def on_resume(self, run: Run) -> None:
+        # what event files have of later steps, which are done again, is not shown then
+        self._writer = self._make(str(self.folder), purge_step=len(run.records) + 1)
+
     def on_step(self, record: StepRecord) -> None:
         for name in ("loss", "lr", "grad_norm", "tokens_per_second", "memory"):
             self._scalar(f"train/{name}", getattr(record, name), record.step)

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 from minitune.config import Training
 
 FEW_STEPS = 10
@@ -29,10 +31,10 @@ class Filled(Protocol):
     n_filler: int
 
 
-def hints(batches: Iterable[Any], training: Training, total_steps: int) -> list[str]:
+def hints(batches: Iterable[Any], training: Training, total_steps: int, device: torch.device) -> list[str]:
     """A line for each thing to know before the first step; empty where all is well.
 
-    The number of steps is not questioned where ``max_steps`` says it.
+    The number of steps is not questioned where ``max_steps`` says it, nor filler on a CPU, which leaves it out.
     """
     found = []
     if total_steps < FEW_STEPS and training.max_steps is None:
@@ -40,10 +42,10 @@ def hints(batches: Iterable[Any], training: Training, total_steps: int) -> list[
         found.append(f"only {total_steps} optimizer step{'' if total_steps == 1 else 's'}, in which hardly anything is "
                      f"learned; {' or '.join(ways)} make{'' if len(ways) > 1 else 's'} more (tokens is "
                      f"{training.tokens:,}, epochs {training.epochs})")
-    if isinstance(batches, Filled) and batches.n_filler > batches.n_tokens:
+    if device.type != "cpu" and isinstance(batches, Filled) and batches.n_filler > batches.n_tokens:
         share = batches.n_filler / (batches.n_filler + batches.n_tokens)
-        found.append(f"{share:.0%} of the rows is filler, which is computed for nothing on a GPU; take fewer tokens a "
-                     f"row (tokens is {batches.tokens:,})")
+        found.append(f"{share:.0%} of the rows is filler, which is computed for nothing; take fewer tokens a row "
+                     f"(tokens is {batches.tokens:,})")
     return found
 
 

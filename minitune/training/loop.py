@@ -13,10 +13,11 @@ import torch
 from minitune.config import Training
 from minitune.data.batch import Batch
 from minitune.errors import InputError
+from minitune.training.checkpoint import Checkpoints, Position, Saved
 from minitune.training.flops import Costs
 from minitune.training.hints import Divergence, hints
 from minitune.training.optimizers import SGD, AdamW, FlatOptimizer
-from minitune.training.run import Observer, Run, RunInfo, tell
+from minitune.training.run import Observer, Run, RunInfo, tell, tell_begin
 from minitune.training.runner import Evaluate, Group, Runner, TrainingDiverged
 from minitune.training.step import Objective
 
@@ -34,7 +35,8 @@ class Epochs(Protocol):
 
 def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Objective,
         observers: Sequence[Observer] = (), *, evaluate: Evaluate | None = None, costs: Costs | None = None,
-        matrix_rate: float | None = None, chance: float | None = None) -> Run:
+        matrix_rate: float | None = None, chance: float | None = None, checkpoints: Checkpoints | None = None,
+        start: Saved | None = None) -> Run:
     """Train what `model` gives as trainable: ``model.param_groups(lr)``, ``.device``, ``.train(mode)``, ``.training``.
 
     `batches` holds micro-batches and is read again for each epoch: a list, or a data set with a method ``epoch(i)``,
@@ -45,6 +47,10 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     run) and after the last one, with the model in eval mode; it must not draw from torch's generators, so that it
     changes nothing. `costs` counts each step's FLOPs; with `matrix_rate` observers can tell their share of it. With
     `chance`, the loss of guessing, ln(vocab_size), a loss that diverges is told of, as other `hints` are.
+
+    `checkpoints` are written every ``training.save_every`` steps and when an exception ends the run, unless that is a
+    divergence: then the last one's weights are put back into the model. `start`: one of them, which the run goes on
+    from, on a CPU bit for bit; `batches` must be the same, and no iterator.
 
     On a GPU the numbers of a step are read while the next one runs, so the device never waits for the host but at an
     evaluation; observers hear of each step one step late, and a divergence is found one step late. Seeds torch's
@@ -59,24 +65,22 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     n_parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     run = Run(info=RunInfo(total_steps=total_steps, n_parameters=n_parameters, device=str(device), training=training,
                            matrix_rate=matrix_rate))
+    position = Position() if start is None else start.restore(model, optimizer, run)
+    runner = Runner(model, optimizer, objective, observers, run, evaluate, Divergence(chance), position, checkpoints)
     was_training = model.training
     model.train(True)
     try:
-        tell(observers, "on_start", run.info)
-        for hint in hints(batches, training, total_steps):
+        tell_begin(observers, run)
+        for hint in hints(batches, training, total_steps, device):
             tell(observers, "on_note", hint)
-        groups = islice(_groups(batches, training.micro_batches, limit, device, costs), total_steps)
-        runner = Runner(model, optimizer, objective, observers, run, evaluate, Divergence(chance))
-        runner.go(groups)
+        drawn = _stream(batches, position.micro_batches, limit)
+        runner.go(islice(_groups(drawn, training.micro_batches, device, costs), total_steps - position.step))
         if not run.records:
             raise InputError("training: the data has no trained token (no batch, or all labels are -100)")
         runner.check_weights()
         run.end = "finished" if len(run.records) == total_steps else "out of data"
-    except KeyboardInterrupt:
-        run.end = "interrupted"
-        raise
-    except TrainingDiverged:
-        run.end = "diverged"
+    except BaseException as error:
+        runner.broken_off(error)
         raise
     finally:
         model.train(was_training)
@@ -116,25 +120,38 @@ def _plan(batches: Iterable[Batch], training: Training) -> tuple[int, int | None
     return math.ceil(length / training.micro_batches), length
 
 
-def _stream(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches again and again, each epoch in its own order if they know one; an iterator once only, and so too
-    data in which nothing is trained."""
+def _stream(batches: Iterable[Batch], skip: int, limit: int | None) -> Iterator[Batch]:
+    """The batches [skip, limit) of those that come again and again, each epoch in its own order if they know one; an
+    iterator's once only, and so too those of data in which nothing is trained."""
+    return islice(_endless(batches, skip), None if limit is None else max(0, limit - skip))
+
+
+def _endless(batches: Iterable[Batch], skip: int) -> Iterator[Batch]:
     for epoch in count():
         n_trained = 0
-        drawn = batches.epoch(epoch) if isinstance(batches, Epochs) else iter(batches)
+        if isinstance(batches, Epochs):
+            size = batches.count(epoch + 1) - batches.count(epoch) if skip else 0
+            if 0 < size <= skip:        # an epoch that is done need not be made
+                skip -= size
+                continue
+            drawn = batches.epoch(epoch)
+        else:
+            drawn = iter(batches)
         for batch in drawn:
             n_trained += batch.n_trained
-            yield batch
+            if skip:
+                skip -= 1
+            else:
+                yield batch
         if n_trained == 0 or drawn is batches:
             return
 
 
-def _groups(batches: Iterable[Batch], size: int, limit: int | None, device: torch.device,
-            costs: Costs | None) -> Iterator[Group]:
+def _groups(batches: Iterable[Batch], size: int, device: torch.device, costs: Costs | None) -> Iterator[Group]:
     """What each step takes. Drawn while the device is still busy with the step before."""
     group: list[Batch] = []
     n_tokens, n_filler, flops = 0, 0, 0.0
-    for batch in islice(_stream(batches), limit):
+    for batch in batches:
         n_own = batch.n_filler
         n_tokens, n_filler = n_tokens + batch.n_tokens, n_filler + n_own
         flops += 0.0 if costs is None else costs.of_batch(batch, n_own)

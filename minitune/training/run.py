@@ -85,6 +85,9 @@ class Run:
     Ctrl-C stopped it, "diverged" when its numbers were no longer finite, "failed" when another exception did.
     ``adapter`` is the folder of what was trained, if it was saved; ``best_adapter`` that of the lowest validation loss.
     ``diverging``: the step after which the loss stood far above where it began (training/hints.py), though finite.
+    ``checkpoint``: the step after which an interrupted run goes on when it is resumed; ``restored``: where it diverged,
+    the step whose weights the last checkpoint has put back into the model; None where there is no checkpoint.
+    A run that was resumed has the records and evaluations of all its steps, those before the interruption too.
     """
 
     info: RunInfo
@@ -94,6 +97,8 @@ class Run:
     adapter: Path | None = None
     best_adapter: Path | None = None
     diverging: int | None = None
+    checkpoint: int | None = None
+    restored: int | None = None
 
     def __repr__(self) -> str:
         """One line; the records are in ``records``."""
@@ -166,6 +171,11 @@ class Observer(Protocol):
         """Before the first step."""
         return None
 
+    def on_resume(self, run: Run) -> None:
+        """In place of `on_start` where an interrupted run goes on: ``run`` has the records and evaluations of the steps
+        that are done. An observer without this method is told of the start instead, as a class that inherits is."""
+        self.on_start(run.info)
+
     def on_note(self, text: str) -> None:
         """What a user should know of the run and no number says (training/hints.py): before the first step, and once
         where the loss diverges."""
@@ -183,6 +193,13 @@ class Observer(Protocol):
     def on_end(self, run: Run) -> None:
         """Once, whatever happened: see ``run.end``."""
         return None
+
+
+def tell_begin(observers: Sequence[Observer], run: Run) -> None:
+    """Tell of the start, or of going on where steps are done already."""
+    for observer in observers:
+        resumes = bool(run.records) and hasattr(observer, "on_resume")
+        tell([observer], "on_resume" if resumes else "on_start", run if resumes else run.info)
 
 
 def tell(observers: Sequence[Observer], method: str, what: object) -> None:

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from minitune.config import Training
 from minitune.data.batch import Batch
+from minitune.errors import InputError
+from minitune.training.checkpoint import Checkpoints, Position
 from minitune.training.hints import Divergence
+from minitune.training.interrupt import unbroken
 from minitune.training.machine import peak_memory
 from minitune.training.optimizers import FlatOptimizer
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord, tell
 from minitune.training.schedule import learning_rate, warmup_of
-from minitune.training.step import Objective, StepResult, train_step
+from minitune.training.step import Objective, gradients, update
 
 Evaluate = Callable[[int, bool], EvaluationRecord | None]
 """(steps done, whether it is before the first or after the last of them) -> what was found, or None: nothing to do."""
@@ -43,85 +46,168 @@ class Group:
 
 
 class Runner:
-    """Does the steps of `run`. On a GPU the numbers of a step are read while the next one runs."""
+    """Does the steps of `run`, from `position` on. On a GPU the numbers of a step are read while the next one runs.
+
+    `checkpoints` are written every ``save_every`` steps and by `broken_off`. ``position`` is where weights, moments
+    and generators stand, wherever an exception comes from; but for one within an update (then the state is ``torn``),
+    which Ctrl-C does not break.
+    """
 
     def __init__(self, model: Any, optimizer: FlatOptimizer, objective: Objective, observers: Sequence[Observer],
-                 run: Run, evaluate: Evaluate | None, divergence: Divergence) -> None:
+                 run: Run, evaluate: Evaluate | None, divergence: Divergence, position: Position,
+                 checkpoints: Checkpoints | None) -> None:
         self.model, self.optimizer, self.objective, self.observers = model, optimizer, objective, observers
         self.run, self.evaluate, self.divergence = run, evaluate, divergence
+        self.position, self.checkpoints, self.torn = position, checkpoints, False
         self.device = torch.device(run.info.device)
         self.lag = 0 if self.device.type == "cpu" else 1
         self.waiting: deque[_Launched] = deque()
+        for record in run.records:      # of a run that goes on
+            self._watch(record)
 
     def go(self, groups: Iterator[Group]) -> None:
         """A step for each group. Raises TrainingDiverged."""
         info = self.run.info
         every = info.training.evaluate_every or math.ceil(info.total_steps / EVALUATIONS)
-        self._pause(0, True)
+        if not self.position.step:
+            self._pause(0, True)
+        self.position.set_generators(self.device)
         self.before = _Mark(self.device)
-        for index, group in enumerate(groups):
-            if self.evaluate is not None and index and index % every == 0:
+        for group in groups:
+            done = self.position.step
+            if self.evaluate is not None and done and done % every == 0:
                 self._drain()
-                self._pause(index, False)
+                self._pause(done, False)
                 self.before = _Mark(self.device)
-            lr = learning_rate(index, info.total_steps, info.training)
-            result = train_step(self.model, group.batches, self.optimizer, lr, info.training.clip, self.objective)
-            self.waiting.append(_Launched(index + 1, lr, result, group, self.device))
+            if self.checkpoints is not None and self._is_due(done, self.checkpoints):
+                self._drain()
+                self._save(self.checkpoints)
+                self.before = _Mark(self.device)
+            self._launch(group)
             while len(self.waiting) > self.lag:
                 self._settle()
         self._drain()
         last = self.run.records[-1:]
-        if last and not _is_told(last[0].step, info):
+        if last and not is_told(last[0].step, info):
             tell(self.observers, "on_step", last[0])  # the data ended before the planned last step
         if last:
             self._pause(last[0].step, True)
 
+    def _launch(self, group: Group) -> None:
+        """The work of one step, queued; with it ``position`` moves on, all or nothing."""
+        info = self.run.info
+        lr = learning_rate(self.position.step, info.total_steps, info.training)
+        loss, n_trained = gradients(self.model, group.batches, self.optimizer, self.objective)
+        with unbroken():
+            self.torn = True
+            norm = update(self.optimizer, lr, info.training.clip)
+            self.position = self.position.after(len(group.batches), self.device)
+            self.waiting.append(_Launched(self.position.step, lr, loss, norm, n_trained, group, self.device))
+            self.torn = False
+
+    def broken_off(self, error: BaseException) -> None:
+        """What is left to do where `error` ends the run: a checkpoint of the last whole step; but after a divergence
+        the weights of the last checkpoint, if there is one, take the place of the spoilt ones."""
+        if isinstance(error, TrainingDiverged):
+            self.run.end = "diverged"
+            if self.checkpoints is not None and self.checkpoints.step is not None:
+                self.checkpoints.restore_weights(self.model, self.optimizer)
+                self.run.restored = self.checkpoints.step
+            return
+        self.run.end = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        if self.checkpoints is None:
+            return
+        if self.position.step and not self.torn:
+            finite = [_is_finite(self._take()) for _ in range(len(self.waiting))]
+            if all(finite):
+                self._save(self.checkpoints)
+        self.run.checkpoint = self.checkpoints.step
+
+    def _is_due(self, step: int, checkpoints: Checkpoints) -> bool:
+        """Whether ``save_every`` asks for a checkpoint after this step, and there is none of it yet."""
+        every = self.run.info.training.save_every
+        return every is not None and step > 0 and step % every == 0 and step != checkpoints.step
+
+    def _save(self, checkpoints: Checkpoints) -> None:
+        """A checkpoint of ``position``, whose steps are all settled; none of spoilt weights. One that cannot be written
+        is told of, and ends no run."""
+        if not self._is_sound():
+            return
+        try:
+            checkpoints.write(self.position, self.model, self.optimizer, self.run)
+        except InputError as error:
+            stays = f"that of step {checkpoints.step} stays" if checkpoints.step else "there is none"
+            tell(self.observers, "on_note", f"step {self.position.step}: no checkpoint: {error}; {stays}")
+
     def _pause(self, step: int, end: bool) -> None:
-        """Evaluate, and tell of it. The model is in eval mode meanwhile."""
-        if self.evaluate is None:
+        """Evaluate, and tell of it, unless a run that goes on did so before. The model is in eval mode meanwhile."""
+        if self.evaluate is None or any(each.step == step for each in self.run.evaluations[-1:]):
             return
         self.model.train(False)
         record = self.evaluate(step, end)
         self.model.train(True)
         if record is not None:
-            self.run.evaluations.append(record)
             tell(self.observers, "on_evaluation", record)
+            self.run.evaluations.append(record)     # from here on a run that goes on does it no more
 
     def _drain(self) -> None:
         while self.waiting:
             self._settle()
 
     def _settle(self) -> None:
-        """Read the oldest step's numbers, record it and tell the observers."""
-        launched = self.waiting.popleft()
-        launched.mark.wait()
-        loss, norm = launched.values.tolist()
-        record = StepRecord(step=launched.step, loss=loss, lr=launched.lr, grad_norm=norm,
-                            n_trained=launched.result.n_trained, n_tokens=launched.group.n_tokens,
-                            seconds=launched.mark.since(self.before), n_filler=launched.group.n_filler,
-                            flops=launched.group.flops, memory=peak_memory(self.device))
-        self.before = launched.mark
-        self.run.records.append(record)
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if _is_told(record.step, self.run.info) or not finite:
+        """Take the oldest step's record and tell the observers."""
+        record = self._take()
+        finite = _is_finite(record)
+        if is_told(record.step, self.run.info) or not finite:
             tell(self.observers, "on_step", record)
         if not finite:
-            raise TrainingDiverged(
-                f"step {record.step}: loss {loss}, gradient norm {norm}, lr {record.lr:.3g}. The trained weights are "
-                f"spoilt and are not saved: begin anew, {_gentler(self.run.info.training)}")
-        if self.divergence.seen(loss):
-            self.run.diverging = record.step
+            raise TrainingDiverged(f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}, lr "
+                                   f"{record.lr:.3g}. The trained weights are spoilt{self._advice()}")
+        if self._watch(record):
             tell(self.observers, "on_note",
                  f"step {record.step}: diverging: the median loss of the last {self.divergence.steps} steps is "
                  f"{self.divergence.median:.2f}, the first one was {self.divergence.first:.2f}; begin anew, "
                  f"{_gentler(self.run.info.training)}")
 
+    def _take(self) -> StepRecord:
+        """Read the oldest step's numbers, and record it: a step that was done is never without its record."""
+        with unbroken():
+            launched = self.waiting.popleft()
+            launched.mark.wait()
+            loss, norm = launched.values.tolist()
+            record = StepRecord(step=launched.step, loss=loss, lr=launched.lr, grad_norm=norm,
+                                n_trained=launched.n_trained, n_tokens=launched.group.n_tokens,
+                                seconds=launched.mark.since(self.before), n_filler=launched.group.n_filler,
+                                flops=launched.group.flops, memory=peak_memory(self.device))
+            self.before = launched.mark
+            self.run.records.append(record)
+        return record
+
+    def _watch(self, record: StepRecord) -> bool:
+        """Whether this step's loss shows that the run diverges."""
+        if not self.divergence.seen(record.loss):
+            return False
+        self.run.diverging = record.step
+        return True
+
     def check_weights(self) -> None:
         """TrainingDiverged if the last update, which no later loss has seen, spoilt the trained weights."""
+        if not self._is_sound():
+            raise TrainingDiverged(f"step {len(self.run.records)}: its update made weights that are not finite"
+                                   f"{self._advice()}")
+
+    def _is_sound(self) -> bool:
+        """Whether all trained weights are finite."""
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not bool(torch.stack([weight.detach().isfinite().all() for weight in weights]).all()):
-            raise TrainingDiverged(f"step {len(self.run.records)}: its update made weights that are not finite, and "
-                                   f"none are saved: begin anew, {_gentler(self.run.info.training)}")
+        return bool(torch.stack([weight.detach().isfinite().all() for weight in weights]).all())
+
+    def _advice(self) -> str:
+        """What becomes of weights that are spoilt, and what to do."""
+        gentler = _gentler(self.run.info.training)
+        if self.checkpoints is None or self.checkpoints.step is None:
+            return f" and are not saved: begin anew, {gentler}"
+        return (f"; those of the checkpoint after step {self.checkpoints.step} take their place and are saved in "
+                f"{self.checkpoints.trained}: go on from there in a new run, {gentler}")
 
 
 class _Mark:
@@ -147,10 +233,11 @@ class _Mark:
 class _Launched:
     """A step whose work is queued: its numbers are on their way to the host, behind them a mark."""
 
-    def __init__(self, step: int, lr: float, result: StepResult, group: Group, device: torch.device) -> None:
-        self.step, self.lr, self.result = step, lr, result
+    def __init__(self, step: int, lr: float, loss: Tensor, norm: Tensor, n_trained: int, group: Group,
+                 device: torch.device) -> None:
+        self.step, self.lr, self.n_trained = step, lr, n_trained
         self.group = Group([], group.n_tokens, group.n_filler, group.flops)     # its batches need not stay in memory
-        values = torch.stack([result.loss.float(), result.grad_norm.to(result.loss.device)])
+        values = torch.stack([loss.float(), norm.to(loss.device)])
         # Into pinned memory, and never read before the mark has passed: `.item()` would wait for the next step, too.
         self.values: Tensor = values.to("cpu", non_blocking=True)
         self.mark = _Mark(device)
@@ -162,5 +249,10 @@ def _gentler(training: Training) -> str:
             f"{clip} (it is {training.clip:g}{', which does not clip' if training.clip == 0 else ''})")
 
 
-def _is_told(step: int, info: RunInfo) -> bool:
+def _is_finite(record: StepRecord) -> bool:
+    return math.isfinite(record.loss) and math.isfinite(record.grad_norm)
+
+
+def is_told(step: int, info: RunInfo) -> bool:
+    """Whether observers hear of this step."""
     return step == 1 or step == info.total_steps or step % info.training.log_every == 0

@@ -40,6 +40,14 @@ def train_step(model: Any, micro_batches: Sequence[Batch], optimizer: torch.opti
 
     Raises InputError where no token of the step is trained.
     """
+    loss, n_step = gradients(model, micro_batches, optimizer, objective)
+    norm = update(optimizer, lr, clip)
+    return StepResult(loss, norm, n_step, sum(batch.n_tokens for batch in micro_batches))
+
+
+def gradients(model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer,
+              objective: Objective) -> tuple[Tensor, int]:
+    """The first half of `train_step` -> (loss, trained tokens). It changes gradients alone, no weight and no moment."""
     n_step = sum(batch.n_trained for batch in micro_batches)
     if n_step == 0:
         raise InputError(f"train_step: none of the {sum(b.n_tokens for b in micro_batches)} tokens of this step is "
@@ -56,8 +64,13 @@ def train_step(model: Any, micro_batches: Sequence[Batch], optimizer: torch.opti
         total = loss_sum.detach() if total is None else total + loss_sum.detach()
         del loss_sum    # and with it the graph, before the next forward
     assert total is not None
+    return total / n_step, n_step
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> Tensor:
+    """The second half: clips the gradients and takes the step -> their global norm before."""
     norm = clip_grad_norm(optimizer, clip)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
     optimizer.step()
-    return StepResult(total / n_step, norm, n_step, sum(batch.n_tokens for batch in micro_batches))
+    return norm

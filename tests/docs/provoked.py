@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -69,7 +70,17 @@ COMMANDS = [
     "train my-llama good.jsonl --optimizer adamw_8bit",
     "train my-llama good.jsonl --load-in-4bit",
     "train my-llama good.jsonl --save-steps 50",
-    "train my-llama good.jsonl --resume run",
+    "train my-llama good.jsonl --save-total-limit 2",
+    "train my-llama good.jsonl --resume-from-checkpoint run",
+    "train my-llama good.jsonl --resume",
+    "train my-llama good.jsonl --resume --out good.jsonl",
+    "train my-llama good.jsonl --resume --out full-folder",
+    "train my-llama good.jsonl --resume --out a-run",
+    "train my-llama good.jsonl --resume --out ended",
+    "train my-llama good.jsonl --resume --out torn-run --max-steps 3",
+    "train my-llama good.jsonl --resume --out stopped --max-steps 3 --lr 1e-3",
+    "train my-llama good.jsonl --resume --out stopped --max-steps 9",
+    "train my-llama good.jsonl --out stopped",
     "train my-llama good.jsonl --wandb",
     "train --model_name_or_path my-llama good.jsonl",
     "train my-llama good.jsonl --mix good.jsonl=0.1",
@@ -115,7 +126,11 @@ def _python() -> list[Callable[[], object]]:
         lambda: adapted.chat([{"role": "assistant", "content": "a"}]),
         lambda: adapted.save("saved"),
         lambda: adapted.to(torch.float16),
+        lambda: mt.train(adapted, "good.jsonl", tokens=64, save_every=2),
+        lambda: mt.train(adapted, iter([masked]), tokens=64, max_steps=3, out="stopped", resume=True),
         lambda: mt.train(adapted, "good.jsonl", tokens=64, lr=1e30, clip=0, warmup=0, max_steps=9),
+        lambda: mt.train(mt.load("my-llama", lora=mt.LoRA(rank=2)), "good.jsonl", tokens=64, lr=1e30, clip=0, warmup=0,
+                         max_steps=9, save_every=1, out="spoilt", ask=()),
     ]
 
 
@@ -152,6 +167,22 @@ def prepare() -> None:
     mt.load("tiny", lora=mt.LoRA(rank=2)).save_adapter("other-adapter")
     mt.load("my-llama", lora=mt.LoRA(rank=2), quant="nf4").save_adapter("odd-adapter")
     Path("odd-adapter/minitune.json").write_text('{"quant": "int8"}')
+    _stopped("stopped")
+    shutil.copytree("stopped", "torn-run")
+    tensors = Path("torn-run/checkpoint/step-1.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    mt.train(mt.load("my-llama", lora=mt.LoRA(rank=2)), "good.jsonl", max_steps=1, out="ended", ask=())
+
+
+class _Impatient:
+    def on_step(self, record: object) -> None:
+        raise KeyboardInterrupt
+
+
+def _stopped(out: str) -> None:
+    """A run of three steps by the defaults of the command line, which Ctrl-C ended after the first one."""
+    with contextlib.suppress(KeyboardInterrupt):
+        mt.train(mt.load("my-llama", lora=mt.LoRA()), "good.jsonl", max_steps=3, out=out, observers=[_Impatient()])
 
 
 def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from minitune.config import Training
 from minitune.training.hints import EARLY, WINDOW, Divergence, hints
 from minitune.training.loop import fit
 from minitune.training.run import Observer
+
+CPU = torch.device("cpu")
 
 
 class Rows:
@@ -41,12 +44,13 @@ class Notes(Observer):
      "epochs make more (tokens is 64, epochs 2)"),
     (10, {}, None), (1, {"max_steps": 1}, None)])
 def test_few_steps_are_said_unless_they_were_asked_for(steps, settings, words):
-    assert hints([], Training(**settings), steps) == ([] if words is None else [words])
+    assert hints([], Training(**settings), steps, CPU) == ([] if words is None else [words])
 
 
 @pytest.mark.parametrize(("n_tokens", "n_filler", "share"), [(100, 300, "75%"), (49, 51, "51%"), (50, 50, None)])
 def test_rows_that_are_mostly_filler_are_said(n_tokens, n_filler, share):
-    found = hints(Rows(n_tokens, n_filler), Training(), 100)
+    found = hints(Rows(n_tokens, n_filler), Training(), 100, torch.device("cuda"))
+    assert hints(Rows(n_tokens, n_filler), Training(), 100, CPU) == []      # which leaves filler out
     assert [line.partition(" ")[0] for line in found] == ([] if share is None else [share])
     assert all("fewer tokens a row (tokens is 64)" in line for line in found)
 

@@ -7,15 +7,12 @@ from collections.abc import Collection
 
 from minitune.names import nearest
 
-_KEPT = "nothing to set: the last adapter is kept at the end and on Ctrl-C, the best one at each evaluation"
+_KEPT = "the last checkpoint is kept (--save-every), and the best adapter at each evaluation (--evaluate-every)"
 _LOGS = "metrics.jsonl has every step, and --tensorboard writes event files"
 _STEP = "a step is counted in tokens here, --tokens times --micro-batches"
 DONE_HERE = {
-    **dict.fromkeys(("save_steps", "save_strategy", "save_interval", "save_total_limit", "save_every"),
-                    f"{_KEPT} (--valid or --valid-split, --evaluate-every)"),
-    **dict.fromkeys(("resume", "resume_from_checkpoint", "resume_from"),
-                    "a run cannot be resumed in this version; --adapter goes on from what was trained, the optimizer "
-                    "and the order of the data begin anew"),
+    **dict.fromkeys(("save_strategy", "save_total_limit"), _KEPT),
+    **dict.fromkeys(("resume_from_checkpoint", "resume_from"), "--resume goes on with the run in --out"),
     **dict.fromkeys(("wandb", "report_to", "logger_name", "log_with", "use_wandb", "wandb_project"), _LOGS),
     **dict.fromkeys(("batch_size", "per_device_train_batch_size", "micro_batch_size", "global_batch_size"), _STEP),
     **dict.fromkeys(("bf16", "fp16", "torch_dtype", "precision"),

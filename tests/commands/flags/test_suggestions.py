@@ -16,9 +16,10 @@ from minitune.errors import InputError
 
 FLAGS = {name: {path[-1] for path in settings(load_command(name))} for name in COMMANDS}
 SAID = {
-    "--save-steps 5": "there is no flag --save-steps; nothing to set: the last adapter is kept at the end and on "
-                      "Ctrl-C, the best one at each evaluation (--valid or --valid-split, --evaluate-every)",
-    "--resume r1": "there is no flag --resume; a run cannot be resumed in this version; --adapter goes on from",
+    "--save-steps 5": "there is no flag --save-steps; did you mean --save-every?",
+    "--save-total-limit 2": "there is no flag --save-total-limit; the last checkpoint is kept (--save-every), and the "
+                            "best adapter at each evaluation (--evaluate-every)",
+    "--resume-from-checkpoint r1": "there is no flag --resume-from-checkpoint; --resume goes on with the run in --out",
     "--wandb": "there is no flag --wandb; metrics.jsonl has every step, and --tensorboard writes event files",
     "--report-to=wandb": "there is no flag --report-to; metrics.jsonl has every step",
     "--optimizer adamw_8bit": "--optimizer is 'adamw_8bit'; it must be one of adamw, sgd; say --moments 8bit",
@@ -31,7 +32,7 @@ SAID = {
     "--bf16": "there is no flag --bf16; bfloat16 is taken where the device is good at it; --dtype says another",
     "--load-in-4bit": "there is no flag --load-in-4bit; --quant nf4-dq holds the base in 4 bits",
     "--gradient_checkpointing": "--memory full", "--packing True": "samples are always packed",
-    "--train.save_interval 3": "there is no flag --train.save_interval; nothing to set",
+    "--train.save_interval 3": "there is no flag --train.save_interval; did you mean --save-every?",
     "--targets q_porj v_proj": "--targets has 'q_porj', which names no linear; did you mean q_proj?",
     "--targets=al-linear": "did you mean all-linear?",
     "--rank-pattern q_proj": "--rank-pattern is 'q_proj'; it takes names, each with a whole number: --rank-pattern "
@@ -80,7 +81,7 @@ def test_names_and_values():
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("save_steps = 3\n", ":1: 'save_steps' is no setting of this command; nothing to set: the last adapter"),
+    ("save_strategy = 3\n", ":1: 'save_strategy' is no setting of this command; the last checkpoint is kept"),
     ("[training]\nbatch_size = 4\n", ":2: 'training.batch_size' is no setting of this command; a step is counted in"),
     ('[training]\noptimizer = "adamw_8bit"\n', ":2: training.optimizer is 'adamw_8bit'; it must be one of adamw, sgd; "
      "say --moments 8bit"),

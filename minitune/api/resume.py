@@ -1,0 +1,143 @@
+"""What an interrupted run is resumed with: its folder's checkpoint, and the same model, data and settings as before."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minitune.api.examine import as_asked
+from minitune.api.model import Model
+from minitune.checkpoint.files import read_json_object
+from minitune.config import Training, short
+from minitune.data.batch import Batch
+from minitune.data.corpus import raw
+from minitune.data.formats import Prompt
+from minitune.data.stream import Stream
+from minitune.errors import InputError
+from minitune.report.folder import check_free, plain
+from minitune.training import checkpoint
+from minitune.training.checkpoint import Saved
+
+FREE = ("log_every", "evaluate_every", "save_every")
+"""Settings of the training that change no step, so that a run may go on with others."""
+SHOWN = 3
+"""As many differences are named."""
+_LONGER = ("; a longer run has another course of the learning rate, so it is another run: let this one end, and go on "
+           "from what it trained")
+
+
+def check_out(out: Path | None, resume: Any) -> None:
+    """InputError unless `out` can take a run's folder: a new one, or with `resume` one that holds a checkpoint."""
+    if not isinstance(resume, bool):
+        raise InputError(f"train: resume is {short(resume)}; it must be true or false, out names the run's folder")
+    if not resume:
+        if out is not None:
+            check_free(out)
+        return
+    if out is None:
+        raise InputError("train: resume needs out, the folder of the run that goes on")
+    if (out / checkpoint.FOLDER / checkpoint.JSON).exists():
+        return
+    if not out.is_dir() or not any(out.iterdir()):
+        raise InputError(f"{out}: there is no run to resume; begin it without resume")
+    if not (out / "config.json").is_file():
+        raise InputError(f"{out}: is not the folder of a run, so there is nothing to resume; name another one")
+    if _is_finished(out):
+        raise InputError(f"{out}: the run is finished, there is nothing to resume; to train on, begin a new one from "
+                         "what it has trained")
+    raise InputError(f"{out}: holds no checkpoint to resume from: the run has ended, or was killed before its first "
+                     "one (save_every keeps them on the way); begin anew in another folder")
+
+
+def _is_finished(out: Path) -> bool:
+    """Whether metrics.jsonl ends with the last step, or what follows it, that config.json planned."""
+    total, metrics = read_json_object(out / "config.json").get("total_steps"), out / "metrics.jsonl"
+    if type(total) is not int or not metrics.is_file():
+        return False
+    return metrics.read_text("utf-8", "replace").rstrip().rpartition("\n")[2].startswith(f'{{"step": {total},')
+
+
+def about(model: Model, training: Training, data: Iterable[Batch], valid: Sequence[Batch] | None,
+          ask: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
+    """All that a run's steps and evaluations depend on, as JSON holds it. Of the data it has digests, so that files
+    may be moved; of the base its name and its config. InputError for data whose position cannot be found again."""
+    network = model.network
+    settings = {name: value for name, value in asdict(training).items() if name not in FREE}
+    found: dict[str, Any] = plain({
+        "base": {"name": _name(model.path), **asdict(model.config)}, "quant": model.quant,
+        "dtype": str(network.dtype).removeprefix("torch."), "device": model.device.type,
+        "lora": None if model.lora is None else asdict(model.lora), "adapter": _name(model.adapter_path),
+        "trained_weights": sorted(network.trained_names()),
+        "add_tokens": [] if model._tokenizer is None else model._tokenizer.added,
+        "training": settings, "data": _data(data), "valid": None if valid is None else _data(valid),
+        "ask": list(map(as_asked, ask)), "max_new_tokens": max_new_tokens})
+    return found
+
+
+def check_position(data: Iterable[Batch], owner: str) -> None:
+    """InputError where `data` cannot be read again from the middle, which `owner` asks for."""
+    if not isinstance(data, Stream | Sequence):
+        raise InputError(f"train: {owner}, but the data is a {type(data).__name__}, whose position cannot be found "
+                         "again; give files, an mt.data.stream or a list of batches, or leave it out")
+
+
+def saved_in(out: Path, here: Mapping[str, Any]) -> Saved:
+    """The checkpoint in the run's folder. InputError where it is damaged, or where `here`, what `about` says of the run
+    that is to go on, is not what it was; it names the fields and both values."""
+    saved = checkpoint.read(out / checkpoint.FOLDER)
+    now, before = dict(_fields(here)), dict(_fields(saved.about))
+    odd = [name for name in (now | before) if now.get(name) != before.get(name)]
+    if odd:
+        said = [f"{name} is {short(now.get(name))} and was {short(before.get(name))}" for name in odd[:SHOWN]]
+        more = [f"{len(odd) - SHOWN} more"] if len(odd) > SHOWN else []
+        longer = _LONGER if {"training.epochs", "training.max_steps"} & set(odd) else ""
+        raise InputError(f"{out}: cannot be resumed otherwise than it was begun: {'; '.join([*said, *more])}; give "
+                         f"what was given then{longer}")
+    return saved
+
+
+def _fields(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
+    """(name, value) of all that lies in nested tables, and in lists of tables."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _fields(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        for place, item in enumerate(value):
+            yield from _fields(item, f"{name}[{place}]")
+    else:
+        yield name, value
+
+
+def _name(path: Path | None) -> str | None:
+    return None if path is None else path.resolve().name
+
+
+def _data(data: Iterable[Batch]) -> dict[str, Any]:
+    """The digests of what is trained on, and how rows are made of it."""
+    check_position(data, "the run is to be resumed")
+    if isinstance(data, Stream):
+        files = [{"share": part.share, "samples": part.kept.numel(), "sha256": _digest(
+            [part.corpus.ids, part.corpus.trained, part.corpus.bounds, part.corpus.weights, part.kept])}
+                 for part in data.parts]
+        return {"tokens": data.tokens, "seed": data.seed, "shuffle": data.shuffle, "long": data.long, "files": files}
+    tensors = [tensor for batch in data for tensor in (batch.tokens, batch.labels, batch.cu_seqlens, batch.weights)]
+    return {"batches": len(tensors) // 4, "sha256": _digest(tensors)}
+
+
+def _digest(tensors: Iterable[Tensor | None]) -> str:
+    """sha256 of flat tensors, their lengths among them."""
+    hashed = hashlib.sha256()
+    for tensor in tensors:
+        values = None if tensor is None else tensor.detach().cpu().contiguous()
+        hashed.update(b"none" if values is None else values.numel().to_bytes(8, "little"))
+        if values is not None:
+            hashed.update(raw(values))
+    return hashed.hexdigest()
+
+
+__all__ = ["about", "check_out", "check_position", "saved_in"]

@@ -1,0 +1,101 @@
+"""What the run folder and the progress make of a run that goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+
+from minitune.config import Training
+from minitune.report.folder import RunFolder
+from minitune.report.metrics import AnswersFile, MetricsFile
+from minitune.report.progress import ProgressBar, ProgressLines, summary
+from minitune.training import checkpoint
+from minitune.training.run import EvaluationRecord, Run, RunInfo, SampleAnswer, StepRecord
+
+
+def step(number):
+    return StepRecord(step=number, loss=1.0, lr=0.1, grad_norm=1.0, n_trained=1, n_tokens=2, seconds=1.0)
+
+
+def seen(number, loss, *answers):
+    return EvaluationRecord(step=number, seconds=0.5, loss=loss, perplexity=None if loss is None else math.exp(loss),
+                            accuracy=0.5, n_tokens=9, answers=answers)
+
+
+def going_on(evaluations, n_steps=4, **training):
+    info = RunInfo(total_steps=10, n_parameters=7, device="cpu", training=Training(**training))
+    return Run(info=info, records=[step(i + 1) for i in range(n_steps)], evaluations=evaluations)
+
+
+def test_the_best_of_before_stays_until_there_is_a_better_one(tmp_path):
+    saved = []
+    for is_there in (False, True):
+        folder = RunFolder(tmp_path, lambda path: saved.append(path.name), lambda: True, "adapter", {})
+        if is_there:
+            (tmp_path / "adapter-best").mkdir()
+        run = going_on([seen(0, 0.1), seen(2, 1.0), seen(4, 1.5)])
+        folder.on_resume(run)
+        folder.on_evaluation(seen(6, 1.2))
+        assert saved == []
+        folder.on_end(run)
+        assert run.best_adapter == (tmp_path / "adapter-best" if is_there else None)
+        saved.clear()
+    folder.on_evaluation(seen(8, 0.9))
+    assert saved == ["adapter-best"]
+
+
+@pytest.mark.parametrize(("end", "restored", "kept", "saved"), [
+    ("finished", None, False, True), ("out of data", None, False, True), ("interrupted", None, True, True),
+    ("failed", None, True, True), ("diverged", 2, True, True), ("diverged", None, True, False)])
+def test_the_checkpoint_goes_with_the_end(tmp_path, end, restored, kept, saved):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / checkpoint.JSON).write_text("{}")
+    run, done = going_on([]), []
+    run.end, run.restored = end, restored
+    RunFolder(tmp_path, lambda path: done.append(path.name), lambda: True, "adapter", {}).on_end(run)
+    assert (tmp_path / "checkpoint").exists() == kept and done == (["adapter"] if saved else [])
+
+
+def test_the_files_are_written_anew_up_to_the_checkpoint(tmp_path):
+    answers = SampleAnswer(question="a", answer="b")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 9}\n{"st')
+    (tmp_path / "answers.jsonl").write_text('{"step": 9}\n')
+    run = going_on([seen(0, 2.0, answers), seen(2, None, answers), seen(4, 1.0)], log_every=2)
+    for observer in (MetricsFile(tmp_path / "metrics.jsonl"), AnswersFile(tmp_path / "answers.jsonl")):
+        observer.on_resume(run)
+        observer.on_end(run)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "loss" in line) for line in lines] == [
+        (0, False), (1, True), (2, True), (4, True), (4, False)]
+    assert lines[1]["tokens_per_second"] == 2.0
+    assert [json.loads(line)["step"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()] == [0, 2]
+
+
+def test_progress_says_where_it_goes_on(monkeypatch):
+    times = iter((0.0, 3.0, 4.0))
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    said = io.StringIO()
+    lines = ProgressLines(said)
+    lines.on_resume(going_on([]))
+    lines.on_step(step(5))
+    lines.on_step(step(6))
+    shown = said.getvalue().splitlines()
+    assert shown[1] == "resumed after step 4 of 10"
+    assert shown[2].endswith("left 0:15") and shown[3].endswith("left 0:08")       # 3 s a step, then 2
+    monkeypatch.undo()
+    pytest.importorskip("rich")
+    said = io.StringIO()
+    bar = ProgressBar(said)
+    bar.on_resume(going_on([]))
+    assert bar._bar.tasks[0].completed == 4 and "resumed after step 4 of 10" in said.getvalue()
+    bar.on_end(going_on([]))
+
+
+def test_the_summary_says_that_a_run_can_be_resumed(tmp_path):
+    run = going_on([])
+    run.end, run.adapter, run.checkpoint = "interrupted", tmp_path / "adapter", 4
+    assert summary(run).startswith(f"interrupted after 4 steps, what was trained is saved in {tmp_path / 'adapter'}, "
+                                   "it can be resumed after step 4; ")
