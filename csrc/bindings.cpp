@@ -58,8 +58,8 @@ void launch(const Nf4QuantizeAbsmax& work, const Tensor&) {
 // Rows [first, last) of W · x, decoded a few at a time into a cache's first level and multiplied there.
 void decode_and_multiply(const Nf4Dequantize& work, int isa, const void* x, int64_t columns, int64_t first,
                          int64_t last, uint8_t* y) {
-  constexpr int64_t kCached = 16384;      // values: a third to two thirds of the first level
-  const int64_t bytes = work.dtype == NF4_F32 ? 4 : 2, at_once = std::max(int64_t(1), kCached / columns);
+  constexpr int64_t kCached = 32768;      // bytes: what fits a first level as a rule
+  const int64_t bytes = work.dtype == NF4_F32 ? 4 : 2, at_once = std::max(int64_t(1), kCached / (bytes * columns));
   std::vector<uint8_t> room(size_t(at_once * columns * bytes));
   for (int64_t row = first; row < last; row += at_once) {
     const int64_t count = std::min(at_once, last - row);

@@ -1,4 +1,4 @@
-// bindings.h: the four ops over torch's stable ABI (one build for torch >= 2.11), every argument checked before use.
+// bindings.h: the ops over torch's stable ABI (one build for torch >= 2.11), every argument checked before use.
 //
 // bindings.cpp (CPU) and bindings_cuda.cpp (CUDA) include it, and define `launch` and `expect_writes` for their device.
 #pragma once

@@ -58,8 +58,8 @@ const char* nf4_cpu_isa_name(int isa);
 void nf4_cpu_dequantize(const Nf4Dequantize* work, int isa, int64_t first, int64_t last);
 // Flat values [first, last) to out, where value `first` goes; rows and pitch say nothing here.
 void nf4_cpu_decode(const Nf4Dequantize* work, int isa, int64_t first, int64_t last, void* out);
-// sums[i] = row first + i, each of `columns` values (whole blocks), times x, the values rounded as work->dtype says. False
-// where the path has no loop of its own for it: then decode, and multiply.
+// sums[i] = row first + i, each of `columns` values, times x, the values rounded as work->dtype says. False
+// where a row is not of whole blocks, or the path has no loop of its own: then decode, and multiply.
 bool nf4_cpu_multiply(const Nf4Dequantize* work, int isa, const float* x, int64_t columns, int64_t first, int64_t last,
                       float* sums);
 void nf4_cpu_quantize(const Nf4Quantize* work, int isa, int64_t first, int64_t last);

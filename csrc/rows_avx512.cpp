@@ -3,7 +3,11 @@
 
 #include <memory>
 
+#if defined(__clang__)     // which does not read the pragma below, and would call a function for each product
+#define ROWS_FMA 0
+#else
 #define ROWS_FMA 1
+#endif
 #define ROWS_RUN 256
 
 #if defined(__x86_64__)

@@ -68,7 +68,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
         lora, model.adapter_path = found[0], Path(adapter)
         network.add_adapters(lora, seed)
         match_adapter(found[1], network.adapters(), Path(adapter), folder)
-        _warn_of_precision(Path(adapter), model.quant)
+        _warn_of_precision(Path(adapter), model.quant, is_prequantized(folder))
     elif lora is not None:
         network.add_adapters(lora, seed)
     _train_rows(network, adapter, rows)
@@ -81,7 +81,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     return model
 
 
-def _warn_of_precision(adapter: Path, quant: Quant | None) -> None:
+def _warn_of_precision(adapter: Path, quant: Quant | None, stored: bool) -> None:
     """Warn where an adapter that minitune wrote was trained on a base in 4 bits, and this one is not, or otherwise.
     InputError for a file of ours that says what we never write."""
     if not (adapter / ABOUT).exists():      # trained in 16 bits, or by another trainer, who does not tell
@@ -92,8 +92,9 @@ def _warn_of_precision(adapter: Path, quant: Quant | None) -> None:
                          "the base lay that it was trained on; correct it, or remove the file")
     if trained != quant:
         here = f"in {quant}" if quant else "in 16 bits or more"
+        how = "take the base it was trained on" if stored else f"load it with quant {trained}"
         warnings.warn(f"{adapter}: was trained on a base in {trained}, and this one lies {here}, so the answers differ "
-                      f"somewhat; load it with quant {trained} to have what was trained", stacklevel=3)
+                      f"somewhat; {how} to have what was trained", stacklevel=3)
 
 
 def _added(tokens: Any) -> tuple[str, ...]:

@@ -55,9 +55,9 @@ def _adapted(network: Llama) -> str:
     """The linears with an adapter, by their own names, and in how many layers, if not in all."""
     paths = list(network.adapters())
     names = [name for name in (*LINEAR_NAMES, HEAD) if any(path.endswith(name) for path in paths)]
-    layers = {path.split(".")[2] for path in paths if path != HEAD}
-    some = "" if len(layers) in (0, network.config.n_layers) else f" of {len(layers)} layers"
-    return f"{', '.join(names)}{some}"
+    some, all_ = len({path.split(".")[2] for path in paths if path != HEAD}), network.config.n_layers
+    of_all = "" if some in (0, all_) else f" in {some} of {all_} layers"
+    return f"{', '.join(names)}{of_all}"
 
 
 class Model(Generation):

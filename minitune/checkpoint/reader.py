@@ -19,11 +19,11 @@ from minitune.checkpoint.safetensors_header import Header, TensorInfo, read_head
 from minitune.errors import InputError
 
 CHUNK = 16 << 20
-"""Bytes read at a time: the only memory that reading takes beside the destination."""
+"""Bytes of the buffer between file and destination: the only memory that reading takes beside it."""
 STRAIGHT = 4
-"""Chunks that are read at a time where the bytes go straight into the destination."""
+"""As many times that are read at once where the bytes go straight into the destination."""
 READERS = 8
-"""Threads that read a chunk side by side. What takes the time is less the file than the pages of the destination, which
+"""Threads that read side by side. What takes the time is less the file than the pages of the destination, which
 the system hands out at the first touch."""
 PART = 1 << 20
 """A part of a chunk below which another thread is not worth its start."""
@@ -135,11 +135,11 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the file last read, free the buffer and end the threads. A later read makes them anew."""
+        if self._readers is not None:
+            self._readers.shutdown()        # before the file is closed, whose number may then be another's
+        self._readers = None
         self._release()
         self._staging.clear()
-        if self._readers is not None:
-            self._readers.shutdown()
-        self._readers = None
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -184,7 +184,13 @@ class Checkpoint:
         self._readers = self._readers or ThreadPoolExecutor(READERS)
         parts = [self._readers.submit(_read, file, path, place + begin, memory[begin : begin + size])
                  for begin in range(0, n_bytes, size)]
-        wait(parts)     # all of them, so that none writes any more when the first error is raised
+        try:
+            wait(parts)     # all of them, so that none writes any more when the first error is raised
+        except BaseException:       # Ctrl-C
+            for part in parts:
+                part.cancel()
+            wait(parts)
+            raise
         for part in parts:
             part.result()
 

@@ -91,7 +91,8 @@ class Stream:
         """The number of batches in the first `epochs` epochs."""
         while len(self._counts) < epochs:
             rows = self._rows(len(self._counts))
-            self._first = self._first if self._counts else rows
+            if not self._counts:
+                self._first = rows
             self._counts.append(len(rows))
         return sum(self._counts[:epochs])
 
@@ -125,9 +126,10 @@ class Stream:
 
     def _rows(self, epoch: int) -> list[list[int]]:
         """Which pieces stand in each batch of an epoch."""
-        if epoch == 0 and self._first is not None:      # packed when its batches were counted
-            rows, self._first = self._first, None
-            return rows
+        if epoch == 0:
+            first, self._first = self._first, None      # one read, one write: two threads may begin an epoch
+            if first is not None:       # packed when its batches were counted
+                return first
         order = self._order(epoch)
         shuffler = random.Random(f"{self.seed}:{epoch}") if self.shuffle else None
         if shuffler:

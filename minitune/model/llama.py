@@ -19,11 +19,11 @@ from minitune.model.adapter import HEAD, Adapter, check_targets, matches
 from minitune.model.attention_half import AttentionHalf
 from minitune.model.head import Head
 from minitune.model.lora import Projection, frozen
-from minitune.model.memory import ask_for_huge_pages, choose_policy
+from minitune.model.memory import choose_policy
 from minitune.model.mlp_half import MlpHalf
 from minitune.model.offload import Parking
 from minitune.model.token_rows import TokenRows
-from minitune.ops import few_rows, rope
+from minitune.ops import few_rows, huge_pages, rope
 from minitune.ops.documents import Documents
 from minitune.ops.lora_images import Images
 from minitune.ops.nf4 import NF4Weight
@@ -71,7 +71,7 @@ class Llama(nn.Module):
         self.dtype = dtype
         self._policies: dict[int, MemoryPolicy] = {}
         self._images, self._parking = Images(), Parking()
-        ask_for_huge_pages(self.parameters())
+        huge_pages.ask(self.parameters())
 
     # -- forward -----------------------------------------------------------------------------------------------------
 

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from minitune.config import MemoryPolicy, ModelConfig
 
 SHARE = 0.6
 """Share of the free memory that activations may fill before `auto` turns to the next cheaper policy."""
-
-HUGE_PAGE = 1 << 21
-"""Bytes of x86's and arm64's huge pages."""
 
 
 def kept_bytes(config: ModelConfig, tokens: int, policy: MemoryPolicy, element_size: int) -> int:
@@ -66,22 +60,6 @@ def reuse_freed_memory() -> None:
         mmap_threshold, trim_threshold = -3, -1     # the numbers of malloc.h
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def ask_for_huge_pages(tensors: Iterable[Tensor]) -> None:
-    """Ask Linux for pages of 2 MiB under large tensors on a CPU that nothing was written to yet.
-
-    A product with one row reads each weight once, and with pages of 4 KiB it waits for their addresses as well. Where
-    transparent huge pages are off, or the system is another one, nothing happens.
-    """
-    madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-    if madvise is None:
-        return
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.nbytes >= HUGE_PAGE:
-            begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-            madvise(begin, tensor.data_ptr() + tensor.nbytes - begin, mmap.MADV_HUGEPAGE)
 
 
 def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype: torch.dtype, device: torch.device,

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from minitune.ops import huge_pages
 from minitune.ops.nf4_linear import FusedNF4
 
 ROW_BYTES = 128
@@ -34,7 +35,9 @@ class Augmented:
         if isinstance(weight, FusedNF4):
             self.nf4 = weight
             return
-        self.whole = weight.new_zeros(self.n_rows + self.room, self.columns + self.room)
+        self.whole = weight.new_empty(self.n_rows + self.room, self.columns + self.room)
+        huge_pages.ask([self.whole])
+        self.whole.zero_()
         self.weight = self.whole[: self.n_rows, : self.columns]
         self.weight.copy_(weight)
 

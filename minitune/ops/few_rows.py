@@ -36,15 +36,16 @@ def product(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, packed
     assert weight is not None
     if out is not None:
         return torch.mm(x, weight.mT, out=out) if bias is None else torch.addmm(bias, x, weight.mT, out=out)
-    if len(x) == 1 and x.device.type == "cpu":
+    tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)     # it has no gradient
+    if len(x) == 1 and x.device.type == "cpu" and not tracked:
         y = x.new_empty(1, len(weight))
-        vector_product(weight)(x[0], y[0])
+        vector_product(weight)(x[0].contiguous(), y[0])
         return y if bias is None else y.add_(bias)
     return x @ weight.mT if bias is None else torch.addmm(bias, x, weight.mT)
 
 
 def vector_product(weight: Tensor) -> Callable[[Tensor, Tensor], object]:
     """What writes weight [N, K] times x [K] into y [N], all contiguous and on a CPU."""
-    if weight.dtype == torch.bfloat16 and backends.by_rows("few_rows", weight):     # in fp32 torch's is the faster one
+    if weight.dtype == torch.bfloat16 and weight.numel() and backends.by_rows("few_rows", weight):
         return functools.partial(torch.ops.minitune.rows_product.default, weight)
-    return lambda x, y: torch.mv(weight, x, out=y)      # addmv with a bias would be slower in bf16
+    return lambda x, y: torch.mv(weight, x, out=y)      # in fp32 it is the faster one

@@ -133,7 +133,7 @@ def _base(x: Tensor, w: LoraWeights, out: Tensor | None) -> Tensor:
         return few_rows.product(x, None, w.bias, w.packed)
     if len(x) == 1 and out is None and isinstance(w.weight, FusedNF4) and w.weight.reads_packed(x.dtype):
         y = x.new_empty(1, len(w.weight))
-        w.weight.vector_product()(x[0], y[0])
+        w.weight.vector_product()(x[0].contiguous(), y[0])
         return y if w.bias is None else y.add_(w.bias)
     with _dense(w) as weight:
         return few_rows.product(x, weight, w.bias, out=out)

@@ -44,12 +44,19 @@ def check_no_run(folder: Path) -> None:
     if whole:
         advice = f"give {' or '.join(map(str, whole))}, which it trained"
     elif adapters:
-        quant = f", quant {found['quant']}" if isinstance(found.get("quant"), str) else ""
+        stored = _is_quantized(model.get("path"))       # then it needs no word, and takes none
+        quant = f", quant {found['quant']}" if isinstance(found.get("quant"), str) and not stored else ""
         advice = (f"its base is {short(model.get('path'))[1:-1]}{quant}; give that here, and "
                   f"{' or '.join(map(str, adapters))} as the adapter")
     else:
         advice = f"it kept nothing that was trained; its base is {short(model.get('path'))[1:-1]}"
     raise InputError(f"{folder}: is the folder of a run, no model: {advice}")
+
+
+def _is_quantized(base: Any) -> bool:
+    """Whether the checkpoint at this path, if it is still there, was stored in 4 bits."""
+    config = Path(base) / "config.json" if isinstance(base, str) else None
+    return config is not None and config.is_file() and "quantization_config" in read_json_object(config)
 
 
 def run_folder(folder: Path, save: Callable[[Path], None], sound: Callable[[], bool], what: str,

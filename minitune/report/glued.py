@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,10 +31,11 @@ def with_glued(stream: Stream, ledger: Ledger, tokenizer: Tokenizer | None) -> L
     """
     if tokenizer is None:
         return ledger
-    places = [(part.corpus, index) for part in stream.parts for index in part.kept.tolist()]
+    ends = [0, *itertools.accumulate(part.kept.numel() for part in stream.parts)]
     looked, hits = 0, []
-    for place in spread(len(places), LOOKED_AT):
-        corpus, index = places[place]
+    for place in spread(ends[-1], LOOKED_AT):
+        at = bisect.bisect_right(ends, place) - 1
+        corpus, index = stream.parts[at].corpus, int(stream.parts[at].kept[place - ends[at]])
         start, end = corpus.bounds[index : index + 2].tolist()
         seam = _seam(corpus.document(index, start, end), tokenizer)
         if seam is not None:
@@ -40,7 +43,7 @@ def with_glued(stream: Stream, ledger: Ledger, tokenizer: Tokenizer | None) -> L
             hits += [corpus.where(index)] if _sticks(*seam) else []
     if not hits or 2 * len(hits) <= looked:
         return ledger
-    among = "" if looked == len(hits) else f", of {looked:,} looked at"
+    among = "" if looked == len(hits) == ends[-1] else f", of {looked:,} looked at"
     note = Note(f"the completion begins right behind the prompt's last word{among}: begin completions with a blank, as "
                 'in "completion": " Yes."', len(hits), tuple(hits[:PLACES]))
     return replace(ledger, notes=(note, *ledger.notes))

@@ -73,3 +73,15 @@ def test_a_runs_folder_given_as_a_model_is_told_apart(tiny, tmp_path):
     with pytest.raises(mt.InputError, match=f"is the folder of a run, no model: give {whole / 'model'}, which it"):
         mt.load(whole, device="cpu")
     mt.load(whole / "model", device="cpu")
+
+
+@pytest.mark.parametrize(("stored", "words"), [(True, "base; give that here"), (False, "base, quant nf4; give that here")])
+def test_no_quant_is_advised_for_a_base_that_is_stored_in_4_bits(tmp_path, stored, words):
+    base, run = tmp_path / "base", tmp_path / "run"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"quantization_config": {}} if stored else {}))
+    (run / "adapter").mkdir(parents=True)
+    (run / "environment.json").write_text("{}")
+    (run / "config.json").write_text(json.dumps({"model": {"path": str(base)}, "quant": "nf4"}))
+    with pytest.raises(mt.InputError, match=words):
+        mt.load(run, device="cpu")

@@ -26,7 +26,7 @@ def test_a_model_tells_its_shape_and_what_is_trained(tiny):
                            "q_proj, down_proj)")
     mixed = mt.LoRA(rank=2, dora=True, rank_pattern={"q_proj": 4}, targets=("model.layers.0.*",))
     assert repr(mt.load(tiny, device="cpu", lora=mixed)).endswith(
-        "DoRA of rank 2 to 4 on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj of 1 layers)")
+        "DoRA of rank 2 to 4 on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj in 1 of 4 layers)")
     assert repr(mt.load(tiny, device="cpu", lora=mt.LoRA(targets="lm_head"))).endswith("on lm_head)")
 
 
@@ -64,7 +64,7 @@ def test_hints_are_warnings_where_no_progress_is_shown(tiny, tmp_path, capsys):
         mt.train(model, data, tokens=256, quiet=True)
     said = [str(each.message) for each in caught]
     assert any(each.startswith("only 1 optimizer step,") for each in said)
-    assert any("of the rows is filler" in each for each in said) and capsys.readouterr().err == ""
+    assert capsys.readouterr().err == ""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mt.train(model, data, tokens=256, quiet=False)

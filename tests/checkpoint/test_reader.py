@@ -25,8 +25,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(params=[64, reader.CHUNK])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small chunks split rows, large ones hold everything."""
+    """Small chunks split rows, large ones hold everything, and several threads read either."""
     monkeypatch.setattr(reader, "CHUNK", request.param)
+    monkeypatch.setattr(reader, "PART", 16)
 
 
 def single(folder: Path, **tensors: torch.Tensor) -> Checkpoint:

@@ -25,3 +25,21 @@ def test_product(dtype, rows, bias, packed):
 
 def test_other_dtypes_are_not_packed():
     assert few_rows.pack(torch.randn(4, 4)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_row_has_its_gradients(dtype, bias):
+    weight, x = torch.randn(7, 64).to(dtype).requires_grad_(), torch.randn(1, 64).to(dtype).requires_grad_()
+    b = torch.randn(7).to(dtype) if bias else None
+    few_rows.product(x, weight, b).sum().backward()
+    assert torch.equal(weight.grad, x.detach().expand(7, 64)) and x.grad.shape == x.shape
+    with torch.no_grad():
+        check("y", few_rows.product(x, weight, b), torch.nn.functional.linear(x, weight, b),
+              torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double()))
+
+
+def test_one_row_may_lie_apart_and_have_no_columns():
+    weight, wide = torch.randn(5, 64).bfloat16(), torch.randn(1, 128).bfloat16()
+    assert torch.equal(few_rows.product(wide[:, ::2], weight), few_rows.product(wide[:, ::2].contiguous(), weight))
+    assert torch.equal(few_rows.product(wide[:, :0], weight[:, :0]), torch.zeros(1, 5, dtype=torch.bfloat16))

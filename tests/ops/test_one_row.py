@@ -91,6 +91,9 @@ def test_weights_in_4_bits(tmp_path, at_hand):
     native = not backends.missing("native", torch.device("cpu"))
     assert all(copy is None for copy in copies) == (native or not at_hand)      # they are read as they lie
     assert network.nf4_shapes() and all(torch.equal(a, b) for a, b in zip(general, row, strict=True))
+    with backends.use("reference"):
+        decoded, _ = _both(network)
+    assert all(relative(a, b) < 2e-2 for a, b in zip(row, decoded, strict=True))
 
 
 def test_it_reads_the_adapters_as_they_are_when_it_is_made():
