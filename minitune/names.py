@@ -39,5 +39,6 @@ def unknown_names(names: Iterable[str], known: Iterable[str]) -> str:
     said = []
     for name in sorted(names):
         meant = nearest(name, known)
-        said.append(f"{name} (here: {meant})" if meant else name)
+        unit = ", counted in tokens" if meant == "tokens" and "batch" in name else ""
+        said.append(f"{name} (here: {meant}{unit})" if meant else name)
     return ", ".join(said)

@@ -42,3 +42,8 @@ def test_settings_are_dataclasses_like_any_other():
     with pytest.raises(TypeError):
         mt.Training(1)
     assert not set(ELSEWHERE) & {*mt.LoRA.__dataclass_fields__, *mt.Training.__dataclass_fields__}
+
+
+def test_a_batch_size_is_said_to_count_something_else():
+    assert unknown_names(["batch_size", "max_length"], ["tokens"]) == (
+        "batch_size (here: tokens, counted in tokens), max_length (here: tokens)")

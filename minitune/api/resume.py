@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,12 +20,15 @@ from minitune.data.corpus import raw
 from minitune.data.formats import Prompt
 from minitune.data.stream import Stream
 from minitune.errors import InputError
+from minitune.model.llama import Llama
 from minitune.report.folder import check_free, plain
 from minitune.training import checkpoint
 from minitune.training.checkpoint import Saved
 
 FREE = ("log_every", "evaluate_every", "save_every")
 """Settings of the training that change no step, so that a run may go on with others."""
+SAMPLED = 4096
+"""As many values of a frozen weight tell it from another."""
 SHOWN = 3
 """As many differences are named."""
 _LONGER = ("; a longer run has another course of the learning rate, so it is another run: let this one end, and go on "
@@ -64,12 +68,12 @@ def _is_finished(out: Path) -> bool:
 
 def about(model: Model, training: Training, data: Iterable[Batch], valid: Sequence[Batch] | None,
           ask: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
-    """All that a run's steps and evaluations depend on, as JSON holds it. Of the data it has digests, so that files
-    may be moved; of the base its name and its config. InputError for data whose position cannot be found again."""
+    """All that a run's steps and evaluations depend on, as JSON holds it. Of the data and of the base's
+    weights it has digests, so that files may be moved. InputError for data whose position cannot be found again."""
     network = model.network
     settings = {name: value for name, value in asdict(training).items() if name not in FREE}
     found: dict[str, Any] = plain({
-        "base": {"name": _name(model.path), **asdict(model.config)}, "quant": model.quant,
+        "base": {"weights": _digest_of_frozen(network), **asdict(model.config)}, "quant": model.quant,
         "dtype": str(network.dtype).removeprefix("torch."), "device": model.device.type,
         "lora": None if model.lora is None else asdict(model.lora), "adapter": _name(model.adapter_path),
         "trained_weights": sorted(network.trained_names()),
@@ -127,6 +131,16 @@ def _data(data: Iterable[Batch]) -> dict[str, Any]:
         return {"tokens": data.tokens, "seed": data.seed, "shuffle": data.shuffle, "long": data.long, "files": files}
     tensors = [tensor for batch in data for tensor in (batch.tokens, batch.labels, batch.cu_seqlens, batch.weights)]
     return {"batches": len(tensors) // 4, "sha256": _digest(tensors)}
+
+
+def _digest_of_frozen(network: Llama) -> str:
+    """sha256 of about SAMPLED values of each weight that is not trained, evenly spread; what is trained is in the
+    checkpoint."""
+    weights: list[Tensor] = [weight for weight in network.parameters() if not weight.requires_grad]
+    weights += [part.packed for projection in network.projections() for _, part in projection.nf4_parts()]
+    side = math.isqrt(SAMPLED)
+    return _digest(weight[tuple(slice(None, None, -(-size // (side if weight.dim() > 1 else SAMPLED)) or None)
+                                for size in weight.shape)] for weight in weights)
 
 
 def _digest(tensors: Iterable[Tensor | None]) -> str:

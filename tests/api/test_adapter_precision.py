@@ -75,7 +75,7 @@ def test_a_runs_folder_given_as_a_model_is_told_apart(tiny, tmp_path):
     mt.load(whole / "model", device="cpu")
 
 
-@pytest.mark.parametrize(("stored", "words"), [(True, "base; give that here"), (False, "base, quant nf4; give that here")])
+@pytest.mark.parametrize(("stored", "words"), [(True, "base; give that"), (False, "base, quant nf4; give that")])
 def test_no_quant_is_advised_for_a_base_that_is_stored_in_4_bits(tmp_path, stored, words):
     base, run = tmp_path / "base", tmp_path / "run"
     base.mkdir()

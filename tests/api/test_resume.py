@@ -7,6 +7,7 @@ import shutil
 import warnings
 
 import pytest
+import torch
 
 import minitune as mt
 from minitune.training.run import Observer
@@ -159,13 +160,6 @@ def test_another_run_is_refused_by_its_field_and_nothing_is_lost(tiny, data, tmp
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
-def test_another_base_is_refused(tiny, data, tmp_path):
-    train(tiny, data, tmp_path / "run", stop=3)
-    shutil.copytree(tiny, tmp_path / "other")
-    with pytest.raises(mt.InputError, match=r"base\.name is 'other' and was 'tiny"):
-        train(tmp_path / "other", data, tmp_path / "run", resume=True)
-
-
 def test_where_there_is_nothing_to_resume(tiny, data, tmp_path):
     def refused(out, **settings):
         with pytest.raises(mt.InputError) as found:
@@ -214,3 +208,26 @@ def test_a_divergence_leaves_the_weights_of_the_last_checkpoint(tiny, data, tmp_
                  ask=["Number 3 is"], max_new_tokens=3)
     saved = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (tmp_path / "a", out)]
     assert saved[0] == saved[1] and (out / "checkpoint").is_dir()
+
+
+def test_another_base_is_told_by_its_weights_and_the_same_may_lie_elsewhere(tiny, tmp_path):
+    """Zeros in one linear, under the same name; a copy under another."""
+    data, out = write_numbers(tmp_path / "data.jsonl", range(20)), tmp_path / "run"
+    settings = {"tokens": 64, "max_steps": 4, "save_every": 2, "out": out, "ask": (), "quiet": True}
+
+    class Stop(Observer):
+        def on_step(self, record):
+            if record.step == 3:
+                raise KeyboardInterrupt
+
+    def model(folder):
+        return mt.load(folder, device="cpu", dtype="float32", lora=mt.LoRA(rank=2))
+
+    with pytest.raises(KeyboardInterrupt):
+        mt.train(model(tiny), data, observers=[Stop()], **settings)
+    other = model(tiny)
+    with torch.no_grad():
+        other.network.projections()[-1].weight[5:9].zero_()
+    with pytest.raises(mt.InputError, match=r"cannot be resumed otherwise than it was begun: base\.weights is '"):
+        mt.train(other, data, resume=True, **settings)
+    assert mt.train(model(shutil.copytree(tiny, tmp_path / "moved")), data, resume=True, **settings).end == "finished"
