@@ -267,7 +267,7 @@ class Training:
     seed: int = 0
     """Random seed of adapters, shuffling and dropout."""
     log_every: int = 1
-    """Report every so many steps."""
+    """Report every so many steps; without a terminal some twenty reports are printed, metrics.jsonl holds all."""
     evaluate_every: int | None = None
     """Evaluate the validation data and ask the sample questions every so many steps, and before and after training; by
     default the data about ten times in the run, the questions only before and after."""
