@@ -77,12 +77,20 @@ AVX512 void multiply(const Nf4Dequantize& work, const float* x, int64_t columns,
   const __m512 levels = _mm512_loadu_ps(work.table);
   const __m512i source = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
   const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+  constexpr int64_t kRun = 2048;
   const int64_t blocks = columns >> work.block_shift, size = int64_t(1) << work.block_shift;
   for (int64_t row = first; row < last; ++row) {
     __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    double total = 0.0;     // of runs in fp32, so that a long row loses nothing
     const uint8_t* packed = work.packed + row * columns / 2;
     const float* at = x;
+    int64_t run = kRun;
     for (int64_t block = row * blocks; block < (row + 1) * blocks; ++block) {
+      if (at - x >= run) {
+        total += _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+        even = odd = _mm512_setzero_ps();
+        run = at - x + kRun;
+      }
       _mm_prefetch(reinterpret_cast<const char*>(packed) + 4096, _MM_HINT_T1);      // over the ends of rows
       const __m512 values = rounded32(_mm512_mul_ps(levels, _mm512_set1_ps(scale_of(work, block))), T{});
       for (int64_t i = 0; i < size; i += kChunk, packed += kChunk / 2, at += kChunk) {
@@ -94,7 +102,7 @@ AVX512 void multiply(const Nf4Dequantize& work, const float* x, int64_t columns,
         odd = _mm512_fmadd_ps(_mm512_permutexvar_ps(last_codes, values), _mm512_loadu_ps(at + 16), odd);
       }
     }
-    sums[row - first] = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+    sums[row - first] = float(total + _mm512_reduce_add_ps(_mm512_add_ps(even, odd)));
   }
 }
 

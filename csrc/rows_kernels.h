@@ -253,7 +253,7 @@ void softmax_backward_row(const SoftmaxBackward& work, int64_t token, int64_t) {
 // 8 KiB ahead, into the second-level cache, over the ends of rows.
 template <typename T>
 void product_rows(const Product& work, int64_t first, int64_t last) {
-  constexpr int64_t kLanes = 32, kAhead = 8192 / sizeof(T), kLine = 64 / sizeof(T);
+  constexpr int64_t kLanes = 32, kRun = 2048, kAhead = 8192 / sizeof(T), kLine = 64 / sizeof(T);
   const int64_t k = work.shape.width, whole = k - k % kLanes;
   const T* given = static_cast<const T*>(work.x);
   float* x = scratch(k);
@@ -261,17 +261,21 @@ void product_rows(const Product& work, int64_t first, int64_t last) {
   for (int64_t i = 0; i < k; ++i) x[i] = load(given + i);
   for (int64_t token = first; token < last; ++token) {
     const T* weight = row<T>(work.weight, work.shape, token, 0);
-    float lanes[kLanes] = {};
-    for (int64_t begin = 0; begin < whole; begin += kLanes) {
-      for (int64_t line = begin; line < begin + kLanes; line += kLine) __builtin_prefetch(weight + line + kAhead, 0, 2);
+    double total = 0.0;     // of runs in fp32, so that a long row loses nothing
+    for (int64_t run = 0; run < whole; run += kRun) {
+      const int64_t end = whole - run < kRun ? whole : run + kRun;
+      float lanes[kLanes] = {}, sum = 0.0f;
+      for (int64_t begin = run; begin < end; begin += kLanes) {
+        for (int64_t line = begin; line < begin + kLanes; line += kLine) __builtin_prefetch(weight + line + kAhead, 0, 2);
 #pragma omp simd
-      for (int64_t i = 0; i < kLanes; ++i) lanes[i] = fused(load(weight + begin + i), x[begin + i], lanes[i]);
-    }
-    float sum = 0.0f;
+        for (int64_t i = 0; i < kLanes; ++i) lanes[i] = fused(load(weight + begin + i), x[begin + i], lanes[i]);
+      }
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < kLanes; ++i) sum += lanes[i];
-    for (int64_t i = whole; i < k; ++i) sum = fused(load(weight + i), x[i], sum);
-    store(static_cast<T*>(work.y) + token, sum);
+      for (int64_t i = 0; i < kLanes; ++i) sum += lanes[i];
+      total += sum;
+    }
+    for (int64_t i = whole; i < k; ++i) total += load(weight + i) * x[i];
+    store(static_cast<T*>(work.y) + token, float(total));
   }
 }
 

@@ -36,7 +36,7 @@ def product(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, packed
     assert weight is not None
     if out is not None:
         return torch.mm(x, weight.mT, out=out) if bias is None else torch.addmm(bias, x, weight.mT, out=out)
-    tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)     # it has no gradient
+    tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)     # then it needs a gradient
     if len(x) == 1 and x.device.type == "cpu" and not tracked:
         y = x.new_empty(1, len(weight))
         vector_product(weight)(x[0].contiguous(), y[0])
