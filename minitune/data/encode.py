@@ -15,7 +15,7 @@ from minitune.errors import InputError
 if TYPE_CHECKING:
     from minitune.data.tokenizer import Tokenizer
 
-CHUNK_SAMPLES, CHUNK_CHARACTERS = 1024, 4_000_000
+CHUNK_SAMPLES, CHUNK_CHARACTERS = 2048, 4_000_000
 """A chunk is encoded at once: enough for every core, little beside the data set."""
 _LONG = ("content", "tool_calls", *REASONING)
 """The fields of a message that may be long."""
@@ -58,8 +58,8 @@ def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Encoded]:
                 raise InputError(f"{sample.where}: the tokenizer makes no token of it; write some text or remove the "
                                  "sample")
             trained[0] = False      # nothing stands before it
-        dropped = sum([next(counts) for _ in sample.unused])
-        reasons = tuple([each.reason for each in sample.unused])
+        dropped = sum([next(counts) for _ in sample.unused]) if sample.unused else 0
+        reasons = tuple([each.reason for each in sample.unused]) if sample.unused else ()
         found.append(Encoded(sample.where, array("i", ids), bytes(trained), sample.weight, dropped, reasons,
                              _is_blank(sample)))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,10 @@ from minitune.data.formats import Sample, read_samples
 if TYPE_CHECKING:
     from minitune.data.tokenizer import Tokenizer
 
+_THREADS = 2
+_SWITCH = 1e-3
+"""Seconds until a thread that wants the interpreter gets it: it may have a library to call that keeps all cores busy.
+Python's own 5 ms cost a tenth of the time."""
 Progress = Callable[[str, int, int], object]
 """Called with (file, samples so far, tokens so far) after each chunk that was encoded."""
 
@@ -38,7 +43,7 @@ def read_corpus(path: str | Path, tokenizer: Tokenizer, field_map: Mapping[str, 
         return corpus
     builder = Builder(str(path), tokenizer.eos_ids)
     samples = read_samples(path, dict(field_map) if field_map else None)
-    with _no_collection():
+    with _undisturbed():
         for encoded in _ahead(lambda chunk: encode(chunk, tokenizer), chunks(samples)):
             builder.add(encoded)
             if progress is not None:
@@ -50,26 +55,29 @@ def read_corpus(path: str | Path, tokenizer: Tokenizer, field_map: Mapping[str, 
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without Python's search for cyclic garbage: samples make none, but they are many, so it would walk through all
-    objects of torch again and again, for an eighth of the time."""
-    was = gc.isenabled()
+def _undisturbed() -> Iterator[None]:
+    """Threads take turns quickly (`_SWITCH`), and Python's search for cyclic garbage rests: samples make none, but they
+    are many, so it would walk through all objects of torch again and again, for an eighth of the time."""
+    collects, switch = gc.isenabled(), sys.getswitchinterval()
     gc.disable()
+    sys.setswitchinterval(min(switch, _SWITCH))
     try:
         yield
     finally:
-        if was:
+        sys.setswitchinterval(switch)
+        if collects:
             gc.enable()
 
 
 def _ahead(work: Callable[[list[Sample]], list[Encoded]], items: Iterable[list[Sample]]) -> Iterator[list[Encoded]]:
-    """work(item) for each item, in order, in a thread: the tokenizer libraries release the interpreter, so the next
-    item is read and the one before is stored meanwhile. One thread, since a tokenizer is no good to two at once."""
+    """work(item) for each item, in order, in threads: the tokenizer libraries release the interpreter, so items are
+    read, and what became of those before is stored, meanwhile. Two threads, so that the library has one item at work
+    while the other is made into `Encoded`."""
     waiting: deque[Future[list[Encoded]]] = deque()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         for item in items:
             waiting.append(pool.submit(work, item))
-            if len(waiting) > 1:
+            if len(waiting) > _THREADS:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

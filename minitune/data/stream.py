@@ -198,7 +198,7 @@ def stream(path: str | Path | Sequence[str | Path] | Mapping[Any, float], tokeni
     then while a file is encoded.
 
     The encoded data set takes 5 bytes a token of host memory, or of the page cache where it comes from the cache. While
-    a file is encoded, Python's search for cyclic garbage rests in the whole process.
+    a file is encoded, Python's search for cyclic garbage rests in the whole process, and its threads take turns sooner.
     Raises InputError that names file:line for a bad sample and, if so asked, for one longer than `tokens`.
     """
     check_whole("stream", "tokens", tokens, low=2)      # the last token of a row is never trained

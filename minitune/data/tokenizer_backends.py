@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,10 @@ from minitune.errors import InputError
 _NO_DUMMY_PREFIX = bytes([0x1A, 0x02, 0x18, 0x00])
 """ModelProto.normalizer_spec (field 3) = {add_dummy_prefix (field 3): false}, in protobuf's wire format. Parsing merges
 a second occurrence of a message field into the first, so a model with these bytes behind it adds no leading blank."""
+
+
+_ONE_CALL = threading.Lock()
+"""Held while the library tokenizers is at work: how it reads control tokens is set on the tokenizer, not per call."""
 
 
 class Contradiction(InputError):
@@ -209,13 +214,16 @@ class TokenizersBackend:
 
     def encode(self, texts: Sequence[str], continues: bool, parse_special: bool) -> list[list[int]]:
         fast = self._continuing if continues else self._fast
-        fast.encode_special_tokens = not parse_special  # else the library reads </s> in text as control
-        return [found.ids for found in fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _ONE_CALL:
+            fast.encode_special_tokens = not parse_special  # else the library reads </s> in text as control
+            encodings = fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [found.ids for found in encodings]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Any]:
         """The library's Encodings, control tokens read; they tell which token holds a character."""
-        self._fast.encode_special_tokens = False
-        return list(self._fast.encode_batch(list(texts), add_special_tokens=False))
+        with _ONE_CALL:
+            self._fast.encode_special_tokens = False
+            return list(self._fast.encode_batch(list(texts), add_special_tokens=False))
 
     def with_named_control(self, control: frozenset[int], guard: str) -> tuple[Any, dict[int, int]]:
         """A copy of the library's tokenizer in which the control tokens have names of their own, f"{guard}{id}{guard}",

@@ -1,15 +1,20 @@
-"""read_corpus: the search for garbage rests meanwhile, and need not run; a sample without any token is named."""
+"""read_corpus: the search for garbage rests meanwhile, and need not run; the order and the first fault are the file's,
+whichever thread is done first; a sample without any token is named."""
 
 from __future__ import annotations
 
 import gc
 import json
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from minitune.data.encode import encode
 from minitune.data.read import read_corpus
 from minitune.data.tokenizer import Tokenizer, load_tokenizer
 from minitune.errors import InputError
@@ -36,6 +41,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_collector_is_left_as_it_was(enabled: bool, path: Path, tokenizer: Tokenizer) -> None:
     during: list[bool] = []
+    switch = sys.getswitchinterval()
     try:
         (gc.enable if enabled else gc.disable)()
         read_corpus(path, tokenizer, progress=lambda *_: during.append(gc.isenabled()))
@@ -47,6 +53,26 @@ def test_the_collector_is_left_as_it_was(enabled: bool, path: Path, tokenizer: T
     finally:
         gc.enable()
     assert during and not any(during) and after == [enabled] * 2
+    assert sys.getswitchinterval() == switch
+
+
+def test_threads_keep_the_order_of_the_file(path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = read_corpus(path, tokenizer)
+    monkeypatch.setattr("minitune.data.encode.CHUNK_SAMPLES", 3)
+    late = [0.02, 0.0]
+
+    def slowly(samples: list[Any], tokenizer: Tokenizer) -> list[Any]:
+        time.sleep(late[int(samples[0].where.rpartition(":")[2]) // 3 % 2])      # every other chunk is overtaken
+        return encode(samples, tokenizer)
+
+    monkeypatch.setattr("minitune.data.read.encode", slowly)
+    threaded = read_corpus(path, tokenizer)
+    assert all(torch.equal(getattr(alone, name), getattr(threaded, name)) for name in ("ids", "trained", "numbers"))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[3:6] = ['{"text": "a", "wieght": 2}'] * 3
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(InputError, match=r"a\.jsonl:4: "):
+        read_corpus(path, tokenizer)
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml"])

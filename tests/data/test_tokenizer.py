@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,19 @@ def test_text_that_is_no_unicode(llama: Path, byte_level: Make) -> None:
             tokenizer.encode("a\ud800")
         with pytest.raises(InputError, match="expected text, got int"):
             tokenizer.encode_many(["a", 5])  # type: ignore[list-item]
+
+
+def test_threads_may_share_a_tokenizer(byte_level: Make) -> None:
+    tokenizer = load_tokenizer(byte_level())
+    text = f"{tokenizer.token(tokenizer.require_eos())} and text " * 20
+    wanted = {parse: tokenizer.encode(text, parse_special=parse) for parse in (True, False)}
+    assert wanted[True] != wanted[False]
+
+    def encode(place: int) -> bool:
+        return tokenizer.encode_many([text] * 8, parse_special=bool(place % 2)) == [wanted[bool(place % 2)]] * 8
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(encode, range(200)))
 
 
 def test_a_tokenizer_can_be_copied(small_spm: Path, byte_level: Make) -> None:
