@@ -42,8 +42,8 @@ def main(args: Sequence[str] | None = None) -> None:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as error:
+        raise SystemExit(143 if type(error).__name__ == "Terminated" else 130) from None     # 128 + the signal
     except Exception as error:
         code, message = _ending(error)
         if code is None:

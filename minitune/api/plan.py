@@ -14,9 +14,10 @@ from minitune.errors import InputError
 from minitune.model.memory import free_bytes, kept_bytes
 
 
-def plan(model: Model, data: Stream, training: Training) -> list[tuple[str, str]]:
+def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[tuple[str, str]]:
     """(what, value) rows: the model, the data, the steps, the memory of a step by tensor kind beside what is free, and
-    the loss of the first batch, for which one forward pass runs. Nothing is written, and the model is not changed.
+    the loss of the first batch, for which one forward pass runs. ``done``: steps of a run that is resumed. Nothing is
+    written, and the model is not changed.
 
     The bytes are those of weights, of what is trained (parameter, gradient, moments) and of what the layers keep for
     the backward; buffers of single ops come on top. Raises InputError if the data trains no token.
@@ -32,7 +33,8 @@ def plan(model: Model, data: Stream, training: Training) -> list[tuple[str, str]
             ("data", f"{data.n_documents:,} documents, {data.n_tokens:,} tokens, {data.n_trained:,} of them trained"),
             ("an epoch", f"{data.count(1):,} rows of {data.tokens:,} tokens, "
                          f"{data.n_tokens / (data.count(1) * data.tokens):.0%} full"),
-            ("steps", f"{n_steps(data, training):,} of {training.micro_batches} x {data.tokens:,} tokens")]
+            ("steps", f"{n_steps(data, training):,} of {training.micro_batches} x {data.tokens:,} tokens"
+                      f"{f', {done:,} of them done' if done else ''}")]
     rows += _memory(model, data.tokens, training)
     was_training = model.training
     model.train(False)

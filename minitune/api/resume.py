@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from minitune.data.formats import Prompt
 from minitune.data.stream import Stream
 from minitune.errors import InputError
 from minitune.model.llama import Llama
-from minitune.report.folder import check_free, plain
+from minitune.report.folder import check_alone, check_free, plain
 from minitune.training import checkpoint
 from minitune.training.checkpoint import Saved
 
@@ -46,6 +47,7 @@ def check_out(out: Path | None, resume: Any) -> None:
     if out is None:
         raise InputError("train: resume needs out, the folder of the run that goes on")
     if (out / checkpoint.FOLDER / checkpoint.JSON).exists():
+        check_alone(out)
         return
     if not out.is_dir() or not any(out.iterdir()):
         raise InputError(f"{out}: there is no run to resume; begin it without resume")
@@ -97,12 +99,20 @@ def saved_in(out: Path, here: Mapping[str, Any]) -> Saved:
     now, before = dict(_fields(here)), dict(_fields(saved.about))
     odd = [name for name in (now | before) if now.get(name) != before.get(name)]
     if odd:
-        said = [f"{name} is {short(now.get(name))} and was {short(before.get(name))}" for name in odd[:SHOWN]]
-        more = [f"{len(odd) - SHOWN} more"] if len(odd) > SHOWN else []
+        said = list(dict.fromkeys(_said(name, now.get(name), before.get(name)) for name in odd))
+        more = [f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else []
         longer = _LONGER if {"training.epochs", "training.max_steps"} & set(odd) else ""
-        raise InputError(f"{out}: cannot be resumed otherwise than it was begun: {'; '.join([*said, *more])}; give "
-                         f"what was given then{longer}")
+        raise InputError(f"{out}: cannot be resumed otherwise than it was begun: {'; '.join([*said[:SHOWN], *more])}; "
+                         f"give what was given then{longer}")
     return saved
+
+
+def _said(name: str, now: Any, before: Any) -> str:
+    """A difference in the user's words: settings by their names, contents by what they are of."""
+    of, last = re.split(r"[.\[]", name)[0], name.rpartition(".")[2]
+    if of == "base" or (of in ("data", "valid") and last in ("data", "valid", "sha256", "samples", "batches")):
+        return f"the {'validation data' if of == 'valid' else of} is not what it was"
+    return f"{name.removeprefix('training.').replace('data.', 'data: ')} is {short(now)} and was {short(before)}"
 
 
 def _fields(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:

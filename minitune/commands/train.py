@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tyro.conf import Positional
 
 from minitune.commands.flags.declared import Given
+from minitune.commands.flags.settings_file import SETTINGS, as_toml
 from minitune.config import Data, LoRA, MemoryPolicy, Quant, Training
 from minitune.errors import InputError
 
@@ -31,7 +33,7 @@ class Train:
     """Folder for all that the run leaves: adapters (last and best), metrics, answers, ledger, settings, loss.png; it
     must not exist yet, or be empty, unless --resume goes on with its run."""
     resume: bool = False
-    """Go on with the interrupted run in --out, from its checkpoint; all else as it was begun."""
+    """Go on with the interrupted run in --out, from its checkpoint and with the settings that it was begun with."""
     ask: tuple[str, ...] = ()
     """Questions to answer before and after; by default the first three prompts of the data."""
     max_new_tokens: int = 128
@@ -69,8 +71,10 @@ class Train:
         from minitune.api.training import prepare
         from minitune.data.holdout import streams
         from minitune.report.progress import reading
+        from minitune.report.settings_file import SettingsFile
         from minitune.report.tables import Answer, print_answers
         from minitune.report.tensorboard import TensorBoard
+        from minitune.training.interrupt import terminable
 
         check_out(self.out, self.resume)
         boards = [TensorBoard(self.out / "tensorboard")] if self.tensorboard else []
@@ -80,13 +84,15 @@ class Train:
                               epochs=self.training.epochs, seed=self.training.seed, progress=reading())
         questions = self.ask or first_questions(self.data, self.samples.fields())
         if self.dry_run:
-            prepare(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
-                    max_new_tokens=self.max_new_tokens, resume=self.resume)
-            show_plan(model, data, valid, self.training)
+            ready = prepare(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
+                            max_new_tokens=self.max_new_tokens, resume=self.resume)
+            show_plan(model, data, valid, self.training, 0 if ready.saved is None else ready.saved.step)
             return
-        run = train(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
-                    max_new_tokens=self.max_new_tokens, resume=self.resume, quiet=False, observers=boards,
-                    config={"samples": dataclasses.asdict(self.samples)})
+        with terminable():
+            run = train(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
+                        max_new_tokens=self.max_new_tokens, resume=self.resume, quiet=False,
+                        observers=[SettingsFile(self.out / SETTINGS, self._as_toml()), *boards],
+                        config={"samples": dataclasses.asdict(self.samples)})
         before, after = run.evaluations[:1], run.evaluations[-1:]
         if questions:
             print_answers([Answer(old.question, old.answer, new.answer) for old, new in
@@ -107,21 +113,30 @@ class Train:
                     seed=self.training.seed, lora=lora, adapter=self.adapter, train=names or None,
                     add_tokens=self.add_tokens)
 
+    def _as_toml(self) -> str:
+        """The settings as --resume and --config read them, from any folder."""
+        samples = self.samples
+        valid = None if samples.valid is None else os.path.abspath(samples.valid)
+        mix = tuple(f"{os.path.abspath(name)}{equals}{share}" for name, equals, share in
+                    (each.rpartition("=") for each in samples.mix))
+        whole = dataclasses.replace(self, samples=dataclasses.replace(samples, valid=valid, mix=mix))
+        return as_toml(whole, self.given, leave=("out", "resume", "dry_run"))
+
     def _where(self, run: Run) -> str:
         what = "adapter" if run.adapter is not None and run.adapter.name == "adapter" else "model"
         best = "" if run.best_adapter is None else f", the best one in {run.best_adapter}"
         return f"{what} in {run.adapter}{best}"
 
 
-def show_plan(model: Model, data: Stream, valid: Stream | None, training: Training) -> None:
-    """What --dry-run prints: the ledgers of the data, and the plan."""
+def show_plan(model: Model, data: Stream, valid: Stream | None, training: Training, done: int = 0) -> None:
+    """What --dry-run prints: the ledgers of the data, and the plan; ``done``: steps of a run that is resumed."""
     from minitune.api.plan import n_steps, plan
     from minitune.report.glued import with_glued
     from minitune.report.ledger import print_ledger
     from minitune.report.tables import print_table
     from minitune.training.hints import hints
 
-    rows = plan(model, data, training)
+    rows = plan(model, data, training, done)
     print_ledger(with_glued(data, data.ledger, model.tokenizer))
     if valid is not None:
         print()

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None            # type: ignore[assignment]
 
 from minitune.checkpoint.files import json_bytes, read_json_object, staged
 from minitune.config import short
@@ -20,6 +26,9 @@ from minitune.training import checkpoint
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo
 from minitune.training.schedule import min_lr_ratio_of, warmup_of
 
+FILES = ("config.json", "environment.json", "ledger.json", "metrics.jsonl", "answers.jsonl", "loss.png", "train.toml")
+"""What a run writes before it has trained anything."""
+
 
 def check_free(folder: Path) -> None:
     """InputError unless `folder` is not there yet, or is an empty folder."""
@@ -28,6 +37,30 @@ def check_free(folder: Path) -> None:
                          "resume=True), name another folder, or remove it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already; name another folder, or remove it")
+
+
+def check_alone(folder: Path) -> None:
+    """InputError where another process trains the run in `folder`."""
+    held = _hold(folder)
+    if held is not None:
+        os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """Locks a folder until the descriptor that it returns is closed, or the process ends; None where the system has no
+    such locks. InputError where another process has it locked."""
+    if fcntl is None:
+        return None
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return held
+    except BlockingIOError:
+        os.close(held)
+        raise InputError(f"{folder}: another process trains this run; wait for it, or end it") from None
+    except OSError:         # a file system without locks
+        os.close(held)
+        return None
 
 
 def check_no_run(folder: Path) -> None:
@@ -72,7 +105,8 @@ class RunFolder(Observer):
 
     `save` writes what is trained into a folder, and `sound` tells whether all of it is finite. A run that Ctrl-C or an
     error stopped keeps what its last step made, if that is sound; one that diverged what its last checkpoint held, if
-    there is one. The checkpoint of a run that came to its end is removed. Each file takes its name when it is whole.
+    there is one; one that ended before its first step leaves nothing. The checkpoint of a run that came to its end is
+    removed. Each file takes its name when it is whole. No other process can go on with the run meanwhile.
     """
 
     def __init__(self, folder: str | Path, save: Callable[[Path], None], sound: Callable[[], bool], what: str,
@@ -81,6 +115,8 @@ class RunFolder(Observer):
         self._ledger: dict[str, Any] | None = None
         self._lowest = math.inf
         self._best: Path | None = None
+        self._held: int | None = None
+        self._made, self._begun = not self.folder.exists(), False
 
     def on_ledger(self, ledgers: Mapping[str, Any]) -> None:
         self._ledger = {name: ledger.as_dict() for name, ledger in ledgers.items()}
@@ -97,9 +133,11 @@ class RunFolder(Observer):
             staging.write("environment.json", json_bytes(plain(machine)))
             if self._ledger is not None:
                 staging.write("ledger.json", json_bytes(plain(self._ledger)))
+        self._begun, self._held = True, _hold(self.folder)
 
     def on_resume(self, run: Run) -> None:
         """What stands in the folder stays; the best so far is known again."""
+        self._held = _hold(self.folder)
         if run.best is not None and run.best.loss is not None:
             self._lowest, best = run.best.loss, self.folder / f"{self.what}-best"
             self._best = best if best.is_dir() else None
@@ -110,8 +148,20 @@ class RunFolder(Observer):
             self.save(self._best)
 
     def on_end(self, run: Run) -> None:
+        try:
+            self._end(run)
+        finally:
+            if self._held is not None:
+                os.close(self._held)
+                self._held = None
+
+    def _end(self, run: Run) -> None:
         run.best_adapter = self._best
-        if not run.records or (run.end == "diverged" and run.restored is None):
+        if not run.records:
+            if self._begun:
+                self._remove()
+            return
+        if run.end == "diverged" and run.restored is None:
             return
         if not self.sound():
             warnings.warn(f"{self.folder / self.what} is not written: the last step made weights that are not finite; "
@@ -121,6 +171,18 @@ class RunFolder(Observer):
         run.adapter = self.folder / self.what
         if run.end in ("finished", "out of data"):
             checkpoint.remove(self.folder / checkpoint.FOLDER)
+
+
+    def _remove(self) -> None:
+        """A run that ended before its first step leaves its folder as it was found, but for what others put there."""
+        for name in (*FILES, "tensorboard"):
+            path = self.folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        if self._made and self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
 
 def plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -112,6 +113,13 @@ class Saved:
 
         The model must have the parameters that the run trained; InputError where the file does not fit or is damaged.
         """
+        try:
+            return self._restore(model, optimizer, run)
+        except InputError as error:     # the reader's advice is for files that can be had again
+            said = re.sub(r"[;:] fetch (it|the file) again.*", "", str(error))
+            raise InputError(said if said.endswith(_ANEW) else f"{said}; {_ANEW}") from None
+
+    def _restore(self, model: torch.nn.Module, optimizer: FlatOptimizer, run: Run) -> Position:
         with Checkpoint.open_file(self.tensors) as source:
             left = set(source.names()) - _read_weights(source, model, optimizer)
             left -= _read_state(source, model, optimizer)

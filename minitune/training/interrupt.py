@@ -1,4 +1,4 @@
-"""unbroken: Ctrl-C waits until a few statements that belong together are done."""
+"""Ctrl-C and SIGTERM: held back while statements that belong together are done; SIGTERM as an end like Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,20 +9,43 @@ from collections.abc import Iterator
 from types import FrameType
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, which a cluster sends some seconds before it takes the machine back."""
+
+
 @contextlib.contextmanager
 def unbroken() -> Iterator[None]:
-    """Within it Ctrl-C does nothing; what it does as a rule it does at the end. So weights and moments that have moved
-    half a step are never taken for the state of a run. In another thread than the main one it does nothing: Python
-    tells of Ctrl-C in the main thread alone."""
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
-        yield
-        return
+    """Within it Ctrl-C and a SIGTERM that somebody handles do nothing; what they do as a rule is done at the end. So
+    weights and moments that have moved half a step are never taken for the state of a run, and nothing is half saved.
+    In another thread than the main one it does nothing: Python tells of signals in the main thread alone."""
+    main = threading.current_thread() is threading.main_thread()
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
     held: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    handled = {number: handler for number, handler in usual.items() if callable(handler)}
+    for number in handled:
+        signal.signal(number, lambda number, frame: held.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for number, handler in handled.items():
+            signal.signal(number, handler)
         if held:
-            usual(*held[0])
+            handled[signal.Signals(held[0][0])](*held[0])
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Within it SIGTERM raises `Terminated`, so that a run ends as after Ctrl-C. Nothing changes where the program has
+    a handler of its own, or in another thread than the main one."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -16,6 +16,7 @@ from minitune.errors import InputError
 from minitune.training.checkpoint import Checkpoints, Position, Saved
 from minitune.training.flops import Costs
 from minitune.training.hints import Divergence, hints
+from minitune.training.interrupt import unbroken
 from minitune.training.optimizers import SGD, AdamW, FlatOptimizer
 from minitune.training.run import Observer, Run, RunInfo, tell, tell_begin
 from minitune.training.runner import Evaluate, Group, Runner, TrainingDiverged
@@ -80,11 +81,13 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
         runner.check_weights()
         run.end = "finished" if len(run.records) == total_steps else "out of data"
     except BaseException as error:
-        runner.broken_off(error)
+        with unbroken():
+            runner.broken_off(error)
         raise
     finally:
         model.train(was_training)
-        with contextlib.ExitStack() as told:        # every observer hears of the end, even if another one fails
+        # Every observer hears of the end, even if another one fails; and what they save is saved whole.
+        with unbroken(), contextlib.ExitStack() as told:
             for observer in reversed(observers):
                 told.callback(tell, [observer], "on_end", run)
     return run

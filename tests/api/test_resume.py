@@ -135,17 +135,17 @@ def test_some_settings_may_be_others(tiny, data, tmp_path):
 
 
 @pytest.mark.parametrize(("how", "settings", "message"), [
-    ({}, {"lr": 2e-2}, r"training\.lr is 0\.02 and was 0\.01; give what was given then$"),
-    ({}, {"epochs": 4}, r"training\.epochs is 4 and was 3; .*; a longer run has another course of the learning rate"),
-    ({}, {"seed": 1, "micro_batches": 2, "clip": 2.0, "momentum": 0.5}, r"micro_batches .*clip .*; 2 more; give"),
+    ({}, {"lr": 2e-2}, r"begun: lr is 0\.02 and was 0\.01; give what was given then$"),
+    ({}, {"epochs": 4}, r"begun: epochs is 4 and was 3; .*; a longer run has another course of the learning rate"),
+    ({}, {"seed": 1, "micro_batches": 2, "clip": 2.0, "momentum": 0.5}, r"micro_batches .*clip .*; and 2 more; give"),
     ({"lora": mt.LoRA(rank=3)}, {}, r"lora\.rank is 3 and was 2"),
     ({"lora": LORA, "dtype": "bfloat16"}, {}, "dtype is 'bfloat16' and was 'float32'"),
     ({"lora": LORA, "quant": "nf4"}, {}, "quant is 'nf4' and was None"),
     ({"train": "norms"}, {}, "lora is None and was None|trained_weights"),
     ({}, {"ask": ["Who?"]}, r"ask is \['Who\?'\] and was \['Number 3 is'\]"),
-    ({}, {"valid": "data.jsonl"}, r"valid\.batches is \d and was None"),
-    ({}, {"data": "other.jsonl"}, r"data\.files\[0\]\.sha256 is '.*' and was '"),
-    ({}, {"data": {"data.jsonl": 0.5}}, r"data\.files\[0\]\.share is 0\.5 and was 1"),
+    ({}, {"valid": "data.jsonl"}, "begun: the validation data is not what it was; give"),
+    ({}, {"data": "other.jsonl"}, "begun: the data is not what it was; give"),
+    ({}, {"data": {"data.jsonl": 0.5}}, r"data: files\[0\]\.share is 0\.5 and was 1"),
 ])
 def test_another_run_is_refused_by_its_field_and_nothing_is_lost(tiny, data, tmp_path, monkeypatch, how, settings,
                                                                message):
@@ -228,6 +228,6 @@ def test_another_base_is_told_by_its_weights_and_the_same_may_lie_elsewhere(tiny
     other = model(tiny)
     with torch.no_grad():
         other.network.projections()[-1].weight[5:9].zero_()
-    with pytest.raises(mt.InputError, match=r"cannot be resumed otherwise than it was begun: base\.weights is '"):
+    with pytest.raises(mt.InputError, match="otherwise than it was begun: the base is not what it was; give"):
         mt.train(other, data, resume=True, **settings)
     assert mt.train(model(shutil.copytree(tiny, tmp_path / "moved")), data, resume=True, **settings).end == "finished"

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import minitune as mt
+from minitune.report import folder
 from tests.docs.blocks import minitune
 
 ROWS: dict[str, str] = {
@@ -81,6 +82,7 @@ COMMANDS = [
     "train my-llama good.jsonl --resume --out stopped --max-steps 3 --lr 1e-3",
     "train my-llama good.jsonl --resume --out stopped --max-steps 9",
     "train my-llama good.jsonl --out stopped",
+    "train my-llama good.jsonl --resume --out held-run",
     "train my-llama good.jsonl --wandb",
     "train --model_name_or_path my-llama good.jsonl",
     "train my-llama good.jsonl --mix good.jsonl=0.1",
@@ -169,6 +171,8 @@ def prepare() -> None:
     Path("odd-adapter/minitune.json").write_text('{"quant": "int8"}')
     _stopped("stopped")
     shutil.copytree("stopped", "torn-run")
+    shutil.copytree("stopped", "held-run")
+    assert folder._hold(Path("held-run")) is not None       # as another process does, until this one ends
     tensors = Path("torn-run/checkpoint/step-1.safetensors")
     tensors.write_bytes(tensors.read_bytes()[:-8])
     mt.train(mt.load("my-llama", lora=mt.LoRA(rank=2)), "good.jsonl", max_steps=1, out="ended", ask=())

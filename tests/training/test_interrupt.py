@@ -1,4 +1,4 @@
-"""unbroken: Ctrl-C waits for the end of what belongs together, and is as usual again afterwards."""
+"""Ctrl-C waits for the end of what belongs together, SIGTERM is an end like it, and both are as usual afterwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from minitune.training.interrupt import unbroken
+from minitune.training.interrupt import Terminated, terminable, unbroken
 
 
 def test_unbroken_holds_ctrl_c_back_and_puts_everything_back():
@@ -23,3 +23,24 @@ def test_unbroken_holds_ctrl_c_back_and_puts_everything_back():
     thread.start()
     thread.join()
     assert done[1:] == ["in a thread"] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_terminable_makes_sigterm_an_end_like_ctrl_c():
+    done, before = [], signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), terminable():
+        with unbroken():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("whole")
+        done.append("too late")
+    assert done == ["whole"] and signal.getsignal(signal.SIGTERM) is before
+    assert issubclass(Terminated, KeyboardInterrupt)
+
+
+def test_a_program_keeps_its_own_handler_of_sigterm():
+    heard, before = [], signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with terminable():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]

@@ -21,6 +21,7 @@ from minitune.commands import COMMANDS
 from minitune.commands.flags.config_file import read_defaults
 from minitune.commands.flags.declared import choices, describe, options, positionals, settings
 from minitune.commands.flags.help import own, shown, word
+from minitune.commands.flags.settings_file import SETTINGS
 from minitune.commands.flags.suggestions import instead, instead_of_value
 from minitune.config import LINEAR_NAMES, short
 from minitune.errors import InputError
@@ -37,14 +38,15 @@ LINEARS = (*LINEAR_NAMES, "lm_head", "all-linear")
 
 
 def parse(name: str, args: Sequence[str]) -> Any:
-    """The command `name` with its settings from the class, --config FILE.toml and the flags, the last winning.
+    """The command `name` with its settings from the class, --config FILE.toml (under --resume that of the run's folder)
+    and the flags, the last winning.
 
     Raises InputError for what is wrong, SystemExit(0) after --help.
     """
     command = load_command(name)
     twin = shown(command)
     given = _check_flags(name, args, twin)
-    file = _config_of(args)
+    file = _file_of(command, args)
     default: dict[str, Any] = {}
     if file is not None:
         default["default"], in_file = read_defaults(twin, file)
@@ -95,17 +97,26 @@ def _colours() -> Iterator[None]:
         os.environ["TERM"] = terminal
 
 
-def _config_of(args: Sequence[str]) -> Path | None:
-    """The file that --config names, the last one where there are several."""
-    file = None
+def _file_of(command: type[Any], args: Sequence[str]) -> Path | None:
+    """The file that --config names; without it, under --resume, the settings that the run's folder keeps."""
+    named = _value_of(args, "--config")
+    if named is not None or "--resume" not in itertools.takewhile(lambda arg: arg != "--", args):
+        return None if named is None else Path(named)
+    kept = Path(_value_of(args, "--out") or command.out) / SETTINGS
+    return kept if kept.is_file() else None
+
+
+def _value_of(args: Sequence[str], flag: str) -> str | None:
+    """What a flag is set to, the last time where there are several."""
+    found = None
     for arg, value in itertools.zip_longest(args, args[1:], fillvalue=""):
         if arg == "--":
             break
-        if arg == "--config" and value and not FLAG.fullmatch(value):
-            file = Path(value)
-        elif arg.startswith("--config="):
-            file = Path(arg.removeprefix("--config="))
-    return file
+        if arg == flag and value and not FLAG.fullmatch(value):
+            found = value
+        elif arg.startswith(f"{flag}="):
+            found = arg.removeprefix(f"{flag}=")
+    return found
 
 
 def _check_flags(name: str, args: Sequence[str], command: type[Any]) -> set[tuple[str, ...]]:
