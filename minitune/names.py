@@ -21,6 +21,15 @@ ELSEWHERE = {
 """Settings as PEFT, transformers, Unsloth, LitGPT, Axolotl, LLaMA-Factory and OpenAI call them -> as they are called
 here. They are suggested, not taken: their units differ (a batch of sequences there, tokens here)."""
 
+METHODS_ELSEWHERE = {
+    "print_trainable_parameters": "print(model)", "get_nb_trainable_parameters": "print(model)",
+    "save_pretrained": "model.save_adapter(folder), or model.save_merged(folder) for the whole model",
+    "merge_and_unload": "model.save_merged(folder)", "merge_adapter": "model.save_merged(folder)",
+    "save_pretrained_merged": 'model.save_merged(folder, onto="original")',
+    "disable_adapter": "model.adapter_disabled()", "load_adapter": "mt.load(base, adapter=folder)",
+    "gradient_checkpointing_enable": 'mt.load(base, memory="full")'}
+"""Methods of models in PEFT, transformers and Unsloth -> what is said here."""
+
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` is most likely meant to be, or None. Hyphens and case do not count."""

@@ -121,14 +121,14 @@ class Generation(nn.Module):
         return frozenset(known)
 
     @overload
-    def generate(self, ids: Sequence[int] | Tensor, max_new_tokens: int, temperature: float = ...,
+    def generate(self, ids: Sequence[int] | Tensor, max_new_tokens: int = ..., temperature: float = ...,
                  top_k: int | None = ..., top_p: float | None = ..., stop: Stop = ...,
                  seed: int | None = ...) -> list[int]: ...
     @overload
-    def generate(self, ids: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = ...,
+    def generate(self, ids: Sequence[Sequence[int]], max_new_tokens: int = ..., temperature: float = ...,
                  top_k: int | None = ..., top_p: float | None = ..., stop: Stop = ...,
                  seed: int | None = ...) -> list[list[int]]: ...
-    def generate(self, ids: Any, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
+    def generate(self, ids: Any, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
                  top_p: float | None = None, stop: Stop = None, seed: int | None = None) -> Any:
         """Continue one prompt (ids) or many (a list of them) -> the new ids alone, without end token and stop text."""
         asked = _asked_ids(ids)

@@ -27,6 +27,7 @@ from minitune.devices import DTYPES
 from minitune.errors import InputError
 from minitune.model.adapter import HEAD
 from minitune.model.llama import Llama
+from minitune.names import METHODS_ELSEWHERE
 from minitune.objectives import sft
 
 ABOUT = "minitune.json"
@@ -67,6 +68,12 @@ class Model(Generation):
         super().__init__(network, tokenizer, path)
         self.lora: LoRA | None = None
         self.adapter_path: Path | None = None       # of the adapter that was loaded, if one was
+
+    def __getattr__(self, name: str) -> Any:
+        """A method that others' models have is answered with ours."""
+        if name in METHODS_ELSEWHERE:
+            raise AttributeError(f"a Model has no {name}; here it is {METHODS_ELSEWHERE[name]}")
+        return super().__getattr__(name)
 
     @property
     def quant(self) -> Quant | None:

@@ -34,5 +34,5 @@ def as_prompts(ids: Any) -> tuple[bool, list[list[int]]]:
         single = len(ids) == 0 or not isinstance(ids[0], Sequence | Tensor)
         return single, [[operator.index(i) for i in prompt] for prompt in ([ids] if single else ids)]
     except (TypeError, RuntimeError, LookupError) as error:
-        raise InputError(f"generate: ids is {short(ids)}; give token ids or a list of such, as "
-                         "tokenizer.encode(text) makes them") from error
+        raise InputError(f"generate: ids is {short(ids)}; give token ids or a list of such, as tokenizer.encode(text) "
+                         "makes them; complete(text) takes text") from error

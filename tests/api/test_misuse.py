@@ -36,6 +36,7 @@ MISUSE = {
     "lora and adapter": (lambda f: mt.load(f, lora=mt.LoRA(), adapter=f), "both"),
     "lr": (lambda f: mt.Training(lr=float("nan")), "lr"),
     "setting": (lambda f: mt.train(mt.load(f), [], learning_rate=1), "learning_rate"),
+    "ids": (lambda f: mt.load(f).generate("hi"), "ids is 'hi'; give token ids"),
     "empty prompt": (lambda f: mt.load(f).generate([], 3), "empty"),
     "id": (lambda f: mt.load(f).generate([4096], 3), "4096"),
     "id type": (lambda f: mt.load(f).generate([1.5], 3), "ids is"),
@@ -82,3 +83,14 @@ def test_a_rank_beyond_the_layer_is_refused(tmp_path):
     make("llama-2-gqa", tmp_path)
     with pytest.raises(mt.InputError, match=r"rank is 100000 for model.layers.0.self_attn.q_proj, which is \d+ x \d+"):
         mt.load(tmp_path, lora=mt.LoRA(rank=100_000))
+
+
+def test_methods_of_other_trainers_are_answered_with_ours(tiny):
+    model = mt.load(tiny)
+    for name, ours in (("save_pretrained", r"model\.save_adapter\(folder\)"), ("print_trainable_parameters", "print"),
+                       ("merge_and_unload", "save_merged")):
+        with pytest.raises(AttributeError, match=ours):
+            getattr(model, name)
+    assert not hasattr(model, "save_pretrained")
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = model.nonsense
