@@ -180,7 +180,8 @@ def starts(folder: Path, size: str, told: argparse.Namespace, profiles: dict[str
                     written = ask_quietly(worker, "generate", told.attempts, told.void_share, n=2) if turn else []
                     if told.profile and turn:
                         profiles[f"{name}-generate"] = worker.ask("profile").value["text"]
-                    run = {"seconds": first.value["at"] - worker.started, "other_share": first.other_share,
+                    marks = {name: first.value[name] - worker.started for name in ("imported", "loaded")}
+                    run = {"seconds": first.value["at"] - worker.started, **marks, "other_share": first.other_share,
                            "void": first.void(told.void_share), "memory": first.value["memory"],
                            "argmax": first.value["argmax"], "mean_square": first.value["mean_square"],
                            "generation": [{"seconds": answer.value["seconds"], "new": answer.value["new"],

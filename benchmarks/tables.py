@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, ROOT
+from benchmarks.harness import RESULTS, ROOT, summary
 from benchmarks.tables_aot import kernels_page
 from benchmarks.tables_data import data_table
 from benchmarks.tables_nf4 import gpu_nf4_tables, nf4_kernels_table, nf4_table, readme_nf4
@@ -103,9 +103,17 @@ def train_table(raw: Raw) -> list[str]:
                              str(sum(turn["void"] for turn in side["turns"] if not turn["warmup"]))))
     lines += markdown(("layout", "side", "tokens/s", "peak GB", "void turns"), rows)
     starts = [(_NAMES["ours" if name == "ours" else "eager"].removesuffix(" + PEFT"), spread(side["first_logits_s"], 2),
-               spread(side["generation_tokens_per_s"], 1)) for name, side in raw["start"].items()]
-    lines += ["", *markdown(("side", "start to first logits, s", "greedy tokens/s"), starts)]
+               *(_until(side, mark) for mark in ("imported", "loaded")), spread(side["generation_tokens_per_s"], 1))
+              for name, side in raw["start"].items()]
+    lines += ["", *markdown(("side", "start to first logits, s", "imported at", "weights loaded at", "greedy tokens/s"),
+                            starts)]
     return [*lines, "", *markdown(("what", "ratio", "target", "verdict"), verdicts(raw))]
+
+
+def _until(side: Raw, mark: str) -> str:
+    """Seconds from process start to a mark on the way to the first logits; older files have none."""
+    found = [run[mark] for run in side["runs"] if mark in run and not run["void"]]
+    return spread(summary(found), 2) if found else ""
 
 
 # ---- GPU ------------------------------------------------------------------------------------------------------------

@@ -184,8 +184,10 @@ class OursStart:
 
         import minitune as mt
 
+        self.imported = time.monotonic()
         self.prompt = prompt
         self.model = mt.load(folder, dtype=torch.bfloat16, quant=quant)
+        self.loaded = time.monotonic()
         self.model.eval()
         with torch.no_grad():
             self.first = self.model.logits(torch.tensor(prompt))
@@ -199,10 +201,11 @@ class PeersStart:
 
     def __init__(self, folder: Path, prompt: list[int], quant: Quant | None) -> None:
         import torch
-        import transformers
+        from transformers import AutoModelForCausalLM
 
-        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16,
-                                                                            **four_bits(quant))
+        self.imported = time.monotonic()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **four_bits(quant))
+        self.loaded = time.monotonic()
         self.model.eval()
         self.prompt = torch.tensor([prompt])
         with torch.no_grad():
@@ -227,7 +230,8 @@ def start(kind: type[OursStart] | type[PeersStart], folder: Path, ids: list[int]
 
     def first_logits() -> dict[str, Any]:
         best = [int(i) for i in side.first.argmax(-1)]
-        return {"at": ready, "memory": used, "argmax": best, "mean_square": float(side.first.square().mean())}
+        return {"at": ready, "imported": side.imported, "loaded": side.loaded, "memory": used, "argmax": best,
+                "mean_square": float(side.first.square().mean())}
 
     def generate(n: int) -> dict[str, Any]:
         seconds, new = [], []
