@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minitune.config import ModelConfig
-from minitune.ops import attention, backends, linear_cross_entropy, lora_matmul, nf4, rms_norm, rope, swiglu
+from minitune.ops import attention, backends, few_rows, linear_cross_entropy, lora_matmul, nf4, rms_norm, rope, swiglu
+from minitune.ops.checks_update import Function, Results, Update
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
+from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4, nf4_linear
 
 
 class Check(NamedTuple):
@@ -29,19 +31,20 @@ class Check(NamedTuple):
 def run(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, rank: int = 16) -> Iterator[Check]:
     """One Check for every result of every op, at `tokens` tokens in a few documents of unequal length."""
     made = _Inputs(config, tokens, dtype, device, rank)
+    update = Update(config.d_model, config.d_ff, rank, dtype, device, made.generator)
     for op, make in (("rms_norm", made.norm), ("swiglu", made.swiglu), ("rope", made.rope),
                      ("attention", made.attention), ("linear_cross_entropy", made.losses),
-                     ("lora_matmul", made.product)):
+                     ("lora_matmul", made.product), ("lora_gradients", update.lora_gradients),
+                     ("lora_images", update.lora_images), ("adamw", update.adamw), ("sgd", update.sgd),
+                     ("few_rows", made.row), ("nf4", made.packed_row)):
         function, operands = make()
         with torch.enable_grad():
             results, plain, truth = (_results(function, operands, kind) for kind in ("ours", "plain", "truth"))
         for what, value in results.items():
             yield _compare(op, what, made.backend(op), value, plain[what], truth[what])
     yield _nf4(config, dtype, device)
-
-
-Results = dict[str, Tensor]
-Function = Callable[[str, dict[str, Tensor]], Results]
+    wrong, n_codes = update.codes_8bit()
+    yield Check("adamw", f"8-bit codes that differ, of {n_codes:,}", made.backend("adamw"), wrong, 0, not wrong)
 
 
 def _results(function: Function, operands: dict[str, Tensor], kind: str) -> Results:
@@ -179,3 +182,27 @@ class _Inputs:
         return function, {"x": self.random(self.tokens, k), "weight": self.random(n, k, scale=k**-0.5),
                           "a": self.random(r, k, scale=k**-0.5), "b": self.random(n, r),
                           "dy": self.random(self.tokens, n)}
+
+    def row(self) -> tuple[Function, dict[str, Tensor]]:
+        def function(kind: str, t: dict[str, Tensor]) -> Results:
+            return {"y": few_rows.product(t["x"], t["weight"]) if kind == "ours" else t["x"] @ t["weight"].mT}
+
+        n, k = self.config.d_ff, self.config.d_model
+        return function, {"x": self.random(1, k), "weight": self.random(n, k, scale=k**-0.5)}
+
+    def packed_row(self) -> tuple[Function, dict[str, Tensor]]:
+        """One row times a weight in NF4, as generation multiplies it; the truth knows the weight decoded."""
+        n, k = self.config.d_ff, self.config.d_model
+        packed = nf4.quantize(self.random(n, k, scale=k**-0.5))
+        fused = FusedNF4([packed], DecodeBuffer(self.dtype))
+
+        def function(kind: str, t: dict[str, Tensor]) -> Results:
+            if kind != "ours":
+                return {"y of one row": t["x"] @ t["weight"].mT}
+            if not fused.reads_packed(self.dtype):
+                return {"y of one row": nf4_linear(t["x"], fused)}
+            y = t["x"].new_empty(1, n)
+            fused.vector_product()(t["x"][0], y[0])
+            return {"y of one row": y}
+
+        return function, {"x": self.random(1, k), "weight": packed.dequantize(self.dtype)}
