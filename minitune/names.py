@@ -1,9 +1,11 @@
-"""Names of settings: what other trainers call ours, and the known name that a mistyped one is meant to be."""
+"""Names: what other trainers call our settings, and the known name that a mistyped one is meant to be."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 ELSEWHERE = {
     "learning_rate": "lr", "lora_r": "rank", "lora_rank": "rank", "r": "rank", "lora_alpha": "alpha",
@@ -17,9 +19,13 @@ ELSEWHERE = {
     "batch_size": "tokens", "per_device_train_batch_size": "tokens", "micro_batch_size": "tokens",
     "learning_rate_multiplier": "lr", "val_set_size": "valid_split", "val_size": "valid_split",
     "validation_split": "valid_split", "val_file": "valid", "validation_file": "valid", "logging_steps": "log_every",
-    "eval_steps": "evaluate_every", "save_steps": "save_every", "save_interval": "save_every"}
-"""Settings as PEFT, transformers, Unsloth, LitGPT, Axolotl, LLaMA-Factory and OpenAI call them -> as they are called
-here. They are suggested, not taken: their units differ (a batch of sequences there, tokens here)."""
+    "eval_steps": "evaluate_every", "save_steps": "save_every", "save_interval": "save_every",
+    "int4": "nf4_dq", "4bit": "nf4_dq", "bnb.nf4": "nf4", "bnb.nf4_dq": "nf4_dq",
+    "finetune": "train", "fine_tune": "train", "finetune_lora": "train", "sft": "train", "generate": "complete",
+    "predict": "complete", "eval": "evaluate", "merge_lora": "merge", "export": "merge"}
+"""Settings, their values and commands as PEFT, transformers, Unsloth, LitGPT, Axolotl, LLaMA-Factory and OpenAI call
+them -> as they are called here. They are suggested, not taken: their units differ (a batch of sequences there, tokens
+here)."""
 
 METHODS_ELSEWHERE = {
     "print_trainable_parameters": "print(model)", "get_nb_trainable_parameters": "print(model)",
@@ -39,6 +45,15 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
         return names[ELSEWHERE[plain]]
     close = get_close_matches(plain, names, n=1, cutoff=0.6)
     return names[close[0]] if close else None
+
+
+def nearest_path(path: Path) -> str:
+    """"; did you mean …?" of a file or folder that lies where `path` does not, if one is called alike."""
+    try:
+        meant = nearest(path.name, os.listdir(path.parent))
+    except OSError:
+        return ""
+    return f"; did you mean {path.with_name(meant)}?" if meant else ""
 
 
 def unknown_names(names: Iterable[str], known: Iterable[str]) -> str:

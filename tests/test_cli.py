@@ -98,6 +98,7 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(("word", "hint"), [("tran", "did you mean train?"), ("Train", "did you mean train?"),
+                                            ("finetune", "did you mean train?"), ("generate", "mean complete?"),
                                             ("--versoin", "did you mean --version?"), ("zzz", "there are demo, init, "),
                                             ("x" * 9999, "there are demo")])
 def test_an_unknown_command_is_named(word, hint, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minitune.checkpoint.files import show
 from minitune.errors import InputError
+from minitune.names import nearest_path
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MODEL, SINGLE = "config.json", "model.safetensors"
@@ -27,8 +28,8 @@ def model_config(folder: Path) -> Path:
     if not os.path.lexists(folder):
         name = folder.as_posix()
         fetch = f": hf download {name} --local-dir {folder.name}" if _HUB_NAME.fullmatch(name) else ""
-        raise InputError(f"{folder}: there is no such folder; a model is read from a local folder and nothing is "
-                         f"downloaded, so correct the path, or fetch the model first{fetch}")
+        raise InputError(f"{folder}: there is no such folder{nearest_path(folder)}; a model is read from a local "
+                         f"folder and nothing is downloaded, so correct the path, or fetch the model first{fetch}")
     if not folder.is_dir():
         raise InputError(f"{folder}: is a file; give the folder that holds it, with {MODEL} and safetensors")
     raise InputError(f"{folder / MODEL}: there is no such file; {_no_config(folder)}")
@@ -39,12 +40,15 @@ def adapter_config(folder: Path) -> Path:
     if os.path.lexists(folder / ADAPTER):
         return folder / ADAPTER
     if not os.path.lexists(folder):
-        raise InputError(f"{folder}: there is no such folder; give the folder of a PEFT adapter, which holds {ADAPTER}")
+        raise InputError(f"{folder}: there is no such folder{nearest_path(folder)}; give the folder of a PEFT adapter, "
+                         f"which holds {ADAPTER}")
     if not folder.is_dir():
         raise InputError(f"{folder}: is a file; give the folder that holds it, with {ADAPTER}")
     nested = _below(folder, ADAPTER)
     if nested:
         advice = f"did you mean {nested}?"
+    elif (folder / MODEL).exists() and (folder / "environment.json").exists():
+        advice = "it is the folder of a run that kept no adapter"
     elif (folder / MODEL).exists():
         advice = "the folder holds a model, not an adapter; give it as the base"
     else:

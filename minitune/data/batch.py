@@ -17,7 +17,7 @@ IGNORED = -100
 """The label of a position that is not trained."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Batch:
     """Documents end to end: int64 tokens [T], int64 labels [T], int32 cu_seqlens [n + 1], fp32 weights [T] or None.
 
@@ -91,6 +91,10 @@ class Batch:
         if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or any(a >= b for a, b in pairwise(bounds)):
             raise InputError(f"Batch: cu_seqlens must rise strictly from 0 to the {tokens} tokens, "
                              f"not {short(bounds)}")
+
+    def __repr__(self) -> str:
+        return (f"Batch({self.n_tokens:,} tokens in {len(self.documents.lengths) - (self.n_filler > 0):,} documents, "
+                f"{self.n_trained:,} trained, {self.n_filler:,} filler, on {self.tokens.device})")
 
     def without_filler(self) -> Batch:
         """The documents alone: what packing left of the row is cut off. Losses and gradients stay what they are; on a

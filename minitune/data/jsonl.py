@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minitune.errors import InputError
+from minitune.names import nearest_path
 
 MAX_LINE = 64 * 2**20
 """The longest line that is read, in bytes: what bounds the memory that a broken file can take."""
@@ -21,7 +22,8 @@ _MAY_BE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 def open_data(path: Path, kind: str) -> BinaryIO:
     """The opened file; InputError where there is none, it is a folder, or cannot be read. ``kind``: what to give."""
     if path.is_dir() or not path.exists():
-        raise InputError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}; give {kind}")
+        there = "is a folder, not a file" if path.is_dir() else f"no such file{nearest_path(path)}"
+        raise InputError(f"{path}: {there}; give {kind}")
     try:
         return path.open("rb")
     except OSError as error:

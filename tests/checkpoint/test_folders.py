@@ -35,6 +35,7 @@ ADAPTERS: dict[str, tuple[list[str], str]] = {
     "one level too high": (["adapter/adapter_config.json", "loss.png"], NO_ADAPTER + r"did you mean \S+/adapter\?"),
     "many": ([f"{i}/adapter_config.json" for i in "1234"], NO_ADAPTER + r"did you mean \S+/2 or \S+/3 or \S+/4\?"),
     "model": (["config.json"], NO_ADAPTER + "the folder holds a model, not an adapter; give it as the base"),
+    "a run": (["config.json", "environment.json"], NO_ADAPTER + "it is the folder of a run that kept no adapter"),
     "nothing": ([], NO_ADAPTER + "give the folder that `minitune train` wrote"),
 }
 
@@ -85,6 +86,13 @@ def test_a_name_is_no_folder_and_nothing_is_downloaded(name: str, tmp_path: Path
     assert ("hf download" in message) is (name in ("meta-llama/Llama-3.2-1B", "modles/tiny"))
     with pytest.raises(InputError, match="there is no such folder; give the folder of a PEFT adapter"):
         read_adapter(name)
+
+
+def test_a_mistyped_folder_is_answered_with_the_one_that_lies_there(tmp_path: Path) -> None:
+    (tmp_path / "my-llama").mkdir()
+    for read in (read_config, read_adapter):
+        with pytest.raises(InputError, match=f"there is no such folder; did you mean {tmp_path / 'my-llama'}\\?; "):
+            read(tmp_path / "my-lama")
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

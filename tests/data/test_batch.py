@@ -55,3 +55,8 @@ def test_only_documents_that_are_trained_count_as_too_long(tmp_path):
         model.loss(mt.data.pack([[5, 6, 7]], 1500)[0])      # the filler of 1,497 tokens is no document
     with pytest.warns(UserWarning, match="1024 positions"):
         model.loss(mt.data.pack([list(range(3, 1103))], 1500)[0])
+
+
+def test_it_is_shown_in_one_line():
+    batch = mt.data.pack([[5, 6, 7], ([1, 2], [-100, -100])], tokens=9)[0]
+    assert repr(batch) == "Batch(9 tokens in 2 documents, 2 trained, 4 filler, on cpu)"

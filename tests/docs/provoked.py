@@ -46,7 +46,7 @@ TEMPLATE = '{% for m in messages %}{% if m.role != "system" %}{{ m.role }}: {{ m
 MARKS_ALL = "{% for m in messages %}{% generation %}{{ m.content }}\n{% endgeneration %}{% endfor %}"
 
 COMMANDS = [
-    "train my-llama missing.jsonl",
+    "train my-llama goood.jsonl",
     "train my-llama table.csv",
     "train my-llama empty-file.jsonl",
     "train my-llama good.jsonl --field-map promt=question",
