@@ -200,6 +200,8 @@ def evaluation(record: EvaluationRecord) -> str:
 def summary(run: Run) -> str:
     """The run in one line, with both rates: overall, and the median step without the first. How full the rows were is
     told because the device works for the filler, too, which the rates leave out."""
+    if not run.records:
+        return f"{run.end} before the first step; nothing is kept"
     n_steps = f"{len(run.records)} step{'' if len(run.records) == 1 else 's'}"
     done = run.end in ("finished", "out of data")
     kept = f"what was trained is saved in {run.adapter}" if run.adapter else "what was trained is not saved"

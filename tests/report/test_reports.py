@@ -123,7 +123,7 @@ def test_the_summary_tells_filler_and_what_was_lost():
                             "full) in 0:00; 126 tokens/s overall, 126 steady; final loss 2.5000")
     run = Run(info=info, records=[record] * 30)
     assert summary(run).startswith("failed after 30 steps, what was trained is not saved; 1,890 tokens (990 trained,")
-    assert summary(Run(info=info)).startswith("failed after 0 steps, what was trained is not saved; 0 tokens (")
+    assert summary(Run(info=info)) == "failed before the first step; nothing is kept"
 
 
 def test_bar_on_a_terminal_and_lines_without_rich(monkeypatch):
@@ -154,7 +154,7 @@ def test_a_run_that_failed_before_its_first_step_has_no_summary():
     for end, shown in (("failed", False), ("interrupted", True)):
         stream = io.StringIO()
         progress(stream).on_end(Run(info=info, end=end))
-        assert (f"{end} after 0 steps" in stream.getvalue()) == shown
+        assert (f"{end} before the first step; nothing is kept" in stream.getvalue()) == shown
 
 
 def test_clock():
