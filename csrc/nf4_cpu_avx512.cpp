@@ -77,7 +77,7 @@ AVX512 void multiply(const Nf4Dequantize& work, const float* x, int64_t columns,
   const __m512 levels = _mm512_loadu_ps(work.table);
   const __m512i source = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
   const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
-  constexpr int64_t kRun = 2048;
+  constexpr int64_t kRun = sizeof(T) == 4 ? 256 : 2048;       // as in rows_kernels.h
   const int64_t blocks = columns >> work.block_shift, size = int64_t(1) << work.block_shift;
   for (int64_t row = first; row < last; ++row) {
     __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();

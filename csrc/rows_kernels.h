@@ -253,7 +253,7 @@ void softmax_backward_row(const SoftmaxBackward& work, int64_t token, int64_t) {
 // 8 KiB ahead, into the second-level cache, over the ends of rows.
 template <typename T>
 void product_rows(const Product& work, int64_t first, int64_t last) {
-  constexpr int64_t kLanes = 32, kRun = 2048, kAhead = 8192 / sizeof(T), kLine = 64 / sizeof(T);
+  constexpr int64_t kLanes = 32, kRun = sizeof(T) == 4 ? 256 : 2048, kAhead = 8192 / sizeof(T), kLine = 64 / sizeof(T);
   const int64_t k = work.shape.width, whole = k - k % kLanes;
   const T* given = static_cast<const T*>(work.x);
   float* x = scratch(k);
@@ -261,7 +261,7 @@ void product_rows(const Product& work, int64_t first, int64_t last) {
   for (int64_t i = 0; i < k; ++i) x[i] = load(given + i);
   for (int64_t token = first; token < last; ++token) {
     const T* weight = row<T>(work.weight, work.shape, token, 0);
-    double total = 0.0;     // of runs in fp32, so that a long row loses nothing
+    double total = 0.0;     // of runs in fp32, so that a long row loses nothing; they are short where y shows it
     for (int64_t run = 0; run < whole; run += kRun) {
       const int64_t end = whole - run < kRun ? whole : run + kRun;
       float lanes[kLanes] = {}, sum = 0.0f;
@@ -274,7 +274,7 @@ void product_rows(const Product& work, int64_t first, int64_t last) {
       for (int64_t i = 0; i < kLanes; ++i) sum += lanes[i];
       total += sum;
     }
-    for (int64_t i = whole; i < k; ++i) total += load(weight + i) * x[i];
+    for (int64_t i = whole; i < k; ++i) total += double(load(weight + i)) * x[i];
     store(static_cast<T*>(work.y) + token, float(total));
   }
 }

@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except KeyboardInterrupt as error:
-        raise SystemExit(143 if type(error).__name__ == "Terminated" else 130) from None     # 128 + the signal
+        raise SystemExit(getattr(error, "exit_code", 130)) from None
     except Exception as error:
         code, message = _ending(error)
         if code is None:
@@ -53,6 +53,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> None:
+    for arg in args:
+        if not arg.isascii() and arg != arg.encode("utf-8", "replace").decode():
+            raise InputError(f"{short(arg)} is not UTF-8; give what it names another name, or set a locale of UTF-8")
     name = args[0] if args else None
     if name is None or name in ("-h", "--help"):
         width = max(map(len, COMMANDS))

@@ -19,14 +19,15 @@ ELSEWHERE = {
     "batch_size": "tokens", "per_device_train_batch_size": "tokens", "micro_batch_size": "tokens",
     "learning_rate_multiplier": "lr", "val_set_size": "valid_split", "val_size": "valid_split",
     "validation_split": "valid_split", "val_file": "valid", "validation_file": "valid", "logging_steps": "log_every",
-    "eval_steps": "evaluate_every", "save_steps": "save_every", "save_interval": "save_every",
-    "int4": "nf4_dq", "4bit": "nf4_dq", "bnb.nf4": "nf4", "bnb.nf4_dq": "nf4_dq",
+    "eval_steps": "evaluate_every", "save_steps": "save_every", "save_interval": "save_every"}
+"""Settings as PEFT, transformers, Unsloth, LitGPT, Axolotl, LLaMA-Factory and OpenAI call them -> as they are called
+here. They are suggested, not taken: their units differ (a batch of sequences there, tokens here)."""
+
+QUANTS_ELSEWHERE = {"int4": "nf4_dq", "4bit": "nf4_dq", "bnb.nf4": "nf4", "bnb.nf4_dq": "nf4_dq"}
+COMMANDS_ELSEWHERE = {
     "finetune": "train", "fine_tune": "train", "finetune_lora": "train", "sft": "train", "generate": "complete",
     "predict": "complete", "eval": "evaluate", "merge_lora": "merge", "export": "merge"}
-"""Settings, their values and commands as PEFT, transformers, Unsloth, LitGPT, Axolotl, LLaMA-Factory and OpenAI call
-them -> as they are called here. They are suggested, not taken: their units differ (a batch of sequences there, tokens
-here)."""
-
+"""The same of values of quant, and of commands."""
 METHODS_ELSEWHERE = {
     "print_trainable_parameters": "print(model)", "get_nb_trainable_parameters": "print(model)",
     "save_pretrained": "model.save_adapter(folder), or model.save_merged(folder) for the whole model",
@@ -41,19 +42,20 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` is most likely meant to be, or None. Hyphens and case do not count."""
     names = {each.lower().replace("-", "_"): each for each in known}
     plain = name.lower().replace("-", "_")
-    if ELSEWHERE.get(plain) in names:
-        return names[ELSEWHERE[plain]]
+    for elsewhere in (ELSEWHERE, QUANTS_ELSEWHERE, COMMANDS_ELSEWHERE):
+        if elsewhere.get(plain) in names:
+            return names[elsewhere[plain]]
     close = get_close_matches(plain, names, n=1, cutoff=0.6)
     return names[close[0]] if close else None
 
 
 def nearest_path(path: Path) -> str:
-    """"; did you mean …?" of a file or folder that lies where `path` does not, if one is called alike."""
+    """" (did you mean …?)" of a file or folder that lies where `path` does not, if one is called alike."""
     try:
-        meant = nearest(path.name, os.listdir(path.parent))
-    except OSError:
+        close = get_close_matches(path.name, filter(str.isprintable, os.listdir(path.parent)), n=1, cutoff=0.6)
+    except (OSError, ValueError):       # ValueError: a name with a null byte
         return ""
-    return f"; did you mean {path.with_name(meant)}?" if meant else ""
+    return f" (did you mean {path.with_name(close[0])}?)" if close else ""
 
 
 def unknown_names(names: Iterable[str], known: Iterable[str]) -> str:

@@ -244,3 +244,9 @@ assert "torch" not in sys.modules
 def _run(*args, **environment):
     return subprocess.run([sys.executable, "-m", "minitune", *args], check=False, capture_output=True, text=True,
                           env=os.environ | {"COLUMNS": "100"} | environment)
+
+
+def test_what_is_not_utf_8_is_refused_in_words(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "base", b"a\xff.jsonl".decode("utf-8", "surrogateescape")])
+    assert ended.value.code == 2 and "is not UTF-8; give what it names another name" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from minitune.data.formats import Prompt
 from minitune.data.stream import Stream
 from minitune.errors import InputError
 from minitune.model.llama import Llama
-from minitune.report.folder import check_alone, check_free, plain
+from minitune.report.folder import check_free, plain
 from minitune.training import checkpoint
 from minitune.training.checkpoint import Saved
 
@@ -47,7 +47,6 @@ def check_out(out: Path | None, resume: Any) -> None:
     if out is None:
         raise InputError("train: resume needs out, the folder of the run that goes on")
     if (out / checkpoint.FOLDER / checkpoint.JSON).exists():
-        check_alone(out)
         return
     if not out.is_dir() or not any(out.iterdir()):
         raise InputError(f"{out}: there is no run to resume; begin it without resume")

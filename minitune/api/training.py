@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
@@ -28,6 +29,7 @@ from minitune.data.stream import Stream, stream
 from minitune.errors import InputError
 from minitune.model.memory import choose_policy
 from minitune.objectives import sft
+from minitune.report.claim import claimed
 from minitune.report.folder import run_folder
 from minitune.report.glued import with_glued
 from minitune.report.progress import is_watched, progress
@@ -72,13 +74,25 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: str | Path | It
                              f"tokens={training.tokens}; set tokens in one place")
         training = replace(training, tokens=data.tokens)
     folder = None if out is None else as_path("train", "out", out)
-    ready = prepare(model, data, valid=valid, training=training, out=folder, ask=ask, max_new_tokens=max_new_tokens,
-                    resume=resume)
-    made_of = {"data": _name(data), "valid": None if valid is None else _name(valid),
-             "ask": list(map(as_asked, ready.examiner.questions)), "max_new_tokens": max_new_tokens, **(config or {})}
-    shown = is_watched() if quiet is None else not quiet
     _check_observers(observers)
-    everyone = [*(_folder(folder, model, ready.batches, made_of) if folder is not None else ()), *observers,
+    with contextlib.ExitStack() as claim:
+        check_out(folder, resume)
+        if resume and folder is not None:       # from here on nobody else goes on with it
+            claim.enter_context(claimed(folder))
+        ready = prepare(model, data, valid=valid, training=training, out=folder, ask=ask,
+                        max_new_tokens=max_new_tokens, resume=resume)
+        if not resume and folder is not None:
+            claim.enter_context(claimed(folder))
+        return _run(model, ready, training, folder, observers, shown=is_watched() if quiet is None else not quiet,
+                    about={"data": _name(data), "valid": None if valid is None else _name(valid),
+                           "ask": list(map(as_asked, ready.examiner.questions)), "max_new_tokens": max_new_tokens,
+                           **(config or {})})
+
+
+def _run(model: Model, ready: Ready, training: Training, folder: Path | None, observers: Sequence[Observer],
+         shown: bool, about: Mapping[str, Any]) -> Run:
+    """The run itself, with the observers that write its folder and show its progress."""
+    everyone = [*(_folder(folder, model, ready.batches, about) if folder is not None else ()), *observers,
                 progress() if shown else NotesAsWarnings()]
     _tell_ledgers(model, ready.batches, ready.held_out, everyone, shown)
     rate = matrix_rate(model.device, model.network.dtype) if shown or folder is not None else None
@@ -92,7 +106,7 @@ class NotesAsWarnings(Observer):
     """Where no progress is shown a note of the run becomes a warning."""
 
     def on_note(self, text: str) -> None:
-        warnings.warn(text, stacklevel=5)      # the caller of `train`
+        warnings.warn(text, stacklevel=6)      # the caller of `train`
 
 
 @dataclass(frozen=True)
@@ -195,7 +209,7 @@ def _tell_ledgers(model: Model, batches: Iterable[Batch], held_out: Iterable[Bat
     if not shown:
         for name, ledger in ledgers.items():
             for each in ledger.notes:
-                warnings.warn(f"{name} data: {each}", stacklevel=3)
+                warnings.warn(f"{name} data: {each}", stacklevel=4)
 
 
 def _is_files(data: Any) -> bool:

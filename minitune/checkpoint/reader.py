@@ -29,7 +29,7 @@ PART = 1 << 20
 """A part of a chunk below which another thread is not worth its start."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INDEX = "model.safetensors.index.json"
-_SPOILT = "the file is damaged, or its training diverged: fetch it again, or take another one"
+SPOILT = "the file is damaged, or its training diverged: fetch it again, or take another one"
 
 
 class Checkpoint:
@@ -211,7 +211,7 @@ class Checkpoint:
             n_inf += int(values.isinf().sum())
             n_overflow += int(values.to(dtype).isinf().sum())
         if n_nan or n_inf:
-            return f"{path}: tensor {show(name)} holds {n_nan:,} NaN and {n_inf:,} infinite values; " + _SPOILT
+            return f"{path}: tensor {show(name)} holds {n_nan:,} NaN and {n_inf:,} infinite values; " + SPOILT
         return (
             f"{path}: tensor {show(name)}: {n_overflow:,} values of {info.dtype} are too large for {dtype}; "
             "load the model in another dtype"

@@ -22,7 +22,7 @@ MAX_HEADER = 100_000_000
 """Bytes; the format's own limit."""
 MAX_RANK = 64
 MAX_BYTES = 2**63 - 1
-_AGAIN = "fetch the file again"
+AGAIN = "fetch the file again"
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -71,14 +71,14 @@ def read_header(path: str | Path) -> Header:
         if length > MAX_HEADER:
             refuse_pointer(path, start + file.read(56))
             raise InputError(f"{path}: its header claims {length:,} bytes; the format allows {MAX_HEADER:,}; is it "
-                             f"safetensors? If so, {_AGAIN}")
+                             f"safetensors? If so, {AGAIN}")
         if 8 + length > size:
             raise InputError(f"{path}: its header claims {length:,} bytes, but the file has {size:,}; it is truncated: "
-                             f"{_AGAIN}")
+                             f"{AGAIN}")
         raw = _read(file, length, path)
     if not raw.startswith(b"{"):
         raise InputError(f"{path}: its header must start with '{{', but starts with {raw[:8]!r}; is it safetensors? "
-                         f"If so, {_AGAIN}")
+                         f"If so, {AGAIN}")
     entries = parse_json(raw.rstrip(b" "), f"{path}: header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -90,18 +90,18 @@ def read_header(path: str | Path) -> Header:
         if info.begin != place:
             hole = info.begin - place
             fault = "overlaps the one before it" if hole < 0 else f"leaves a hole of {hole:,} bytes before it"
-            raise InputError(f"{path}: tensor {show(info.name)} {fault}; {_AGAIN}")
+            raise InputError(f"{path}: tensor {show(info.name)} {fault}; {AGAIN}")
         place = info.end
     if place != size:
         fault = f"{size - place:,} bytes follow the last tensor" if place < size else "it is truncated"
-        raise InputError(f"{path}: the tensors end at byte {place:,}, but the file has {size:,}: {fault}; {_AGAIN}")
+        raise InputError(f"{path}: the tensors end at byte {place:,}, but the file has {size:,}: {fault}; {AGAIN}")
     return Header(path, {info.name: info for info in tensors}, metadata)
 
 
 def _read(file: FileIO, length: int, path: Path) -> bytes:
     raw = file.read(length)  # unbuffered: one system call, one copy
     if len(raw) != length:
-        raise InputError(f"{path}: ends after {file.tell():,} bytes, within its header; it is truncated: {_AGAIN}")
+        raise InputError(f"{path}: ends after {file.tell():,} bytes, within its header; it is truncated: {AGAIN}")
     return raw
 
 

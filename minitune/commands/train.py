@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -70,6 +69,7 @@ class Train:
         from minitune.api.resume import check_out
         from minitune.api.training import prepare
         from minitune.data.holdout import streams
+        from minitune.report.claim import claimed
         from minitune.report.progress import reading
         from minitune.report.settings_file import SettingsFile
         from minitune.report.tables import Answer, print_answers
@@ -77,6 +77,9 @@ class Train:
         from minitune.training.interrupt import terminable
 
         check_out(self.out, self.resume)
+        if self.resume:
+            with claimed(self.out):     # a look, before the model is loaded
+                pass
         boards = [TensorBoard(self.out / "tensorboard")] if self.tensorboard else []
         model = self._load()
         samples = dataclasses.replace(self.samples, cache=False) if self.dry_run else self.samples
@@ -116,8 +119,8 @@ class Train:
     def _as_toml(self) -> str:
         """The settings as --resume and --config read them, from any folder."""
         samples = self.samples
-        valid = None if samples.valid is None else os.path.abspath(samples.valid)
-        mix = tuple(f"{os.path.abspath(name)}{equals}{share}" for name, equals, share in
+        valid = None if samples.valid is None else str(Path(samples.valid).absolute())
+        mix = tuple(f"{Path(name).absolute()}{equals}{share}" for name, equals, share in
                     (each.rpartition("=") for each in samples.mix))
         whole = dataclasses.replace(self, samples=dataclasses.replace(samples, valid=valid, mix=mix))
         return as_toml(whole, self.given, leave=("out", "resume", "dry_run"))

@@ -82,12 +82,17 @@ def chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
     """`samples` in lists of at most CHUNK_SAMPLES and about CHUNK_CHARACTERS."""
     chunk: list[Sample] = []
     characters = 0
-    for sample in samples:
-        chunk.append(sample)
-        characters += _characters(sample)
-        if len(chunk) >= CHUNK_SAMPLES or characters >= CHUNK_CHARACTERS:
+    try:
+        for sample in samples:
+            chunk.append(sample)
+            characters += _characters(sample)
+            if len(chunk) >= CHUNK_SAMPLES or characters >= CHUNK_CHARACTERS:
+                yield chunk
+                chunk, characters = [], 0
+    except InputError:      # a fault of those before it comes first
+        if chunk:
             yield chunk
-            chunk, characters = [], 0
+        raise
     if chunk:
         yield chunk
 

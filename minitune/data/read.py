@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +15,7 @@ from minitune.data import cache as store
 from minitune.data.corpus import Builder, Corpus
 from minitune.data.encode import Encoded, chunks, encode
 from minitune.data.formats import Sample, read_samples
+from minitune.errors import InputError
 
 if TYPE_CHECKING:
     from minitune.data.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ def read_corpus(path: str | Path, tokenizer: Tokenizer, field_map: Mapping[str, 
         return corpus
     builder = Builder(str(path), tokenizer.eos_ids)
     samples = read_samples(path, dict(field_map) if field_map else None)
-    with _undisturbed():
+    with _undisturbed:
         for encoded in _ahead(lambda chunk: encode(chunk, tokenizer), chunks(samples)):
             builder.add(encoded)
             if progress is not None:
@@ -54,19 +55,33 @@ def read_corpus(path: str | Path, tokenizer: Tokenizer, field_map: Mapping[str, 
     return corpus
 
 
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+class _Undisturbed:
     """Threads take turns quickly (`_SWITCH`), and Python's search for cyclic garbage rests: samples make none, but they
-    are many, so it would walk through all objects of torch again and again, for an eighth of the time."""
-    collects, switch = gc.isenabled(), sys.getswitchinterval()
-    gc.disable()
-    sys.setswitchinterval(min(switch, _SWITCH))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(switch)
-        if collects:
-            gc.enable()
+    are many, so it would walk through all objects of torch again and again, for an eighth of the time. Both are as
+    before when the last of those who entered has left."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, (True, 0.0)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = gc.isenabled(), sys.getswitchinterval()
+                gc.disable()
+                sys.setswitchinterval(min(self._before[1], _SWITCH))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                collects, switch = self._before
+                sys.setswitchinterval(switch)
+                if collects:
+                    gc.enable()
+
+
+_undisturbed = _Undisturbed()
 
 
 def _ahead(work: Callable[[list[Sample]], list[Encoded]], items: Iterable[list[Sample]]) -> Iterator[list[Encoded]]:
@@ -75,10 +90,15 @@ def _ahead(work: Callable[[list[Sample]], list[Encoded]], items: Iterable[list[S
     while the other is made into `Encoded`."""
     waiting: deque[Future[list[Encoded]]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > _THREADS:
-                yield waiting.popleft().result()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > _THREADS:
+                    yield waiting.popleft().result()
+        except InputError:      # but what stands before it in the file comes first
+            while waiting:
+                waiting.popleft().result()
+            raise
         while waiting:
             yield waiting.popleft().result()
 

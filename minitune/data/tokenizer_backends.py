@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,17 @@ _NO_DUMMY_PREFIX = bytes([0x1A, 0x02, 0x18, 0x00])
 a second occurrence of a message field into the first, so a model with these bytes behind it adds no leading blank."""
 
 
-_ONE_CALL = threading.Lock()
+_turn = threading.Lock()
 """Held while the library tokenizers is at work: how it reads control tokens is set on the tokenizer, not per call."""
+
+
+def _renew() -> None:
+    global _turn
+    _turn = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):     # a thread that is not there any more may have held it
+    os.register_at_fork(after_in_child=_renew)
 
 
 class Contradiction(InputError):
@@ -214,14 +224,14 @@ class TokenizersBackend:
 
     def encode(self, texts: Sequence[str], continues: bool, parse_special: bool) -> list[list[int]]:
         fast = self._continuing if continues else self._fast
-        with _ONE_CALL:
+        with _turn:
             fast.encode_special_tokens = not parse_special  # else the library reads </s> in text as control
             encodings = fast.encode_batch_fast(list(texts), add_special_tokens=False)
         return [found.ids for found in encodings]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Any]:
         """The library's Encodings, control tokens read; they tell which token holds a character."""
-        with _ONE_CALL:
+        with _turn:
             self._fast.encode_special_tokens = False
             return list(self._fast.encode_batch(list(texts), add_special_tokens=False))
 

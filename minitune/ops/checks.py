@@ -43,8 +43,9 @@ def run(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.devi
         for what, value in results.items():
             yield _compare(op, what, made.backend(op), value, plain[what], truth[what])
     yield _nf4(config, dtype, device)
-    wrong, n_codes = update.codes_8bit()
-    yield Check("adamw", f"8-bit codes that differ, of {n_codes:,}", made.backend("adamw"), wrong, 0, not wrong)
+    wrong, n, error, ulp = update.moments_8bit()
+    yield Check("adamw", f"8-bit moments that differ, of {n:,}", made.backend("adamw"), wrong, 0, not wrong)
+    yield Check("adamw", "param, moments in 8 bits", made.backend("adamw"), error, ulp, error <= ulp)
 
 
 def _results(function: Function, operands: dict[str, Tensor], kind: str) -> Results:

@@ -91,18 +91,21 @@ class Update(NamedTuple):
 
         return function, {name: self.random(self._n()) for name in ("param", "grad", "momentum")}
 
-    def codes_8bit(self) -> tuple[int, int]:
-        """(how many codes of AdamW's moments in 8 bits differ from the reference's after a step, of how many)."""
+    def moments_8bit(self) -> tuple[int, int, float, float]:
+        """After a step of AdamW with moments in 8 bits: (how many of their codes and absmax differ from the
+        reference's, of how many; the largest difference of a parameter, and an ulp of the largest one)."""
         param, grad, first, second = (self.random(self._n()) for _ in range(4))
-        found = []
+        found, moved = [], []
         for take in (adamw.adamw_8bit_, adamw.adamw_8bit_reference_):
             moments = [moments8.zeros(self._n(), signed, self.device) for signed in (True, False)]
             for moment, values in zip(moments, (first, second.square()), strict=True):
                 moments8.encode_(moment, values)
-            take(param.clone(), grad.clone(), *moments, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=DECAY,
+            moved.append(param.clone())
+            take(moved[-1], grad.clone(), *moments, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=DECAY,
                  step=STEP, grad_scale=self._scale())
-            found.append(torch.cat([moment.codes for moment in moments]))
-        return int((found[0] != found[1]).sum()), found[0].numel()
+            found.append(torch.cat([each.float() for moment in moments for each in (moment.codes, moment.absmax)]))
+        ulp = torch.finfo(param.dtype).eps * float(moved[1].abs().max())
+        return int((found[0] != found[1]).sum()), found[0].numel(), float((moved[0] - moved[1]).abs().max()), ulp
 
     def _n(self) -> int:
         """No multiple of a block or a vector."""

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-try:
-    import fcntl
-except ImportError:         # Windows
-    fcntl = None            # type: ignore[assignment]
 
 from minitune.checkpoint.files import json_bytes, read_json_object, staged
 from minitune.config import short
@@ -26,8 +20,8 @@ from minitune.training import checkpoint
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo
 from minitune.training.schedule import min_lr_ratio_of, warmup_of
 
-FILES = ("config.json", "environment.json", "ledger.json", "metrics.jsonl", "answers.jsonl", "loss.png", "train.toml")
-"""What a run writes before it has trained anything."""
+FILES = ("config.json", "environment.json", "ledger.json", "metrics.jsonl", "answers.jsonl")
+"""What the observers of `run_folder` write before anything is trained."""
 
 
 def check_free(folder: Path) -> None:
@@ -37,30 +31,6 @@ def check_free(folder: Path) -> None:
                          "resume=True), name another folder, or remove it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already; name another folder, or remove it")
-
-
-def check_alone(folder: Path) -> None:
-    """InputError where another process trains the run in `folder`."""
-    held = _hold(folder)
-    if held is not None:
-        os.close(held)
-
-
-def _hold(folder: Path) -> int | None:
-    """Locks a folder until the descriptor that it returns is closed, or the process ends; None where the system has no
-    such locks. InputError where another process has it locked."""
-    if fcntl is None:
-        return None
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return held
-    except BlockingIOError:
-        os.close(held)
-        raise InputError(f"{folder}: another process trains this run; wait for it, or end it") from None
-    except OSError:         # a file system without locks
-        os.close(held)
-        return None
 
 
 def check_no_run(folder: Path) -> None:
@@ -106,7 +76,7 @@ class RunFolder(Observer):
     `save` writes what is trained into a folder, and `sound` tells whether all of it is finite. A run that Ctrl-C or an
     error stopped keeps what its last step made, if that is sound; one that diverged what its last checkpoint held, if
     there is one; one that ended before its first step leaves nothing. The checkpoint of a run that came to its end is
-    removed. Each file takes its name when it is whole. No other process can go on with the run meanwhile.
+    removed. Each file takes its name when it is whole.
     """
 
     def __init__(self, folder: str | Path, save: Callable[[Path], None], sound: Callable[[], bool], what: str,
@@ -115,14 +85,14 @@ class RunFolder(Observer):
         self._ledger: dict[str, Any] | None = None
         self._lowest = math.inf
         self._best: Path | None = None
-        self._held: int | None = None
-        self._made, self._begun = not self.folder.exists(), False
+        self._begun = False
 
     def on_ledger(self, ledgers: Mapping[str, Any]) -> None:
         self._ledger = {name: ledger.as_dict() for name, ledger in ledgers.items()}
 
     def on_start(self, info: RunInfo) -> None:
         check_free(self.folder)
+        self._begun = True
         training = {**asdict(info.training), "warmup": warmup_of(info.training),
                     "min_lr_ratio": min_lr_ratio_of(info.training)}
         config = {**self.config, "training": training, "total_steps": info.total_steps,
@@ -133,11 +103,9 @@ class RunFolder(Observer):
             staging.write("environment.json", json_bytes(plain(machine)))
             if self._ledger is not None:
                 staging.write("ledger.json", json_bytes(plain(self._ledger)))
-        self._begun, self._held = True, _hold(self.folder)
 
     def on_resume(self, run: Run) -> None:
         """What stands in the folder stays; the best so far is known again."""
-        self._held = _hold(self.folder)
         if run.best is not None and run.best.loss is not None:
             self._lowest, best = run.best.loss, self.folder / f"{self.what}-best"
             self._best = best if best.is_dir() else None
@@ -148,18 +116,10 @@ class RunFolder(Observer):
             self.save(self._best)
 
     def on_end(self, run: Run) -> None:
-        try:
-            self._end(run)
-        finally:
-            if self._held is not None:
-                os.close(self._held)
-                self._held = None
-
-    def _end(self, run: Run) -> None:
         run.best_adapter = self._best
         if not run.records:
-            if self._begun:
-                self._remove()
+            for name in FILES if self._begun else ():
+                (self.folder / name).unlink(missing_ok=True)
             return
         if run.end == "diverged" and run.restored is None:
             return
@@ -171,18 +131,6 @@ class RunFolder(Observer):
         run.adapter = self.folder / self.what
         if run.end in ("finished", "out of data"):
             checkpoint.remove(self.folder / checkpoint.FOLDER)
-
-
-    def _remove(self) -> None:
-        """A run that ended before its first step leaves its folder as it was found, but for what others put there."""
-        for name in (*FILES, "tensorboard"):
-            path = self.folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        if self._made and self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
 
 
 def plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,15 @@ class TensorBoard(Observer):
         self._writer.flush()
 
     def on_end(self, run: Run) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        """A run that ended before its first step leaves no files."""
+        if self._writer is None:
+            return
+        self._writer.close()
+        if not run.records:
+            for path in self.folder.glob("events.out.tfevents.*"):
+                path.unlink()
+            with contextlib.suppress(OSError):      # it holds something else
+                self.folder.rmdir()
 
     def _scalar(self, name: str, value: float | None, step: int) -> None:
         if value is not None and math.isfinite(value):

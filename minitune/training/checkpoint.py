@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from minitune.checkpoint.fields import integer
 from minitune.checkpoint.files import json_bytes, open_regular, parse_json, show, staged
-from minitune.checkpoint.reader import Checkpoint
+from minitune.checkpoint.reader import SPOILT, Checkpoint
+from minitune.checkpoint.safetensors_header import AGAIN
 from minitune.checkpoint.writer import write_safetensors
 from minitune.errors import InputError
 from minitune.training.optimizers import FlatOptimizer
@@ -115,9 +115,8 @@ class Saved:
         """
         try:
             return self._restore(model, optimizer, run)
-        except InputError as error:     # the reader's advice is for files that can be had again
-            said = re.sub(r"[;:] fetch (it|the file) again.*", "", str(error))
-            raise InputError(said if said.endswith(_ANEW) else f"{said}; {_ANEW}") from None
+        except InputError as error:     # the reader's advice on a damaged file is for one that can be had again
+            raise InputError(str(error).replace(AGAIN, _ANEW).replace(SPOILT, _ANEW)) from None
 
     def _restore(self, model: torch.nn.Module, optimizer: FlatOptimizer, run: Run) -> Position:
         with Checkpoint.open_file(self.tensors) as source:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import warnings
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import minitune as mt
+from minitune.report.claim import claimed
 from minitune.training.run import Observer
 from tests.files import records, write_numbers
 
@@ -231,3 +234,61 @@ def test_another_base_is_told_by_its_weights_and_the_same_may_lie_elsewhere(tiny
     with pytest.raises(mt.InputError, match="otherwise than it was begun: the base is not what it was; give"):
         mt.train(other, data, resume=True, **settings)
     assert mt.train(model(shutil.copytree(tiny, tmp_path / "moved")), data, resume=True, **settings).end == "finished"
+
+
+def test_one_that_comes_too_late_changes_nothing(tiny, data, tmp_path):
+    """Two resume the same run: what the second one finds is held by the first, and stays as it is."""
+    out = tmp_path / "run"
+    train(tiny, data, out, stop=3)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with claimed(out), pytest.raises(mt.InputError, match="another process trains this run"):
+        train(tiny, data, out, resume=True)
+    new = tmp_path / "new"
+    with claimed(new), pytest.raises(mt.InputError, match="another process trains this run"):
+        train(tiny, data, new)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} and not new.exists()
+
+
+def test_a_start_that_fails_half_way_can_be_tried_again(tiny, data, tmp_path, monkeypatch):
+    from minitune.checkpoint import files
+
+    replace, done = os.replace, []
+
+    def full(*names):
+        done.append(names)
+        if len(done) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(names[1]))
+        replace(*names)
+
+    class Others(Observer):
+        """An observer of the user's, with files of its own."""
+
+        def on_start(self, info):
+            (tmp_path / "mine" / "tensorboard").mkdir()
+            (tmp_path / "mine" / "tensorboard" / "a.txt").write_text("mine")
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(mt.InputError, match="No space left"):
+        patched.setattr(files.os, "replace", full)
+        train(tiny, data, tmp_path / "p" / "q")
+    assert len(done) == 2 and not (tmp_path / "p").exists()
+    with pytest.raises(KeyboardInterrupt):
+        mt.train(model(tiny), data, out=tmp_path / "mine", tokens=64, observers=[Others()], quiet=True)
+    assert [path.name for path in (tmp_path / "mine").rglob("*")] == ["tensorboard", "a.txt"]
+    assert train(tiny, data, tmp_path / "p" / "q").end == "finished"
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(tiny, data, tmp_path, monkeypatch):
+    train(tiny, data, tmp_path / "run", stop=3)
+    (tmp_path / "run" / "checkpoint" / "step-3.safetensors").chmod(0)
+    opened = os.open
+
+    def denied(path, *how, **more):
+        if str(path).endswith(".safetensors") and "checkpoint" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(os, "open", denied)         # root may read all
+    with pytest.raises(mt.InputError, match="Permission denied") as refused:
+        train(tiny, data, tmp_path / "run", resume=True)
+    assert "damaged" not in str(refused.value)

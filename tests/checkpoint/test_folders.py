@@ -91,7 +91,7 @@ def test_a_name_is_no_folder_and_nothing_is_downloaded(name: str, tmp_path: Path
 def test_a_mistyped_folder_is_answered_with_the_one_that_lies_there(tmp_path: Path) -> None:
     (tmp_path / "my-llama").mkdir()
     for read in (read_config, read_adapter):
-        with pytest.raises(InputError, match=f"there is no such folder; did you mean {tmp_path / 'my-llama'}\\?; "):
+        with pytest.raises(InputError, match=rf"there is no such folder \(did you mean {tmp_path / 'my-llama'}\?\); "):
             read(tmp_path / "my-lama")
 
 

@@ -75,7 +75,7 @@ def test_files_without_samples(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="holds no samples"):
             list(read_jsonl(path))
     (tmp_path / "samples.jsonl").write_text('{"text": "a"}')
-    with pytest.raises(InputError, match=r"smaples\.jsonl: no such file; did you mean .*samples\.jsonl\?; give"):
+    with pytest.raises(InputError, match=r"smaples\.jsonl: no such file \(did you mean .*samples\.jsonl\?\); give"):
         list(read_jsonl(tmp_path / "smaples.jsonl"))
     with pytest.raises(InputError, match="no such file"):
         list(read_jsonl(tmp_path / "b.jsonl"))

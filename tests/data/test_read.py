@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,37 @@ def test_threads_keep_the_order_of_the_file(path: Path, tokenizer: Tokenizer, mo
     path.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(InputError, match=r"a\.jsonl:4: "):
         read_corpus(path, tokenizer)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_the_first_fault_is_the_first_in_the_file(tmp_path: Path, byte_level: Callable[..., Path], size: int,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that the tokenizer finds and one that the reader finds, in either order."""
+    monkeypatch.setattr("minitune.data.encode.CHUNK_SAMPLES", size)
+    tokenizer = load_tokenizer(byte_level())
+    lines = ['{"text": "a"}'] * 9
+    empty, unknown = '{"prompt": "a", "completion": "b", "tools": [1]}', '{"text": "a", "wieght": 2}'
+    for first, second in ((empty, unknown), (unknown, empty)):
+        (tmp_path / "b.jsonl").write_text("\n".join([*lines[:2], first, *lines[:3], second, *lines]), encoding="utf-8")
+        with pytest.raises(InputError, match=r"b\.jsonl:3: "):
+            read_corpus(tmp_path / "b.jsonl", tokenizer)
+
+
+def test_files_read_side_by_side_leave_the_interpreter_as_it_was(path: Path, tokenizer: Tokenizer) -> None:
+    before, entered, leave = (gc.isenabled(), sys.getswitchinterval()), threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        entered.set()
+        leave.wait(10)
+
+    other = threading.Thread(target=read_corpus, args=(path, tokenizer), kwargs={"progress": wait})
+    other.start()
+    entered.wait(10)
+    read_corpus(path, tokenizer)
+    assert not gc.isenabled()
+    leave.set()
+    other.join()
+    assert before == (gc.isenabled(), sys.getswitchinterval())
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from minitune.data import tokenizer_backends
 from minitune.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from minitune.errors import InputError
 
@@ -259,6 +261,17 @@ def test_threads_may_share_a_tokenizer(byte_level: Make) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(encode, range(200)))
+
+
+def test_a_fork_in_the_middle_of_encoding(byte_level: Make) -> None:
+    tokenizer = load_tokenizer(byte_level())
+    with tokenizer_backends._turn:      # as another thread holds it, which the child has not
+        child = multiprocessing.get_context("fork").Process(target=tokenizer.encode, args=("the dog",))
+        child.start()
+        child.join(20)
+        ended = child.exitcode
+        child.kill()
+    assert ended == 0
 
 
 def test_a_tokenizer_can_be_copied(small_spm: Path, byte_level: Make) -> None:

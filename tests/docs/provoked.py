@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import minitune as mt
-from minitune.report import folder
+from minitune.report.claim import claimed
 from tests.docs.blocks import minitune
 
 ROWS: dict[str, str] = {
@@ -172,7 +172,6 @@ def prepare() -> None:
     _stopped("stopped")
     shutil.copytree("stopped", "torn-run")
     shutil.copytree("stopped", "held-run")
-    assert folder._hold(Path("held-run")) is not None       # as another process does, until this one ends
     tensors = Path("torn-run/checkpoint/step-1.safetensors")
     tensors.write_bytes(tensors.read_bytes()[:-8])
     mt.train(mt.load("my-llama", lora=mt.LoRA(rank=2)), "good.jsonl", max_steps=1, out="ended", ask=())
@@ -193,7 +192,8 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
     """(what was done, the message that it ended with) of each recipe, in the folder that `prepare` filled.
     AssertionError where it ended otherwise."""
     for line in COMMANDS:
-        ran = minitune(monkeypatch, line.split())
+        with claimed(Path("held-run")):     # as another process does
+            ran = minitune(monkeypatch, line.split())
         _, begun, message = f"\n{ran.err}".partition("\nminitune: ")
         assert ran.code == 2 and begun, f"minitune {line}: exit code {ran.code}\n{ran.out}{ran.err}"
         yield f"minitune {line}", message

@@ -167,7 +167,7 @@ def test_the_whole_way_is_the_references(isa, double_quant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("blocksize", [32, 64, 4096])
-@pytest.mark.parametrize("shape", [(7, 64), (5, 100), (3, 37), (300, 256), (2, 20_480)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 64), (5, 100), (3, 37), (300, 256), (2, 20_480), (3, 4480)], ids=str)
 def test_a_product_is_that_of_the_decoded_weight(shape, blocksize, nested, dtype, isa):
     weight, x = _weight(shape, blocksize, nested), torch.randn(shape[1]).to(dtype)
     y, decoded = torch.full((shape[0],), float("nan"), dtype=dtype), weight.dequantize(dtype)

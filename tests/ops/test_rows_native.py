@@ -142,7 +142,7 @@ def test_softmax(dtype, window):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(7, 1000), (5, 31), (300, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 1000), (5, 31), (300, 64), (3, 2048), (3, 2080), (3, 3001), (2, 5007)], ids=str)
 def test_product(shape, dtype):
     weight, x = torch.randn(shape[0], shape[1] + 3).to(dtype)[:, : shape[1]], torch.randn(shape[1]).to(dtype)
     y = torch.full((shape[0],), float("nan"), dtype=dtype)

@@ -44,3 +44,33 @@ def test_a_program_keeps_its_own_handler_of_sigterm():
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM]
+
+
+def test_every_signal_that_was_held_is_heard():
+    heard, before = [], signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt), unbroken():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+                signal.raise_signal(number)
+        assert heard == [signal.SIGTERM] * 2 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_while_handlers_are_put_back_leaves_none_of_ours(monkeypatch):
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    put = signal.signal
+
+    def interrupted(number, handler):
+        found = put(number, handler)
+        if handler is usual[signal.SIGINT]:
+            raise KeyboardInterrupt
+        return found
+
+    with terminable():
+        own = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt), unbroken():
+            monkeypatch.setattr(signal, "signal", interrupted)
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGTERM) is own
+    assert {number: signal.getsignal(number) for number in usual} == usual

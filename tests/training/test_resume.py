@@ -10,7 +10,7 @@ import torch
 
 from minitune.config import Training
 from minitune.training import checkpoint, loop, runner
-from minitune.training.checkpoint import Saved, read
+from minitune.training.checkpoint import Checkpoints, Saved, read
 from minitune.training.loop import TrainingDiverged, fit
 from minitune.training.run import Observer
 from tests.training.stopping import Epochs, Stop, checkpoints, data, dropped, seen, train
@@ -270,3 +270,27 @@ def test_observers_hear_that_a_run_goes_on(fakes, tmp_path):
     assert [each.heard for each in observers] == [(5,), (5,), (3, [0, 1, 2])]
     checkpoint.remove(tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "end"])
+def test_a_second_ctrl_c_waits_until_all_is_saved(fakes, tmp_path, monkeypatch, where):
+    done = []
+
+    class Ends(Stop):
+        def on_end(self, run):
+            if where == "end":
+                signal.raise_signal(signal.SIGINT)
+            done.append(run.checkpoint)
+
+    write = Checkpoints.write
+
+    def interrupted(self, *args):
+        if where == "checkpoint":
+            signal.raise_signal(signal.SIGINT)
+        write(self, *args)
+
+    monkeypatch.setattr(Checkpoints, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(fakes, fakes.TinyModel(), data(fakes), Training(epochs=2, lr=0.05), observers=[Ends(3)],
+              checkpoints=checkpoints(tmp_path))
+    assert done == [3] and read(tmp_path / "checkpoint").step == 3

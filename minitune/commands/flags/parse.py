@@ -18,7 +18,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes
 
 from minitune.commands import COMMANDS
-from minitune.commands.flags.config_file import read_defaults
+from minitune.commands.flags.config_file import LARGEST, read_defaults
 from minitune.commands.flags.declared import choices, describe, options, positionals, settings
 from minitune.commands.flags.help import own, shown, word
 from minitune.commands.flags.settings_file import SETTINGS
@@ -100,10 +100,11 @@ def _colours() -> Iterator[None]:
 def _file_of(command: type[Any], args: Sequence[str]) -> Path | None:
     """The file that --config names; without it, under --resume, the settings that the run's folder keeps."""
     named = _value_of(args, "--config")
-    if named is not None or "--resume" not in itertools.takewhile(lambda arg: arg != "--", args):
+    flags = [arg for arg in itertools.takewhile(lambda arg: arg != "--", args) if arg in ("--resume", "--no-resume")]
+    if named is not None or flags[-1:] != ["--resume"]:
         return None if named is None else Path(named)
     kept = Path(_value_of(args, "--out") or command.out) / SETTINGS
-    return kept if kept.is_file() else None
+    return kept if kept.is_file() and kept.stat().st_size <= LARGEST else None
 
 
 def _value_of(args: Sequence[str], flag: str) -> str | None:

@@ -21,9 +21,9 @@ from minitune.commands.flags.groups import Reading
 from minitune.commands.flags.parse import load_command, parse
 from minitune.commands.merge import Merge
 from minitune.commands.train import Train
-from minitune.config import Data, LoRA, Training
+from minitune.config import Data, LoRA, Quant, Training
 from minitune.errors import InputError
-from minitune.names import ELSEWHERE, nearest
+from minitune.names import COMMANDS_ELSEWHERE, ELSEWHERE, QUANTS_ELSEWHERE, nearest
 
 NAMES = list(COMMANDS)
 WRONG = {
@@ -181,6 +181,9 @@ def test_every_file_of_a_command_is_in_the_list():
 def test_what_others_call_it_is_a_name_here():
     names = {path[-1] for name in NAMES for path in settings(load_command(name))}
     assert set(ELSEWHERE.values()) <= names and not set(ELSEWHERE) & names
+    quants = {each.replace("-", "_") for each in get_args(Quant)}
+    assert set(QUANTS_ELSEWHERE.values()) <= quants and not set(QUANTS_ELSEWHERE) & quants
+    assert set(COMMANDS_ELSEWHERE.values()) <= set(COMMANDS) and not set(COMMANDS_ELSEWHERE) & set(COMMANDS)
     assert nearest("Learning-Rate", ["lr", "rank"]) == "lr" and nearest("lora_r", ["rank"]) == "rank"
     assert nearest("rnak", ["lr", "rank"]) == "rank" and nearest("zzzz", ["lr", "rank"]) is None
 
