@@ -73,7 +73,7 @@ def generate(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: i
     """
     new: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(new)
-    with contextlib.closing(steps(network, prompts, max_new_tokens, choose)) as found:
+    with network.turn, contextlib.closing(steps(network, prompts, max_new_tokens, choose)) as found:
         for tokens in found:
             for row, token in enumerate(tokens):
                 if not done[row]:
@@ -90,6 +90,7 @@ def steps(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int,
 
     Nothing is computed before a step is asked for. InputError, at once, for an empty prompt or an id outside the
     vocabulary. Between two steps the model must not be trained; whether its adapters are on counts as it is now.
+    Threads may share the network: a step is done in one turn (`generate` does all of them in one).
     """
     _check(network, prompts, max_new_tokens)
     return _steps(network, prompts, max_new_tokens, choose, network.output.enabled)
@@ -103,20 +104,20 @@ def _steps(network: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int
     longest = max(map(len, prompts))
     cache = Cache(network, len(prompts), longest + min(ROOM, max_new_tokens), longest + max_new_tokens)
     network.check_length(longest)
-    with network.adapters_switched(adapted):
+    with network.turn, network.adapters_switched(adapted):
         hidden = prefill(network, prompts, cache)
     size = sum(math.prod(shape) for _, shape, _, _ in network.dense_weights()) * network.dtype.itemsize
     prepare = (max_new_tokens >= WORTH_PREPARING and network.device.type == "cpu"
                and 2 * size < free_bytes(network.device))
     with network.weights_at_hand(len(prompts)) if prepare else contextlib.nullcontext():
-        with network.adapters_switched(adapted):
+        with network.turn, network.adapters_switched(adapted):
             row = one_row_of(network) if len(prompts) == 1 and one_row.fits(network.dtype, network.device) else None
             tokens: list[int] = choose(network.logits(hidden)).tolist()
         yield tokens
         for step in range(max_new_tokens - 1):
             if longest + step == network.config.max_positions:     # the first token behind the last place it knows
                 network.check_length(longest + step + 1)
-            with network.adapters_switched(adapted):
+            with network.turn, network.adapters_switched(adapted):
                 tokens = choose(network.logits(decode(network, tokens, cache, row))).tolist()
             yield tokens
 

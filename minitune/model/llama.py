@@ -23,6 +23,7 @@ from minitune.model.memory import choose_policy
 from minitune.model.mlp_half import MlpHalf
 from minitune.model.offload import Parking
 from minitune.model.token_rows import TokenRows
+from minitune.model.turn import Turn
 from minitune.ops import few_rows, huge_pages, rope
 from minitune.ops.documents import Documents
 from minitune.ops.lora_images import Images
@@ -71,20 +72,22 @@ class Llama(nn.Module):
         self.dtype = dtype
         self._policies: dict[int, MemoryPolicy] = {}
         self._images, self._parking = Images(), Parking()
+        self.turn, self._at_hand = Turn(), 0
         huge_pages.ask(self.parameters())
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, tokens: Tensor, positions: Tensor, documents: Documents) -> Tensor:
         """tokens and positions int64 [T] on the network's device -> hidden [T, d_model] after the final norm."""
-        self.refresh_images()
-        cos, sin = rope.tables(self.config, positions, documents)
-        policy = self._policy(len(tokens))
-        context = half.Context(cos, sin, documents, policy, self._parking if policy == "offload" else None)
-        x, branch = self.embed(tokens), None
-        for layer in self.layers:
-            x, branch = layer(x, branch, context)
-        return rms_norm(x, self.norm, self.config.norm_eps, branch)
+        with self.turn:
+            self.refresh_images()
+            cos, sin = rope.tables(self.config, positions, documents)
+            policy = self._policy(len(tokens))
+            context = half.Context(cos, sin, documents, policy, self._parking if policy == "offload" else None)
+            x, branch = self.embed(tokens), None
+            for layer in self.layers:
+                x, branch = layer(x, branch, context)
+            return rms_norm(x, self.norm, self.config.norm_eps, branch)
 
     def check_length(self, length: int) -> None:
         """Warn, once for each place in the code, of documents longer than the model was made for."""
@@ -109,26 +112,35 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, d_model] -> fp32 [n, vocab_size]."""
-        return self.output.logits(hidden, self.head_weight)
+        with self.turn:
+            return self.output.logits(hidden, self.head_weight)
 
     @contextlib.contextmanager
     def weights_at_hand(self, rows: int) -> Iterator[None]:
         """Within it a CPU finds the weights as products with `rows` rows like them, beside where they lie: packed for
-        a few rows; for one row as they are, where they lie in NF4 decoded once if the extension is not there."""
+        a few rows; for one row as they are, where they lie in NF4 decoded once if the extension is not there. One who
+        comes while another one is within it takes them as that one has them."""
         projections = self.projections()
         try:
-            for projection in projections:
-                projection.prepare(rows, self.dtype)
-            self.output.packed = few_rows.pack(self.head_weight.to(self.dtype)) if rows > 1 else None
+            with self.turn:
+                self._at_hand += 1
+                if self._at_hand == 1:
+                    for projection in projections:
+                        projection.prepare(rows, self.dtype)
+                    self.output.packed = few_rows.pack(self.head_weight.to(self.dtype)) if rows > 1 else None
             yield
         finally:
-            for projection in projections:
-                projection.packed = projection.decoded = None
-            self.output.packed = None
+            with self.turn:
+                self._at_hand -= 1
+                if not self._at_hand:
+                    for projection in projections:
+                        projection.packed = projection.decoded = None
+                    self.output.packed = None
 
     def token_losses(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]; logits are never whole."""
-        return self.output.losses(hidden, self.head_weight, labels, label_smoothing)
+        with self.turn:
+            return self.output.losses(hidden, self.head_weight, labels, label_smoothing)
 
     @property
     def device(self) -> torch.device:
