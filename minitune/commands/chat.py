@@ -26,13 +26,15 @@ HELP = """\
 /help             this list
 /exit             end, as Ctrl-D does; Ctrl-C stops an answer"""
 
+COMMANDS = ("/reset", "/system", "/adapter", "/help", "/exit", "/quit")
+
 
 @dataclass(frozen=True)
 class Chat:
     """Talk with a model through its chat template. Commands within: /reset, /system, /adapter on|off, /help, /exit.
 
-    Ctrl-C stops an answer, Ctrl-D ends. From a pipe each line that is not blank is a user's message; the answers alone
-    go to stdout."""
+    Ctrl-C stops an answer, Ctrl-D ends. From a pipe each line that is not blank, and no such command, is a user's
+    message; the answers alone go to stdout."""
 
     base: Positional[Path]
     """Hugging Face folder."""
@@ -40,6 +42,8 @@ class Chat:
     """PEFT adapter folder."""
     system: str | None = None
     """System message, before the first turn."""
+    tools: Path | None = None
+    """JSON file with the tools that the model may call: a list, as a sample's field "tools" has it."""
     max_new_tokens: int = 512
     """Longest answer, in tokens."""
     device: str | None = None
@@ -54,7 +58,18 @@ class Chat:
         from minitune.api import load
 
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
-        Conversation(model, self.system, self.max_new_tokens, asdict(self.sampling)).run()
+        sampling = asdict(self.sampling) | ({"tools": self._tools()} if self.tools else {})
+        Conversation(model, self.system, self.max_new_tokens, sampling).run()
+
+    def _tools(self) -> list[Any]:
+        from minitune.checkpoint.files import open_regular, parse_json
+
+        assert self.tools is not None
+        with open_regular(self.tools) as file:
+            found = parse_json(file.readall(), str(self.tools))
+        if not isinstance(found, list) or not found or not all(isinstance(each, dict) for each in found):
+            raise InputError(f"{self.tools}: must hold a list of tools, JSON objects, as a sample's field tools does")
+        return found
 
 
 class Conversation:
@@ -77,7 +92,7 @@ class Conversation:
             self.note(f"{self.model.path}: type a message; /help lists the commands, Ctrl-D ends")
         for line in self.lines():
             try:
-                if line.startswith("/"):
+                if line.startswith("/") and (self.interactive or line.split()[0] in COMMANDS):
                     if self.command(*line.split(maxsplit=1)):
                         return
                 else:

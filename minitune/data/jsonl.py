@@ -59,6 +59,8 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         text = line.decode("utf-8").rstrip(" \t\r\n")      # else a fault at the end would be in column 1 of a next line
     except UnicodeDecodeError as error:
+        if line.startswith(b"\x1f\x8b"):
+            raise InputError(f"{where}: is packed by gzip, whatever its name says; unpack it first") from error
         raise InputError(f"{where}: not UTF-8 (byte {line[error.start]:#04x} at byte {error.start + 1} of the line); "
                          "save the file as UTF-8") from error
     start = len(text) - len(text.lstrip(" \t\r\n"))
@@ -135,6 +137,13 @@ def _number(digits: str) -> float:
     return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_number)
+def _whole(digits: str) -> int:
+    if len(digits) > 1000:      # Python refuses some thousands, in words of its own
+        raise ValueError(f"the number {digits[:40]} is too large; write a smaller one")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_number,
+                            parse_int=_whole)
 
 __all__ = ["MAX_LINE", "decode_value", "json_name", "open_data", "read_jsonl"]

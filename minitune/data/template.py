@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minitune.config import short
+from minitune.data.jsonl import decode_value
 from minitune.data.template_process import PROCESS
 from minitune.errors import InputError
 
@@ -22,6 +24,10 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
 MAX_SPELLED = 1000
 """Different control strings that one conversation may spell: there are marks for so many."""
+_ARGUMENTS = '{"k": "v"}'
+_PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [
+    {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": _ARGUMENTS}}]}]
+"""A call as OpenAI's files have it: its arguments are JSON text."""
 _CHUNK = 128
 """Conversations that the renderer is given at once; meanwhile those before them are tokenised."""
 
@@ -117,6 +123,9 @@ class ChatTemplate:
         trained = [i for i, message in enumerate(messages)
                    if mask and message["role"] == "assistant" and message.get("weight") != 0]
         given = Rendered([_plain(message) for message in messages], list(tools) if tools else None, where, trained)
+        if any(isinstance(arguments, str) for message in given.messages for arguments in _arguments(message)) \
+                and self.quotes_arguments:
+            given.messages = [_with_objects(message) for message in given.messages]
         try:
             written = json.dumps([given.messages, given.tools], ensure_ascii=False)
             written.encode()
@@ -132,6 +141,15 @@ class ChatTemplate:
                                  f"{MAX_SPELLED:,} can be told from the chat template's own; split the conversation")
             given.spelled = {mark: spelling for spelling, mark in given.spelled.items()}
         return given
+
+    @functools.cached_property
+    def quotes_arguments(self) -> bool:
+        """Whether it writes a call's arguments as JSON, and so quotes those that are JSON text already, as they are in
+        OpenAI's files; then it is given the objects that these texts hold."""
+        request = {"messages": _PROBE, "tools": None, "prompt": False, "cuts": [], "seen": []}
+        (answer,) = PROCESS.render(self.source, self.variables, [json.dumps(request).encode()])
+        text = answer.get("text", "")
+        return _ARGUMENTS not in text and json.dumps(_ARGUMENTS) in text
 
     def _hide(self, value: Any, given: Rendered) -> Any:
         """`value` with each control string replaced by a lone surrogate of its own (``given.spelled`` collects them).
@@ -160,6 +178,31 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
         plain["content"] = "".join(part["text"] for part in plain["content"])
     reasoning = next((plain[name] for name in REASONING if name in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _arguments(message: Mapping[str, Any]) -> list[Any]:
+    """The arguments of a message's calls."""
+    calls = message.get("tool_calls") or ()
+    functions = [call.get("function", call) for call in calls if isinstance(call, Mapping)]
+    return [each["arguments"] for each in functions if isinstance(each, Mapping) and "arguments" in each]
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have objects as arguments, where these are the JSON text of one."""
+    if not any(isinstance(arguments, str) for arguments in _arguments(message)):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        arguments = function.get("arguments")
+        try:
+            value, end = decode_value(arguments, 0, "") if isinstance(arguments, str) else (None, 0)
+        except (InputError, json.JSONDecodeError):
+            value, end = None, 0
+        if isinstance(value, dict) and not arguments[end:].strip():
+            function = function | {"arguments": value}
+        calls.append(call | {"function": function} if "function" in call else function)
+    return message | {"tool_calls": calls}
 
 
 __all__ = ["REASONING", "ChatTemplate", "Conversation", "Rendered"]

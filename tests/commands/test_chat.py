@@ -1,9 +1,11 @@
 """minitune chat: lines from a pipe, a terminal with its keys, and the commands within."""
 
 import io
+import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,19 +75,38 @@ def test_commands_within(monkeypatch, capsys, tiny, adapter):
     assert "(adapter off)" in err and "/adapter on|off" in err and "(a new conversation)" in err
 
 
-@pytest.mark.parametrize(("line", "words"), [("/rest", "/rest is no command"), ("/adapter", "/adapter is no command"),
+@pytest.mark.parametrize(("line", "words"), [("/adapter", "/adapter is no command"),
                                              ("/adapter maybe", "/adapter maybe is no command"),
-                                             ("/adapter off", "no adapter is loaded"), ("/ hi", "is no command")])
+                                             ("/adapter off", "no adapter is loaded")])
 def test_a_wrong_command_ends_a_pipe_with_an_error(monkeypatch, capsys, tiny, line, words):
     with pytest.raises(mt.InputError, match=words):
         _talk(monkeypatch, capsys, tiny, f"{line}\nHi\n")
     assert capsys.readouterr().out == ""
 
 
-def test_a_message_may_begin_with_a_slash_behind_a_blank(monkeypatch, capsys, tiny):
-    out, _ = _talk(monkeypatch, capsys, tiny, " /rest\n")
+@pytest.mark.parametrize("line", [" /reset", "/etc/hosts, what is it?", "/ hi"])
+def test_a_message_may_begin_with_a_slash(monkeypatch, capsys, tiny, line):
+    out, _ = _talk(monkeypatch, capsys, tiny, f"{line}\n")
     model = mt.load(tiny, device="cpu", dtype="float32")
-    assert out == model.chat([{"role": "user", "content": " /rest"}], 8) + "\n"
+    assert out == model.chat([{"role": "user", "content": line}], 8) + "\n"
+
+
+def test_tools_are_those_of_a_file(monkeypatch, capsys, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    template = "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    out, _ = _talk(monkeypatch, capsys, folder, "Hi\n", tools=tmp_path / "tools.json",
+                   sampling=Sampling(temperature=0.9, seed=3))
+    model = mt.load(folder, device="cpu", dtype="float32")
+    with_tools, without = (model.chat([{"role": "user", "content": "Hi"}], 8, temperature=0.9, seed=3, tools=each)
+                           for each in (tools, None))
+    assert out == with_tools + "\n" and with_tools != without
+    for wrong in ("{}", "[]", "[1]"):
+        (tmp_path / "tools.json").write_text(wrong)
+        with pytest.raises(mt.InputError, match=r"tools\.json: must hold a list of tools"):
+            _talk(monkeypatch, capsys, folder, "Hi\n", tools=tmp_path / "tools.json")
 
 
 def test_without_a_tokenizer_it_does_not_begin(monkeypatch, capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tracemalloc
 from pathlib import Path
@@ -33,7 +34,7 @@ BAD = {
     b'{"text": NaN}': "NaN is no JSON number",
     b'{"text": -Infinity}': "-Infinity is no JSON number",
     b'{"text": 1e999}': "too large",
-    b'{"text": ' + b"1" * 6000 + b"}": "digits",
+    b'{"text": ' + b"1" * 6000 + b"}": "the number 1+ is too large",
     b'{"text": "a", "text": "b"}': "'text' is given twice",
     b'{"m": {"r": 1, "r": 2}}': "'r' is given twice",
     b'{"text": "\\ud83d"}': "lone surrogate",
@@ -116,3 +117,12 @@ def test_any_damage_gives_samples_or_one_error(tmp_path: Path, data: st.DataObje
             assert isinstance(found, dict) and where.startswith(f"{path}:")
     except InputError as error:
         assert str(error).startswith(f"{path}:")
+
+
+def test_faults_that_need_words_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for content, words in ((gzip.compress(b'{"text": "a"}'), "is packed by gzip, whatever its name says; unpack it"),
+                           (b'{"text": "a", "weight": ' + b"1" * 5001 + b"}", "the number 1+ is too large")):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"a\.jsonl:1: {words}"):
+            list(read_jsonl(path))

@@ -54,6 +54,24 @@ def test_time_and_memory_grow_with_a_long_conversation() -> None:
     assert len(render("{% for m in messages %}{{ m.content }}{% endfor %}", long)) == 400 * 500 * 14
 
 
+CALLS = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments HOW }}" \
+    "{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(("how", "text"), [("| tojson", '{"at": "sea"}'), ("", '{"at":  "sea"}')])
+def test_arguments_that_are_json_text_are_written_once(how: str, text: str) -> None:
+    """A template that writes JSON gets the object, one that writes text gets the text, as it is."""
+    for arguments in ('{"at":  "sea"}', {"at": "sea"} if how else '{"at":  "sea"}'):
+        calls = [{"type": "function", "function": {"name": "look", "arguments": arguments}}]
+        chat = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+        assert render(CALLS.replace("HOW", how), chat) == "hi" + text
+        assert calls[0]["function"]["arguments"] is arguments       # the caller's is as it was
+    for broken in ('{"at":', "[1]", '"sea"', '{"a": 1, "a": 2}'):       # is left to the template
+        calls = [{"function": {"name": "look", "arguments": broken}}]
+        chat = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+        assert render(CALLS.replace("HOW", how), chat) == "hi" + (json.dumps(broken) if how else broken)
+
+
 def test_the_process_comes_back() -> None:
     request = json.dumps({"messages": CHAT, "tools": None, "prompt": False, "cuts": [], "seen": []}).encode()
     own = TemplateProcess()
