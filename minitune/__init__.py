@@ -37,7 +37,10 @@ def __getattr__(name: str) -> Any:
     else:
         home = next((home for home, names in _HOME.items() if name in names), None)
         if home is None:
-            raise AttributeError(f"module 'minitune' has no attribute {name!r}")
+            from minitune.names import ENTRIES_ELSEWHERE
+
+            here = f"; here it is {ENTRIES_ELSEWHERE[name]}" if name in ENTRIES_ELSEWHERE else ""
+            raise AttributeError(f"module 'minitune' has no attribute {name!r}{here}")
         value = getattr(importlib.import_module(f"minitune.{home}"), name)
     globals()[name] = value
     return value

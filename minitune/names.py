@@ -28,6 +28,12 @@ COMMANDS_ELSEWHERE = {
     "finetune": "train", "fine_tune": "train", "finetune_lora": "train", "sft": "train", "generate": "complete",
     "predict": "complete", "eval": "evaluate", "merge_lora": "merge", "export": "merge"}
 """The same of values of quant, and of commands."""
+ENTRIES_ELSEWHERE = {
+    "FastLanguageModel": "mt.load(folder, lora=mt.LoRA())", "AutoModelForCausalLM": "mt.load(folder)",
+    "get_peft_model": "mt.load(folder, lora=mt.LoRA())", "PeftModel": "mt.load(folder, adapter=folder)",
+    "LoraConfig": "mt.LoRA", "BitsAndBytesConfig": 'mt.load(folder, quant="nf4-dq")', "AutoTokenizer":
+    "mt.data.load_tokenizer(folder), or model.tokenizer", "Trainer": "mt.train(model, data)",
+    "SFTTrainer": "mt.train(model, data)", "TrainingArguments": "mt.Training", "SFTConfig": "mt.Training"}
 METHODS_ELSEWHERE = {
     "print_trainable_parameters": "print(model)", "get_nb_trainable_parameters": "print(model)",
     "save_pretrained": "model.save_adapter(folder), or model.save_merged(folder) for the whole model",

@@ -62,7 +62,11 @@ def _adapted(network: Llama) -> str:
 
 
 class Model(Generation):
-    """A network with its tokenizer (None if the checkpoint has none) and the folder it came from."""
+    """A network with its tokenizer (None if the checkpoint has none) and the folder it came from.
+
+    Threads may share it: losses and answers are those that one thread would get, since the passes take turns. While one
+    thread trains it, no other should use it.
+    """
 
     def __init__(self, network: Llama, tokenizer: Tokenizer | None, path: Path | None = None):
         super().__init__(network, tokenizer, path)
@@ -169,8 +173,8 @@ class Model(Generation):
 
     @contextlib.contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """Within it the model answers as its base does."""
-        with self.network.adapters_switched(False):
+        """Within it the model answers as its base does; other threads that share it wait."""
+        with self.network.turn, self.network.adapters_switched(False):
             yield
 
     def save_adapter(self, folder: str | Path) -> None:
@@ -179,6 +183,10 @@ class Model(Generation):
         PEFT's files have no field: {"quant": "nf4-dq"}."""
         if self.lora is None:
             raise InputError("save_adapter: the model has no adapter; load it with lora=mt.LoRA(…) or adapter=…")
+        trained = [p for adapter in self.network.adapters().values() for p in adapter.parameters()]
+        if not all(bool(p.detach().isfinite().all()) for p in trained):
+            raise InputError("save_adapter: the adapter holds values that are not finite; the training diverged, so "
+                             "begin anew with a lower lr")
         base = None if self.path is None else str(self.path)
         target, rows = as_path("save_adapter", "folder", folder), self.network.output.rows
         write_adapter(target, self.network.adapters(), self.lora, base, self.network.linears(), rows)

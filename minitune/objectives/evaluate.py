@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minitune.config import short
 from minitune.data.batch import Batch
 from minitune.errors import InputError
 
@@ -41,6 +43,9 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:
     The model is in eval mode meanwhile. The device is asked once, at the end. Logits exist for a chunk of positions at
     a time. InputError where no token is trained.
     """
+    if isinstance(batches, str | os.PathLike | Batch):
+        raise InputError(f"evaluate: batches is {short(batches)}; give a list of batches, or mt.data.stream(file, "
+                         "model.tokenizer, tokens=…)")
     was_training = model.training
     model.eval()
     sums, n_tokens = torch.zeros(2, dtype=torch.float64, device=model.device), 0

@@ -42,6 +42,9 @@ def hints(batches: Iterable[Any], training: Training, total_steps: int, device: 
         found.append(f"only {total_steps} optimizer step{'' if total_steps == 1 else 's'}, in which hardly anything is "
                      f"learned; {' or '.join(ways)} make{'' if len(ways) > 1 else 's'} more (tokens is "
                      f"{training.tokens:,}, epochs {training.epochs})")
+    if training.warmup is not None and training.warmup >= max(1, total_steps) and total_steps > 1:
+        found.append(f"warmup is {training.warmup:g} steps, and the run has {total_steps}; the rate rises to lr by the "
+                     "last one")
     if device.type != "cpu" and isinstance(batches, Filled) and batches.n_filler > batches.n_tokens:
         share = batches.n_filler / (batches.n_filler + batches.n_tokens)
         found.append(f"{share:.0%} of the rows is filler, which is computed for nothing; take fewer tokens a row "

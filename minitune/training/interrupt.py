@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: held back while statements that belong together are done; SIGTERM as an end like Ctrl-C."""
+"""Ctrl-C, SIGTERM, SIGHUP: held back while statements that belong together are done; all of them an end like Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""What a cluster sends some seconds before it takes the machine back, and a terminal that is closed."""
+
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, which a cluster sends some seconds before it takes the machine back."""
+    """One of ENDING came."""
 
-    exit_code = 128 + signal.SIGTERM
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
 
 
 @contextlib.contextmanager
 def unbroken() -> Iterator[None]:
-    """Within it Ctrl-C and a SIGTERM that somebody handles do nothing; what they do as a rule is done at the end. So
-    weights and moments that have moved half a step are never taken for the state of a run, and nothing is half saved.
-    In another thread than the main one it does nothing: Python tells of signals in the main thread alone."""
+    """Within it Ctrl-C, and those of ENDING that somebody handles, do nothing; what they do as a rule is done at the
+    end. So weights and moments that have moved half a step are never taken for the state of a run, and nothing is half
+    saved. In another thread than the main one it does nothing: Python tells of signals in the main thread alone."""
     usual: dict[int, Callable[[int, FrameType | None], object]] = {}
     held: list[tuple[int, FrameType | None]] = []
     try:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, *ENDING):
                 handler = signal.getsignal(number)
                 if callable(handler):
                     usual[number] = handler
@@ -47,17 +52,16 @@ def _all(calls: Sequence[Callable[[], object]]) -> None:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Within it SIGTERM raises `Terminated`, so that a run ends as after Ctrl-C. Nothing changes where the program has
-    a handler of its own, or in another thread than the main one."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-
+    """Within it ENDING raise `Terminated`, so that a run ends as after Ctrl-C; but for those that are ignored (nohup)
+    or have a handler of the program's own, and not in another thread than the main one."""
     def end(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        raise Terminated(number)
 
-    signal.signal(signal.SIGTERM, end)
+    main = threading.current_thread() is threading.main_thread()
+    free = [number for number in ENDING if main and signal.getsignal(number) == signal.SIG_DFL]
     try:
+        for number in free:
+            signal.signal(number, end)
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _all([functools.partial(signal.signal, number, signal.SIG_DFL) for number in free])

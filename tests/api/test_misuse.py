@@ -94,3 +94,26 @@ def test_methods_of_other_trainers_are_answered_with_ours(tiny):
     assert not hasattr(model, "save_pretrained")
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = model.nonsense
+
+
+def test_entries_of_other_trainers_are_answered_with_ours():
+    with pytest.raises(AttributeError, match=r"no attribute 'LoraConfig'; here it is mt\.LoRA"):
+        _ = mt.LoraConfig
+    with pytest.raises(AttributeError, match=r"no attribute 'nonsense'$"):
+        _ = mt.nonsense
+
+
+def test_evaluate_takes_batches(tiny):
+    with pytest.raises(mt.InputError, match=r"evaluate: batches is 'a\.jsonl'; give a list of batches, or mt\.data"):
+        mt.evaluate(mt.load(tiny), "a.jsonl")
+
+
+def test_what_is_not_finite_is_not_saved_over_a_good_adapter(tiny, tmp_path):
+    model = mt.load(tiny, lora=mt.LoRA(rank=2))
+    model.save_adapter(tmp_path / "adapter")
+    before = {path: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    with torch.no_grad():
+        model.trainable_parameters()[0][0] = float("nan")
+    with pytest.raises(mt.InputError, match="save_adapter: the adapter holds values that are not finite"):
+        model.save_adapter(tmp_path / "adapter")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}

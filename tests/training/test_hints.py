@@ -22,6 +22,14 @@ class Rows:
         self.tokens, self.n_tokens, self.n_filler = 64, n_tokens, n_filler
 
 
+def test_a_warmup_as_long_as_the_run_is_told() -> None:
+    settings = {"tokens": 64, "max_steps": 5}
+    (found,) = hints(Rows(10, 0), Training(warmup=100, **settings), 5, CPU)
+    assert found == "warmup is 100 steps, and the run has 5; the rate rises to lr by the last one"
+    assert not hints(Rows(10, 0), Training(warmup=4, **settings), 5, CPU)
+    assert not hints(Rows(10, 0), Training(warmup=0.5, **settings), 5, CPU)
+
+
 class Notes(Observer):
     def __init__(self) -> None:
         self.heard: list[object] = []

@@ -58,7 +58,8 @@ def parse(name: str, args: Sequence[str]) -> Any:
     except SystemExit as ended:
         if not ended.code:
             raise
-        raise InputError(f"{name}: {_plain(said.getvalue(), settings(twin))} ({_see(name)})") from None
+        resumed = "; to go on with a run say minitune train --resume --out FOLDER" if "--resume" in args else ""
+        raise InputError(f"{name}: {_plain(said.getvalue(), settings(twin))}{resumed} ({_see(name)})") from None
     sys.stderr.write(said.getvalue())
     found = own(made, command)
     object.__setattr__(found, "given", frozenset(given))       # no field: it is nothing that a flag could set
@@ -103,7 +104,10 @@ def _file_of(command: type[Any], args: Sequence[str]) -> Path | None:
     flags = [arg for arg in itertools.takewhile(lambda arg: arg != "--", args) if arg in ("--resume", "--no-resume")]
     if named is not None or flags[-1:] != ["--resume"]:
         return None if named is None else Path(named)
-    kept = Path(_value_of(args, "--out") or command.out) / SETTINGS
+    out = Path(_value_of(args, "--out") or command.out)
+    if not out.is_dir():
+        raise InputError(f"{out}: there is no run to resume; begin it without resume")
+    kept = out / SETTINGS
     return kept if kept.is_file() and kept.stat().st_size <= LARGEST else None
 
 
