@@ -15,6 +15,9 @@ from minitune.ops.documents import Documents
 
 IGNORED = -100
 """The label of a position that is not trained."""
+GRAIN = 64
+"""Tokens. On a CPU the library makes a program for each shape of a product, and keeps it: about a megabyte, and some
+milliseconds. So the rows of a run should have few lengths."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -96,14 +99,17 @@ class Batch:
         return (f"Batch({self.n_tokens:,} tokens in {len(self.documents.lengths) - (self.n_filler > 0):,} documents, "
                 f"{self.n_trained:,} trained, {self.n_filler:,} filler, on {self.tokens.device})")
 
-    def without_filler(self) -> Batch:
-        """The documents alone: what packing left of the row is cut off. Losses and gradients stay what they are; on a
-        CPU, where a fixed length saves nothing, the work for it is."""
-        if not self.n_filler:
+    def trimmed(self) -> Batch:
+        """Without most of its filler, for a CPU: losses and gradients stay what they are, the work for it goes. What is
+        left is a multiple of GRAIN tokens, or all of them."""
+        end = min(self.n_tokens, -(-(self.n_tokens - self.n_filler) // GRAIN) * GRAIN)
+        left = self.n_filler - (self.n_tokens - end)
+        if end == self.n_tokens:
             return self
-        end = -self.n_filler
-        return Batch(tokens=self.tokens[:end], labels=self.labels[:end], cu_seqlens=self.cu_seqlens[:-1],
-                     weights=None if self.weights is None else self.weights[:end])
+        bounds = [*self.cu_seqlens[:-1].tolist(), *([end] if left else [])]
+        return Batch(tokens=self.tokens[:end], labels=self.labels[:end],
+                     cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+                     weights=None if self.weights is None else self.weights[:end], n_filler=left)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; the copies from pinned memory do not block the host."""

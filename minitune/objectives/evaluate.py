@@ -52,7 +52,7 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:
     try:
         for batch in batches:
             if batch.n_trained:
-                sums += _sums(model, batch.without_filler() if model.device.type == "cpu" else batch.to(model.device))
+                sums += _sums(model, batch.trimmed() if model.device.type == "cpu" else batch.to(model.device))
                 n_tokens += batch.n_trained
     finally:
         model.train(was_training)

@@ -34,7 +34,7 @@ class Filled(Protocol):
 def hints(batches: Iterable[Any], training: Training, total_steps: int, device: torch.device) -> list[str]:
     """A line for each thing to know before the first step; empty where all is well.
 
-    The number of steps is not questioned where ``max_steps`` says it, nor filler on a CPU, which leaves it out.
+    The number of steps is not questioned where ``max_steps`` says it, nor filler on a CPU, which leaves most of it out.
     """
     found = []
     if total_steps < FEW_STEPS and training.max_steps is None:

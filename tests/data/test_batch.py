@@ -60,3 +60,14 @@ def test_only_documents_that_are_trained_count_as_too_long(tmp_path):
 def test_it_is_shown_in_one_line():
     batch = mt.data.pack([[5, 6, 7], ([1, 2], [-100, -100])], tokens=9)[0]
     assert repr(batch) == "Batch(9 tokens in 2 documents, 2 trained, 4 filler, on cpu)"
+
+
+@pytest.mark.parametrize(("row", "real", "left"), [(128, 40, 64), (128, 64, 64), (128, 65, 128), (128, 128, 128),
+                                                   (100, 70, 100), (200, 100, 128), (4096, 4000, 4032)])
+def test_what_is_trimmed_leaves_few_lengths(row, real, left):
+    batch = mt.data.pack([list(range(1, 31)), list(range(1, real - 29))], tokens=row)[0]
+    found = batch.trimmed()
+    assert (found.n_tokens, found.n_filler) == (left, left - real) and found.n_trained == batch.n_trained
+    lengths = (*batch.documents.lengths[:2], left - real)
+    assert found.documents.lengths == lengths[:2 + (left > real)]
+    assert torch.equal(found.labels[:real], batch.labels[:real]) and (found is batch) == (left == row)
