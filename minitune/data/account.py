@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitune.data.corpus import BLANK, ENDS, Corpus
+from minitune.data.corpus import BLANK, ENDS, OPEN, SPOILT, Corpus
 from minitune.data.ledger import PLACES, Note, Source
 from minitune.data.pieces import Pieces
 
@@ -64,6 +64,9 @@ def notes_of(parts: Sequence[Part], pieces: Sequence[Pieces], sources: Sequence[
                 ("nothing in them is trained: all labels are masked; remove them, or give an answer weight 1",
                  trained == 0),
                 ("their answer is blank, so they teach to say nothing", flags & BLANK != 0),
+                ("do not end with an answer, so what is said last teaches nothing", flags & OPEN != 0),
+                ("hold U+FFFD or a null character: text that was damaged, or read in a wrong encoding",
+                 flags & SPOILT != 0),
                 ("no end-of-text token is trained, so they do not teach to stop", whole & (flags & ENDS == 0))):
             found.setdefault(text, []).append((part, part.kept[where]))
         if len(cuts.long):

@@ -18,8 +18,9 @@ from minitune.data.document import Document
 if TYPE_CHECKING:
     from minitune.data.encode import Encoded
 
-ENDS, BLANK = 1, 2
-"""Bits of ``Corpus.flags``: an end-of-text token is trained; the answers are blank."""
+ENDS, BLANK, SPOILT, OPEN = 1, 2, 4, 8
+"""Bits of ``Corpus.flags``: an end-of-text token is trained; the answers are blank; a text holds U+FFFD or a null
+character; a conversation does not end with an answer."""
 ARRAYS = {"ids": torch.int32, "trained": torch.int8, "bounds": torch.int64, "weights": torch.float32,
           "numbers": torch.int64, "digests": torch.int64, "n_trained": torch.int32, "flags": torch.uint8}
 """The arrays of a Corpus, with their dtypes."""
@@ -106,7 +107,7 @@ class Builder:
         arrays["n_trained"].append(len(trained) - trained.count(0))
         ends = bool(trained[-1] and ids[-1] in self._eos_ids) or any(       # nearly always at the end
             target and token in self._eos_ids for token, target in zip(ids, trained, strict=True))
-        arrays["flags"].append(ENDS * ends + BLANK * sample.empty_answer)
+        arrays["flags"].append(ENDS * ends + sample.flags)
 
     def _number(self, where: str) -> int:
         digits = where[len(self.path) + len(self.marker):]
@@ -134,4 +135,4 @@ def _tensor(values: array[Any], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
 
-__all__ = ["ARRAYS", "BLANK", "ENDS", "Builder", "Corpus", "raw"]
+__all__ = ["ARRAYS", "BLANK", "ENDS", "OPEN", "SPOILT", "Builder", "Corpus", "raw"]

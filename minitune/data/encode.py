@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from minitune.data.chat import encode_conversations
+from minitune.data.corpus import BLANK, OPEN, SPOILT
 from minitune.data.document import encode_samples
 from minitune.data.formats import Sample
 from minitune.data.template import REASONING
@@ -26,7 +27,7 @@ class Encoded(NamedTuple):
 
     ``ids`` int32 [n] and ``trained`` [n], 1 for a target (the first token never is one), else 0; both are empty where
     the whole sample is unused. ``weight`` multiplies its loss (None: 1). ``n_dropped`` are the tokens of its unused
-    texts, ``reasons`` say why each is. ``empty_answer``: what is trained is blank, the end of the text apart.
+    texts, ``reasons`` say why each is. ``flags``: what of `Corpus.flags` the sample itself tells.
     """
 
     where: str
@@ -35,7 +36,7 @@ class Encoded(NamedTuple):
     weight: float | None = None
     n_dropped: int = 0
     reasons: tuple[str, ...] = ()
-    empty_answer: bool = False
+    flags: int = 0
 
 
 def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Encoded]:
@@ -61,7 +62,7 @@ def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Encoded]:
         dropped = sum([next(counts) for _ in sample.unused]) if sample.unused else 0
         reasons = tuple([each.reason for each in sample.unused]) if sample.unused else ()
         found.append(Encoded(sample.where, array("i", ids), bytes(trained), sample.weight, dropped, reasons,
-                             _is_blank(sample)))
+                             _flags(sample)))
     return found
 
 
@@ -102,6 +103,14 @@ def _characters(sample: Sample) -> int:
     texts += [str(message[field]) for message in sample.messages or () for field in _LONG if message.get(field)]
     texts += [each.text for each in sample.unused]
     return sum(map(len, texts)) + (len(str(sample.tools)) if sample.tools else 0)
+
+
+def _flags(sample: Sample) -> int:
+    texts = [segment.text for segment in sample.segments or ()]
+    texts += [str(message[field]) for message in sample.messages or () for field in _LONG if message.get(field)]
+    spoilt = any("\ufffd" in text or "\0" in text for text in texts)
+    ends_open = bool(sample.messages) and sample.messages[-1]["role"] != "assistant"      # type: ignore[index]
+    return BLANK * _is_blank(sample) + SPOILT * spoilt + OPEN * ends_open
 
 
 def _is_blank(sample: Sample) -> bool:

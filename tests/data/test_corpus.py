@@ -26,7 +26,7 @@ def test_names_of_lines_rows_and_files(places: list[str]) -> None:
 
 def test_what_is_kept_of_each_document() -> None:
     builder = Builder("a", [2, 3])
-    builder.add([sample([5, 6, 2], [0, 1, 1]), sample([5, 2, 6], [0, 1, 1], weight=2.5, empty_answer=True),
+    builder.add([sample([5, 6, 2], [0, 1, 1]), sample([5, 2, 6], [0, 1, 1], weight=2.5, flags=BLANK),
                  sample([5, 6, 2], [0, 1, 0]), sample([5, 3, 9], [0, 1, 0]), sample([2], [0])])
     builder.add([sample([], [], "a:6", n_dropped=4, reasons=("label is false",)),
                  sample([], [], "a:7", n_dropped=3, reasons=("label is false",)),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from minitune.data import encode as module
+from minitune.data.corpus import BLANK, OPEN, SPOILT
 from minitune.data.encode import chunks, encode
 from minitune.data.formats import Sample, to_sample
 from minitune.data.tokenizer import Tokenizer, load_tokenizer
@@ -47,7 +48,7 @@ def test_what_is_unused_is_counted_and_said(tokenizer: Tokenizer) -> None:
     assert found[3].n_dropped == len(tokenizer.encode("a bad answer", bos=False)) > 0
     assert not found[4].ids and found[4].reasons == ("label is false",) and found[4].n_dropped > 0
     assert [each.n_dropped for each in found if not each.reasons] == [0] * 6
-    assert [place for place, each in enumerate(found) if each.empty_answer] == [6]
+    assert [place for place, each in enumerate(found) if each.flags & BLANK] == [6]
 
 
 def test_a_message_of_weight_0_is_not_trained(tokenizer: Tokenizer) -> None:
@@ -65,3 +66,13 @@ def test_chunks_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             assert [sample for chunk in found for sample in chunk] == many and len(found) > 5
     assert [len(chunk) for chunk in chunks(many)] == [40]
     assert list(chunks([])) == []
+
+
+@pytest.mark.parametrize(("row", "flags"), [
+    ({"text": "a"}, 0), ({"prompt": "a", "completion": " "}, BLANK), ({"text": "a caf\ufffd"}, SPOILT),
+    ({"prompt": "a\0", "completion": " "}, BLANK + SPOILT),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, 0),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                   {"role": "user", "content": "c"}]}, OPEN)])
+def test_what_a_sample_tells_of_itself(row: dict[str, Any], flags: int, tokenizer: Tokenizer) -> None:
+    assert encode([to_sample(row, "a:1")], tokenizer)[0].flags == flags

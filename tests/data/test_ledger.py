@@ -131,6 +131,11 @@ def test_notes_name_the_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
                note and "15, 16, …)" in note for note in found)
     assert any(note.startswith("1 sample: rejected answer (") for note in found)
     assert len(found) == 5
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    odd, = write(tmp_path, [[{"text": "abc"}, {"messages": talk}, {"text": "caf\ufffd"}]])
+    found = [str(note) for note in data.stream(odd, tokenizer, tokens=64, cache=False).ledger.notes]
+    assert any(note.startswith("1 sample: do not end with an answer") and f"({odd}:2)" in note for note in found)
+    assert any(note.startswith("1 sample: hold U+FFFD or a null") and f"({odd}:3)" in note for note in found)
     clean, = write(tmp_path, [[{"text": "abc"}, {"text": "xyz"}]])
     assert data.stream(clean, tokenizer, tokens=64, cache=False).ledger.notes == ()
 
