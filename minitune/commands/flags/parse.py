@@ -195,6 +195,10 @@ def _check_values(name: str, flag: str, values: list[str], hint: Any) -> None:
         values = values[::2]
     if flag in OF_LINEARS:
         for value in values:
+            apart = value.replace(",", " ").split()
+            if len(apart) > 1 and set(apart) <= set(LINEARS):
+                raise InputError(f"{name}: {flag} has {short(value)}; names stand apart, {flag} {' '.join(apart)} "
+                                 f"({_see(name)})")
             meant = nearest(value, LINEARS) if re.fullmatch(r"[\w-]+", value) and value not in LINEARS else None
             if meant:
                 raise InputError(f"{name}: {flag} has {short(value)}, which names no linear; did you mean {meant}? "

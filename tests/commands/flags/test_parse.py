@@ -215,3 +215,8 @@ def test_completion_of_another_shell_is_refused(capsys):
         with pytest.raises(SystemExit) as ended:
             main(args)
         assert ended.value.code == 2 and "it must be bash, zsh or fish" in capsys.readouterr().err
+
+
+def test_names_with_commas_are_told_to_stand_apart():
+    with pytest.raises(InputError, match=r"--targets has 'q_proj,v_proj'; names stand apart, --targets q_proj v_proj "):
+        parse("train", ["base", "data", "--targets", "q_proj,v_proj"])
