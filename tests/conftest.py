@@ -13,6 +13,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MINITUNE_CACHE"] = tempfile.mkdtemp(prefix="minitune-cache-")     # not the user's
 
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,8 @@ import pytest
 import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # as where the tests do not run in the background
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
