@@ -183,8 +183,8 @@ class Model(Generation):
         PEFT's files have no field: {"quant": "nf4-dq"}."""
         if self.lora is None:
             raise InputError("save_adapter: the model has no adapter; load it with lora=mt.LoRA(…) or adapter=…")
-        trained = [p for adapter in self.network.adapters().values() for p in adapter.parameters()]
-        if not all(bool(p.detach().isfinite().all()) for p in trained):
+        added = [*self.network.adapters().values(), *filter(None, [self.network.output.rows])]
+        if not all(bool(p.detach().isfinite().all()) for each in added for p in each.parameters()):
             raise InputError("save_adapter: the adapter holds values that are not finite; the training diverged, so "
                              "begin anew with a lower lr")
         base = None if self.path is None else str(self.path)

@@ -16,8 +16,8 @@ from minitune.ops.documents import Documents
 IGNORED = -100
 """The label of a position that is not trained."""
 GRAIN = 64
-"""Tokens. On a CPU the library makes a program for each shape of a product, and keeps it: about a megabyte, and some
-milliseconds. So the rows of a run should have few lengths."""
+"""Tokens. On a CPU the library makes a program for each shape of a product, and keeps it, which takes time and memory;
+so the rows of a run should have few lengths."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -107,8 +107,9 @@ def encode_conversations(conversations: Sequence[Conversation], tokenizer: Token
 
     Trained are the assistant's turns, with the token that ends them, except those with "weight": 0. Where the template
     writes no such token, EOS is put behind a conversation that ends with a trained turn. The ids are transformers'
-    `apply_chat_template`'s, but for a control token that a message spells, which stays text. Rendering and tokenising
-    go on side by side. Raises InputError that names the conversation: see `check_messages` and `trained_spans`.
+    `apply_chat_template`'s, but for a control token that a message spells, which stays text, and a call's arguments
+    that are JSON text, which a template that writes JSON gets as the object. Rendering and tokenising go on side by
+    side. Raises InputError that names the conversation: see `check_messages` and `trained_spans`.
     """
     for messages, tools, where in conversations:
         check_messages(messages, where, tools)

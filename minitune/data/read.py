@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _THREADS = 2
 _SWITCH = 1e-3
 """Seconds until a thread that wants the interpreter gets it: it may have a library to call that keeps all cores busy.
-Python's own 5 ms cost a tenth of the time."""
+Python's own 5 ms are long beside such a call."""
 Progress = Callable[[str, int, int], object]
 """Called with (file, samples so far, tokens so far) after each chunk that was encoded."""
 

@@ -162,7 +162,8 @@ class Tokenizer:
         """(ids, trained) of a conversation [{"role", "content", …}] by the tokenizer's template, else the plain one.
 
         The ids are those of transformers' `apply_chat_template(tokenize=True)`, except that a control token which a
-        message spells stays text. ``trained`` says which are the assistant's (turns with "weight": 0 are not), the
+        message spells stays text, and that a template which writes JSON gets a call's arguments as an object where they
+        are JSON text. ``trained`` says which are the assistant's (turns with "weight": 0 are not), the
         token that ends a turn included; where the template writes none, EOS is put behind a conversation that ends with
         an answer. With ``add_generation_prompt`` the ids are a prompt, and none is trained. A template that calls
         strftime_now writes today's date. Raises InputError for what is no conversation, for one that the template

@@ -118,13 +118,13 @@ class Llama(nn.Module):
     @contextlib.contextmanager
     def weights_at_hand(self, rows: int) -> Iterator[None]:
         """Within it a CPU finds the weights as products with `rows` rows like them, beside where they lie: packed for
-        a few rows; for one row as they are, where they lie in NF4 decoded once if the extension is not there. One who
-        comes while another one is within it takes them as that one has them."""
+        a few rows; for one row as they are, where they lie in NF4 decoded once if the extension is not there. Streams,
+        of one row each, may be within it at once; whoever has more rows keeps his turn until he leaves."""
         projections = self.projections()
         try:
             with self.turn:
                 self._at_hand += 1
-                if self._at_hand == 1:
+                if self._at_hand == 1 or rows > 1:
                     for projection in projections:
                         projection.prepare(rows, self.dtype)
                     self.output.packed = few_rows.pack(self.head_weight.to(self.dtype)) if rows > 1 else None
@@ -132,10 +132,9 @@ class Llama(nn.Module):
         finally:
             with self.turn:
                 self._at_hand -= 1
-                if not self._at_hand:
-                    for projection in projections:
-                        projection.packed = projection.decoded = None
-                    self.output.packed = None
+                for projection in projections:
+                    projection.packed, projection.decoded = None, projection.decoded if self._at_hand else None
+                self.output.packed = None
 
     def token_losses(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]; logits are never whole."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import minitune as mt
+from minitune.model.generate import WORTH_PREPARING as MANY
 from minitune.model.turn import Turn
 
 
@@ -66,3 +67,17 @@ def test_a_copy_has_a_turn_of_its_own():
         for other in (copy.deepcopy(turn), pickle.loads(pickle.dumps(turn))):
             with ThreadPoolExecutor(1) as pool:
                 assert pool.submit(other.__enter__).result(10) is None
+
+
+def test_several_answers_are_made_as_ever_beside_an_open_stream(model, monkeypatch):
+    network, calls = model.network, []
+    wanted = model.generate([5, 6, 7], MANY)
+    monkeypatch.setattr("minitune.ops.few_rows.pack", lambda weight: calls.append(weight))
+    pieces = model.stream([5, 6, 7], MANY)
+    found = [next(pieces)]
+    assert not calls and network._at_hand == 1
+    several = model.generate([[5, 6, 7], [9, 8]], MANY)
+    assert len(calls) > 1 and network._at_hand == 1 and network.output.packed is None
+    found += pieces
+    assert found == wanted and network._at_hand == 0
+    assert several == model.generate([[5, 6, 7], [9, 8]], MANY)
