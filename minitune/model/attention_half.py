@@ -105,7 +105,7 @@ class AttentionHalf(nn.Module):
         ds_o = lora_matmul.backward_s(dy, w_o)
         gradients_o = self.o.adapter_gradients(dy, kept["attended"], kept["s_o"], ds_o, w_o)
         d_out = lora_matmul.backward_input(dy, ds_o, w_o)
-        d_rows = self.backward_through_attention(d_out, kept, context, way, lora_matmul.gradient_rows(len(dy), w_qkv))
+        d_rows = self.backward_through_attention(d_out, kept, context, way, w_qkv)
         ds = lora_matmul.backward_s(d_rows, w_qkv)
         normed = kept["normed"] if "normed" in kept else rms_norm.apply(kept["x"], kept["rstd"], self.norm)
         gradients = [*self.qkv.adapter_gradients(d_rows, normed, kept["s_qkv"], ds, w_qkv), *gradients_o]
@@ -115,15 +115,17 @@ class AttentionHalf(nn.Module):
         return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm, past, out=d_normed), gradients
 
     def backward_through_attention(self, d_out: Tensor, kept: Kept, context: Context, way: Way,
-                                   out: Tensor | None) -> Tensor:
-        """d_out [T, heads·head_dim] -> the gradient of what the q, k, v product gave, [T, rows], in `out` where that
-        is given."""
+                                   w_qkv: LoraWeights) -> Tensor:
+        """d_out [T, heads·head_dim] -> the gradient of what the q, k, v product gave, [T, rows], where the backward
+        of that product wants it."""
         saved = attention.Saved(*self.halves(kept["qk"]), kept["v"], context.documents, self.window, kept["graph"],
                                 kept["attended"].unflatten(-1, (-1, self.config.head_dim)), kept["lse"])
-        rows = out if out is not None else d_out.new_empty(len(d_out), self.qkv.n_rows)
-        d_qkv = rows.unflatten(-1, (-1, self.config.head_dim))
-        d_heads, d_qk = d_out.unflatten(-1, (-1, self.config.head_dim)), self.q_and_k(rows)
+        d_heads = d_out.unflatten(-1, (-1, self.config.head_dim))
         apart = attention.backward_apart(d_heads, saved, not way.overwrite)
+        rows = lora_matmul.gradient_rows(len(d_out), w_qkv)     # not before: the library's backward takes memory too
+        if rows is None:
+            rows = d_out.new_empty(len(d_out), self.qkv.n_rows)
+        d_qkv, d_qk = rows.unflatten(-1, (-1, self.config.head_dim)), self.q_and_k(rows)
         if apart is not None:       # they are turned on their way into one buffer
             rope.join(*apart, context.cos, context.sin, d_qkv, back=True)
         else:

@@ -59,7 +59,7 @@ class Half(Protocol):
     def backward_from(self, dy: Tensor, past: Tensor | None, kept: Kept, weights: tuple[LoraWeights, LoraWeights],
                       context: Context, way: Way) -> tuple[Tensor | None, list[Tensor]]:
         """dy [T, d], the gradient of the branch, and `past`, that of the sum -> (dx [T, d] or None, gradients of
-        `adapter_parameters`). Neither is written to."""
+        `adapter_parameters`). Neither is written to; of the dict `kept` what is used up is taken out."""
 
     def adapter_parameters(self) -> Sequence[Tensor]:
         """fp32 parameters that get a gradient, in a fixed order."""
@@ -112,8 +112,8 @@ class _Half(torch.autograd.Function):
         need_branch, last = ctx.needs_input_grad[1], _is_last_backward()
         way = Way(ctx.needs_input_grad[0] or need_branch, overwrite=last)
         dx, gradients = half.backward_from(dy, past, kept, ctx.weights, ctx.context, way)
-        if last:
-            ctx.others = {}     # a library's graph: a loss that is still referenced must not keep it alive
+        if last:        # a loss that is still referenced must not keep a library's graph alive, nor the images
+            ctx.others, ctx.weights = {}, None
         return dx, dx if need_branch else None, None, None, *gradients
 
 
@@ -127,6 +127,7 @@ class _Layer(torch.autograd.Function):
         weights = halves[0].operands(), halves[1].operands()
         y, kept = halves[0].forward_keeping(x, branch, weights[0], context, "branch")
         total = kept["x"]
+        kept.clear()    # the memory of one half at a time
         y, kept = halves[1].forward_keeping(total, y, weights[1], context, "branch")
         ctx.ticket = None if context.parking is None else context.parking.park(total)
         ctx.save_for_backward(*([total] if ctx.ticket is None else []))
@@ -144,12 +145,15 @@ class _Layer(torch.autograd.Function):
         x = ctx.saved_tensors[0] if ctx.ticket is None else ctx.context.parking.fetch(ctx.ticket, _is_last_backward())
         y, kept = first.forward_keeping(x, None, ctx.weights[0], ctx.context)
         rest = second.forward_keeping(x, y, ctx.weights[1], ctx.context, "kept")[1]
+        del y
         d, gradients = second.backward_from(dy, past, rest, ctx.weights[1], ctx.context, Way(True, overwrite=True))
-        del rest, y     # the memory of one half at a time
+        del rest        # the memory of one half at a time
         need_branch = ctx.needs_input_grad[1]
         way = Way(ctx.needs_input_grad[0] or need_branch, overwrite=True)
         assert d is not None
         dx, earlier = first.backward_from(d, d, kept, ctx.weights[0], ctx.context, way)
+        if _is_last_backward():
+            ctx.weights = None      # images that a loss which is still referenced must not keep alive
         return dx, dx if need_branch else None, None, None, *earlier, *gradients
 
 

@@ -64,11 +64,13 @@ class MlpHalf(nn.Module):
         want_h = "h" not in kept and kept["s_down"] is not None
         place = None if way.overwrite else lora_matmul.gradient_rows(len(dy), w_gate_up)
         d_gate_up, h = swiglu.backward(dh, kept["gate_up"], want_h=want_h, overwrite=way.overwrite, out=place)
-        gradients_down = self.down.adapter_gradients(dy, kept.get("h", h), kept["s_down"], ds_down, w_down)
+        gradients_down = self.down.adapter_gradients(dy, kept.pop("h", h), kept["s_down"], ds_down, w_down)
+        del dh, h       # the last product takes the most memory: what is used up goes before it
         ds = lora_matmul.backward_s(d_gate_up, w_gate_up)
-        normed = kept["normed"] if "normed" in kept else rms_norm.apply(kept["x"], kept["rstd"], self.norm)
+        normed = kept.pop("normed") if "normed" in kept else rms_norm.apply(kept["x"], kept["rstd"], self.norm)
         gradients = [*self.gate_up.adapter_gradients(d_gate_up, normed, kept["s_gate_up"], ds, w_gate_up),
                      *gradients_down]
+        del normed
         if not way.need_dx:
             return None, gradients
         d_normed = lora_matmul.backward_input(d_gate_up, ds, w_gate_up)

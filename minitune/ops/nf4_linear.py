@@ -1,5 +1,5 @@
-"""nf4_linear: x·Wᵀ + bias with W in NF4, decoded into one buffer that all weights share, in the forward and again in
-the backward.
+"""nf4_linear: x·Wᵀ + bias with W in NF4, decoded into memory that all weights share, in the forward and again in the
+backward.
 
 Autograd must not save the buffer: the next weight is decoded over it (its version counter makes plain autograd stop
 there). So every product on a quantised weight is inside an autograd function that keeps the packed weight: this one, or
@@ -24,25 +24,28 @@ from minitune.ops.nf4 import NF4Weight, operands
 
 
 class DecodeBuffer:
-    """Room for one decoded weight on each device and stream, grown to the largest that was asked for.
+    """Room for one decoded weight: on a CPU, where fresh memory is slow, one buffer, grown to the largest that was
+    asked for. On a GPU torch's allocator hands out what the last product gave back, on its stream, and whatever runs
+    between two products can use it meanwhile.
 
-    What `take` gave is overwritten by the next one who takes it. `lock` is held from there to the end of the product
-    (`FusedNF4.decoded`), so that threads which share a model take turns.
+    What `take` gave on a CPU is overwritten by the next one who takes it. `lock` is held from there to the end of the
+    product (`FusedNF4.decoded`), so that threads which share a model take turns.
     """
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
         self.lock = threading.RLock()
-        self._rooms: dict[tuple[torch.device, int], Tensor] = {}
+        self._room: Tensor | None = None
 
     def take(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """[rows, columns], contiguous, with old content."""
-        key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        if key not in self._rooms or self._rooms[key].numel() < rows * columns:
-            self._rooms.pop(key, None)      # first give back, then take: never two at once
+        if device.type != "cpu":
+            return torch.empty(rows, columns, dtype=self.dtype, device=device)
+        if self._room is None or self._room.numel() < rows * columns:
+            self._room = None       # first give back, then take: never two at once
             with torch.inference_mode(False):       # else a buffer made there could not be written outside
-                self._rooms[key] = torch.empty(rows * columns, dtype=self.dtype, device=device)
-        return self._rooms[key][: rows * columns].view(rows, columns)
+                self._room = torch.empty(rows * columns, dtype=self.dtype)
+        return self._room[: rows * columns].view(rows, columns)
 
     def __reduce__(self) -> tuple[type[DecodeBuffer], tuple[torch.dtype]]:
         return DecodeBuffer, (self.dtype,)      # a copy of a model has a buffer and a lock of its own
@@ -58,7 +61,7 @@ class FusedNF4:
 
     @contextlib.contextmanager
     def decoded(self, room: int = 0) -> Iterator[Tensor]:
-        """[N + room, K + room] in the buffer, the weight in its first corner, for the product within the block."""
+        """[N + room, K + room], the weight in its first corner, for the product within the block alone."""
         rows, columns = self.shape
         with self.buffer.lock:
             whole = self.buffer.take(rows + room, columns + room, self.device)

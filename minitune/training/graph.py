@@ -134,7 +134,7 @@ class GraphedStep:
 
 def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
     """(what does again all that `run` did on the device, the memory of its result)."""
-    stream = torch.cuda.Stream(device)      # of its own, for the warm-up too: NF4's buffer belongs to a stream
+    stream = torch.cuda.Stream(device)      # of its own, for the warm-up too
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):

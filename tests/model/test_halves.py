@@ -1,5 +1,7 @@
 """The hand-written halves against plain autograd over the reference ops, under every memory policy."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -162,6 +164,18 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(policy):
     y = _fast(network, policy)(x.requires_grad_())
     first = torch.autograd.grad(y, x, upstream, retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(y, x, upstream)[0], first)
+
+
+@pytest.mark.parametrize("policy", ["keep", "pointwise", "full", "offload"])
+def test_a_loss_that_is_still_referenced_keeps_no_images_alive(policy):
+    network = _network(SHAPES["llama"], LORAS["all"])
+    network.refresh_images()
+    loss = _fast(network, policy)(_x_and_upstream(torch.float32)[0]).sum()
+    images = weakref.ref(network.blocks()[0].mlp.down.images[0])
+    network.refresh_images()
+    assert images() is not None     # the backward is still to come
+    loss.backward()
+    assert images() is None and loss.grad_fn is not None
 
 
 def test_host_buffers_are_used_again_and_dropped_graphs_leave_none_behind():
