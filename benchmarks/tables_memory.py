@@ -1,0 +1,28 @@
+"""RESULTS.md: what a training step holds in a GPU's memory, counted where no GPU is."""
+
+from __future__ import annotations
+
+from benchmarks.tables_text import Raw, markdown
+
+HEAD = ("model", "weights", "rows of tokens", "memory", "AdamW's moments", "most at a time, GB", "between steps, GB",
+        "largest of it")
+
+
+def memory_table(raw: Raw) -> list[str]:
+    """A row a case."""
+    versions = raw["machine"]["versions"]
+    commit = (raw["machine"]["commit"] or "unknown")[:10] + (" + changes" if raw["machine"]["dirty"] else "")
+    return [
+        "A LoRA step (rank 16, all linears) run with tensors that have no values: **counted, not measured**. cuBLAS's "
+        "workspaces (32 MiB for each thread that multiplies, on Hopper), the CUDA context and what the allocator "
+        "cannot use of its blocks come on top.", "",
+        f"{raw['when'][:10]}, torch {versions.get('torch')}, commit {commit}: `python -m benchmarks.fake_gpu.memory`.",
+        "", *markdown(HEAD, [_row(row) for row in raw["rows"]])]
+
+
+def _row(row: Raw) -> tuple[str, ...]:
+    largest = ", ".join(f"{entry['count']} x {entry['bytes'] / 1e6:,.0f} MB" for entry in row["largest"][:3])
+    moments = "8 bits" if row["moments"] == "8bit" else str(row["moments"])
+    return (row["model"], row["quant"] or "bf16", f"{len(row['lengths'])} x {row['lengths'][0]:,}", row["memory"],
+            moments, f"{row['peak_bytes'] / 1e9:.2f}",
+            f"{row['between_bytes'] / 1e9:.2f}", largest)

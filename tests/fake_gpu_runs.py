@@ -1,0 +1,172 @@
+"""What tests/test_fake_gpu.py runs on a GPU that computes nothing: ``python -m tests.fake_gpu_runs LIBRARY GROUP``
+prints a line of JSON a run.
+
+A line has the run's name and "waits", what the host waited for and where; or "error".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fake_gpu import device
+
+LENGTHS = (1500, 31, 700)
+LORAS: dict[str, dict[str, Any]] = {"LoRA": {}, "dropout": {"dropout": 0.1}, "DoRA": {"dora": True},
+                                    "rank 7 on two": {"rank": 7, "targets": ("q_proj", "down_proj")}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{f"memory {memory}": {"memory": memory} for memory in ("keep", "pointwise", "full", "offload")},
+    "nf4": {"quant": "nf4"}, "nf4-dq, full": {"quant": "nf4-dq", "memory": "full"}, "fp32": {"dtype": "float32"}}
+WAYS = ({"attention": "triton"}, *({f"lora_matmul_{step}": way} for step in ("forward", "input", "adapters")
+                                   for way in ("triton", "augmented")))
+
+
+def steps(folder: Path) -> None:
+    """Training steps of every variant and way, the optimizers, and a step that is recorded."""
+    import minitune as mt
+    from minitune.objectives.sft import sft
+    from minitune.ops import tuned
+    from minitune.training.graph import GraphedStep
+    from tests.batches import documents, packed
+    from tests.oracles import VARIANTS, make
+
+    batch = packed(documents(LENGTHS, 5), sum(LENGTHS) + 9)
+
+    def load(variant: str, lora: dict[str, Any], **options: Any) -> Any:
+        if not (folder / variant).exists():
+            make(variant, folder / variant)
+        adapter = {} if "train" in options else {"lora": mt.LoRA(**{"rank": 4} | lora)}
+        model = mt.load(folder / variant, device="cuda", **adapter, **options)
+        model.train()
+        return model
+
+    def step(variant: str = "qwen3", lora: dict[str, Any] | None = None, optimizer: str = "adamw",
+             native: bool = True, forced: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
+        with device.fake_gpu(native) as watch, tuned.forced(**forced or {}):
+            model = load(variant, lora or {}, **options)
+            parameters = list(model.trainable_parameters())
+            made = {"adamw": lambda: mt.AdamW(parameters), "8 bits": lambda: mt.AdamW(parameters, moments="8bit"),
+                    "sgd": lambda: mt.SGD(parameters, lr=1e-3, momentum=0.9)}[optimizer]()
+            given = batch.pin_memory().to("cuda")
+            watch.restart()
+            for _ in range(2):
+                model.loss(given).backward()
+                made.clip(1.0)
+                made.step()
+                made.zero_grad()
+            return {"waits": watch.waits, "launches": watch.launches}
+
+    def recorded(**options: Any) -> dict[str, Any]:
+        with device.fake_gpu() as watch:
+            model = load("qwen3", {}, **options)
+            whole = GraphedStep(model, mt.AdamW(model.trainable_parameters()), batch, sft, n_documents=8,
+                                n_trained=2_400)
+            watch.restart()
+            whole([batch, batch], 1e-3, 1.0)
+            return {"waits": watch.waits}
+
+    for variant in VARIANTS:
+        report(variant, step, variant)
+    for name, lora in LORAS.items():
+        report(name, step, lora=lora)
+        report(f"{name}, nf4-dq", step, lora=lora, quant="nf4-dq")
+    for name, options in OPTIONS.items():
+        report(name, step, **options)
+        if "quant" in options:
+            report(f"{name}, without the extension's CUDA half", step, native=False, **options)
+    for optimizer in ("8 bits", "sgd"):
+        report(optimizer, step, optimizer=optimizer)
+    for train in ("full", "last:1", "norms", "embedding", "head"):
+        report(f"train {train}", step, train=train)
+    for forced in WAYS:
+        report(f"forced {forced}", step, "llama-2-gqa", forced=forced)
+        report(f"forced {forced}, nf4-dq", step, "llama-2-gqa", forced=forced, quant="nf4-dq")
+    for policy in ("keep", "full"):
+        report(f"recorded, {policy}", recorded, memory=policy)
+        report(f"recorded, {policy}, nf4-dq", recorded, memory=policy, quant="nf4-dq")
+
+
+def uses(folder: Path) -> None:
+    """What a user does beside the bare step: a whole run, evaluation, generation, files, the doctor's checks."""
+    import torch
+
+    import minitune as mt
+    from minitune.ops import checks
+    from tests.batches import documents, packed
+    from tests.oracles import make
+
+    make("qwen3", folder / "base")
+    batches = [packed(documents((40, 9), seed), 64) for seed in range(3)]
+
+    def run(use: Callable[[Any], object], **options: Any) -> dict[str, Any]:
+        with device.fake_gpu() as watch:
+            model = mt.load(folder / "base", device="cuda", lora=mt.LoRA(rank=4), **options)
+            watch.restart()
+            use(model)
+            return {"waits": watch.waits}
+
+    def save(model: Any) -> None:
+        model.save_adapter(folder / "adapter")
+        model.save_merged(folder / "merged")
+
+    report("train", run, lambda model: mt.train(model, batches, epochs=2, tokens=64, log_every=100, micro_batches=2,
+                                                quiet=True))
+    report("train, out", run, lambda model: mt.train(model, batches, tokens=64, out=folder / "run", save_every=2,
+                                                     valid=batches[:1], moments="8bit", quiet=True))
+    report("evaluate", run, lambda model: mt.evaluate(model, batches))
+    report("generate", run, lambda model: model.generate([[5, 6, 7], [8]], 9))
+    report("sample", run, lambda model: model.generate([[5, 6, 7], [8]], 9, temperature=0.7, top_p=0.9, top_k=5))
+    report("generate, nf4-dq", run, lambda model: model.generate([[5, 6, 7], [8]], 9), quant="nf4-dq")
+    report("save", run, save)
+    report("save, nf4-dq", run, lambda model: model.save_merged(folder / "merged-nf4"), quant="nf4-dq")
+    report("to the CPU", run, lambda model: model.network.to("cpu"))
+    report("doctor", run, lambda model: list(checks.run(model.config, 300, torch.bfloat16, torch.device("cuda"))))
+
+
+def faults(_: Path) -> None:
+    """What must be seen."""
+    import torch
+
+    def run(use: Callable[[Any], object]) -> dict[str, Any]:
+        with device.fake_gpu() as watch:
+            x = torch.ones(1000, device="cuda")
+            watch.restart()
+            use(x)
+            return {"waits": watch.waits, "peak": watch.peak, "live": watch.live}
+
+    report("an item", run, lambda x: x.sum().item())
+    report("to the host", run, lambda x: x.cpu())
+    report("copied to the host", run, lambda x: torch.zeros(1000).copy_(x))
+    report("copied from the host", run, lambda x: x.copy_(torch.zeros(1000)))
+    report("from the host", run, lambda x: torch.zeros(1000).to(x.device))
+    report("from the host, no wait", run, lambda x: torch.zeros(1000).to(x.device, non_blocking=True))
+    report("two devices", run, lambda x: x + torch.zeros(1000))
+    report("a boolean index", run, lambda x: x[x > 0])
+    report("memory", run, lambda x: (x * 2 * 2).sum())
+
+
+def memory(_: Path) -> None:
+    """QLoRA steps of a 7B model, as benchmarks/fake_gpu/memory.py counts them."""
+    from benchmarks.fake_gpu.memory import Case, count
+
+    for policy in ("full", "offload"):
+        report(policy, count, Case("Llama-2-7B", "nf4-dq", (2048,), policy, "8bit"))
+
+
+def report(name: str, run: Callable[..., dict[str, Any]], *args: Any, **options: Any) -> None:
+    try:
+        found = run(*args, **options)
+    except Exception as failure:
+        found = {"error": f"{type(failure).__name__}: {str(failure)[:300]}", "trace": traceback.format_exc()[-4000:]}
+    print(json.dumps({"name": name, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    device.load(sys.argv[1])
+    with tempfile.TemporaryDirectory() as place:
+        {"steps": steps, "uses": uses, "faults": faults, "memory": memory}[sys.argv[2]](Path(place))

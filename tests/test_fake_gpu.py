@@ -1,0 +1,67 @@
+"""The CUDA path without a GPU (benchmarks/fake_gpu): no operand on another device, no waiting within a step, and the
+bytes that a 7B step holds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fake_gpu import device
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(bool(device.missing()), reason=device.missing() or "")
+WORKSPACES = 2 * (32 << 20)
+"""cuBLAS's, of the forward's thread and the backward's."""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return device.build(tmp_path_factory.mktemp("device"))
+
+
+def _run(library, group):
+    """name -> what a run printed."""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.fake_gpu_runs", str(library), group],
+                         cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = {row.pop("name"): row for row in map(json.loads, run.stdout.splitlines())}
+    assert found
+    return found
+
+
+def test_no_step_mixes_devices_or_waits(library):
+    found = _run(library, "steps")
+    wrong = {name: row for name, row in found.items() if row.get("error") or row["waits"]}
+    assert not wrong, json.dumps(wrong, indent=1)
+    assert len(found) > 50
+    assert found["LoRA"]["launches"]["rms_norm_forward"] and found["8 bits"]["launches"]["adamw_8bit"] == 2
+    assert found["nf4, without the extension's CUDA half"]["launches"]["nf4_dequantize"]
+    assert found["forced {'attention': 'triton'}"]["launches"]["attention_dkdv"]
+    assert found["forced {'lora_matmul_forward': 'triton'}"]["launches"]["lora_product"]
+
+
+def test_what_a_user_does_runs_and_a_run_waits_only_where_it_must(library):
+    found = _run(library, "uses")
+    assert not {name: row for name, row in found.items() if row.get("error")}
+    # Of six steps the last one's loss alone is asked for.
+    assert list(found["train"]["waits"].values()) == [1]
+    assert not any("step.py" in place for row in found.values() for place in row["waits"])
+
+
+def test_a_fault_would_be_seen(library):
+    found = _run(library, "faults")
+    for name in ("an item", "to the host", "copied to the host", "copied from the host", "from the host"):
+        assert sum(found[name]["waits"].values()) == 1, name
+    assert not found["from the host, no wait"]["waits"]
+    assert "two devices" in found["two devices"]["error"] and "nonzero" in found["a boolean index"]["error"]
+    # x, x·2 and x·2·2 are 4,096 bytes each; the sum came when one of them had gone.
+    assert found["memory"]["peak"] == 3 * 4096 and found["memory"]["live"] == 4096
+
+
+def test_a_7b_qlora_step_holds_no_more_than_was_promised(library):
+    found = _run(library, "memory")
+    assert not any(row.get("error") or row["waits"] for row in found.values()), found
+    assert 5.2e9 < found["full"]["peak_bytes"] + WORKSPACES < 5.6e9
+    assert 4.7e9 < found["offload"]["peak_bytes"] + WORKSPACES < 5.0e9
