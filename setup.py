@@ -71,7 +71,7 @@ class BuildNative(build_ext):
         forced = extension is CUDA and os.environ.get("MINITUNE_CUDA") == "1"
         try:
             _prepare(extension)
-            if extension is CUDA:
+            if extension is CUDA and self._is_old(extension):
                 extension.extra_objects = [self._compile_kernels()]
             self.build_extension(extension)
         except (NotBuilt, BaseError, CCompilerError) as error:
@@ -81,6 +81,12 @@ class BuildNative(build_ext):
             print(f"minitune: {extension.name} is not built: {reason}", flush=True)
             self.left_out.append(extension.name)
         return extension.name not in self.left_out
+
+    def _is_old(self, extension):
+        """Whether it has to be built: what setuptools asks too, but only after nvcc has had its seconds."""
+        built, sources = Path(self.get_ext_fullpath(extension.name)), [*extension.sources, *extension.depends]
+        return self.force or not built.exists() or any(
+            Path(source).stat().st_mtime > built.stat().st_mtime for source in sources)
 
     def _compile_kernels(self):
         nvcc, home = _find_nvcc()

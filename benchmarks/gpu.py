@@ -1,14 +1,18 @@
 """What `make gpu` runs on a GPU machine: the build, the tests there, then the timings part by part; raw JSON out.
 
-``PARTS="build tests products attention ops step nf4" python -m benchmarks.gpu``; PARTS="peers" measures whole 7B steps
-beside the others' and takes 5 minutes more. Each part is a process of its own with its own time limit; one that fails
-or is cut off loses only what it had not printed yet. Without PARTS the whole stays under 8 minutes.
+``PARTS="build tests tune products attention ops layer step nf4" python -m benchmarks.gpu``; PARTS="tune peers"
+measures whole 7B steps beside the others' and takes 5 minutes more. Each part is a process of its own with its own time
+limit; one that fails or is cut off loses only what it had not printed yet. Without PARTS the whole stays under 8
+minutes. What "tune" measured decides which ways the parts after it take, as `minitune tune` does for a user.
 
 Nothing is installed and no network is needed: the extension is built in place with the compiler, nvcc and setuptools
 that are there. A rival that is not installed (bitsandbytes, Liger, Unsloth) is named as not measured; bring its wheel
 along and say `pip install --no-index --no-deps FILE.whl` to have it measured.
 With --device cpu it runs tiny shapes and marks the file "device": "cpu". Exit code 1: a part failed or a figure was
-wrong; 2: there is no GPU, or no torch, and nothing was run.
+wrong; 2: there is no GPU, or no torch, or a tar that does not fit, and nothing was run.
+
+A run on a GPU leaves build/gpu-start.tar.xz, with the extension and what Triton compiled. Bring it along to a fresh
+machine and say `python -m benchmarks.gpu --start TAR`, and what did not change since is not compiled again.
 """
 
 from __future__ import annotations
@@ -24,16 +28,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import gpu_start, tables_gpu
 from benchmarks.harness import ROOT, machine, save
+from minitune.errors import InputError
 
-LIMITS = {"build": 70, "tests": 120, "products": 40, "attention": 55, "ops": 50, "step": 45, "nf4": 80, "peers": 300}
+LIMITS = {"build": 60, "tests": 115, "tune": 45, "products": 45, "attention": 50, "ops": 40, "layer": 15, "step": 40,
+          "nf4": 50, "peers": 300}
 """Seconds of each part; 460 in all without the one that has to be asked for."""
 ASKED = ("peers",)
 """Parts that run only where PARTS names them."""
+TUNED = ROOT / "build" / "gpu-tuned.json"
+"""The table of the part "tune", for the parts after it; a user's own is left alone."""
 WORKERS, THREADS = 6, 2
 """Of the tests, and of each of their processes."""
 
@@ -145,12 +154,25 @@ def run_part(name: str, where: str, seconds: float) -> dict[str, Any]:
     elif name == "tests":
         part = run_tests(where, seconds)
     else:
-        out, err, code = run_bounded([sys.executable, "-m", f"benchmarks.gpu_{name}", "--device", where], seconds)
+        if name == "tune":
+            TUNED.unlink(missing_ok=True)
+        out, err, code = run_bounded([sys.executable, "-m", f"benchmarks.gpu_{name}", "--device", where], seconds,
+                                     MINITUNE_TUNED=str(TUNED))
         rows, ended = parse_rows(out)
         wrong = [row for row in rows if row.get("right") is False]
         status = "cut off" if code is None else "passed" if code == 0 and ended and not wrong else "failed"
         part = {"status": status, "rows": rows, **({"stderr": err} if err and status != "passed" else {})}
     return {**part, "seconds": time.monotonic() - begun, "limit_s": seconds}
+
+
+def attempt(step: Callable[[Path], str], tar: Path) -> bool:
+    """Pack or unpack, and print what came of it; whether it went well."""
+    try:
+        print(f"to start from: {step(tar)}", file=sys.stderr, flush=True)
+    except InputError as error:
+        print(f"make gpu: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def main() -> None:
@@ -160,6 +182,9 @@ def main() -> None:
                         help=f"default: $PARTS, else all but {', '.join(ASKED)}")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny shapes, to try it out")
     parser.add_argument("--out", type=Path, help="folder of the raw file, default benchmarks/results")
+    parser.add_argument("--start", type=Path, help="unpack the tar of an earlier run first")
+    parser.add_argument("--tar", type=Path, help="where to leave one for a later run, default build/gpu-start.tar.xz; "
+                        "with --device cpu none is left unless this is said")
     told = parser.parse_args()
     unknown = set(told.parts) - set(LIMITS)
     if unknown:
@@ -168,15 +193,20 @@ def main() -> None:
     if reason is not None:
         print(f"make gpu: {reason}", file=sys.stderr)
         sys.exit(2)
+    os.environ["TRITON_CACHE_DIR"] = str(gpu_start.cache_folder())      # of every part
+    if told.start and not attempt(gpu_start.unpack, told.start):
+        sys.exit(2)
     raw: dict[str, Any] = {"kind": "gpu", "device": where, "machine": machine(), "parts": {}}
     for name in told.parts:
         print(f"{name} … at most {LIMITS[name]} s", file=sys.stderr, flush=True)
         raw["parts"][name] = run_part(name, where, LIMITS[name])
         print(f"{name}: {raw['parts'][name]['status']}", file=sys.stderr, flush=True)
     path = save("gpu" if where == "cuda" else "gpu-cpu", raw, told.out)
-    print("\n".join(tables.gpu_tables(tables.read(path))))
+    print("\n".join(tables_gpu.gpu_tables(json.loads(path.read_text()))))
     print(f"raw figures: {path.name}")
-    sys.exit(any(part["status"] != "passed" for part in raw["parts"].values()))
+    tar = told.tar or (gpu_start.TAR if where == "cuda" else None)
+    packed = tar is None or attempt(gpu_start.pack, tar)
+    sys.exit(not packed or any(part["status"] != "passed" for part in raw["parts"].values()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Packed causal attention by our kernel and each of torch's backends, forward and backward: checked, then timed.
+"""Packed causal attention by our kernel, by the dispatch and by each of torch's backends: checked, then timed.
 
 ``python -m benchmarks.gpu_attention --device cuda`` prints a row of JSON a figure. q [T, H, D], k and v [T, H_kv, D],
 all documents of a case end to end; no document sees another. A backend that a device or a torch lacks is a row with the
@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu_timing import emit, error, matrix_rate, reason, timed
+from minitune.ops import attention
 from minitune.ops.backends import kernel, missing
 from minitune.ops.documents import Documents
 
@@ -27,6 +28,7 @@ SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_A
         "cudnn": SDPBackend.CUDNN_ATTENTION}
 RAGGED = (4096, 3001, 2500, 2048, 1777, 1024, 700, 512, 383, 300, 43)
 CASES = (("8 x 2048, 32 heads", (2048,) * 8, 32, 32, 128), ("8 x 2048, 32/8 heads", (2048,) * 8, 32, 8, 128),
+         ("1 x 16384, 32 heads", (16_384,), 32, 32, 128),
          ("ragged, 32 heads", RAGGED, 32, 32, 128), ("ragged, 32/8 heads", RAGGED, 32, 8, 128))
 TINY = (("2 x 32, 4 heads", (32,) * 2, 4, 4, 16), ("ragged, 4/2 heads", (33, 20, 11), 4, 2, 16))
 
@@ -230,10 +232,38 @@ class Ours:
         return found
 
 
+class Dispatched:
+    """What a training step runs: `ops/attention.py`, which takes what it takes at this shape."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.documents = case, Documents(case.cu, case.lengths)
+        self.saved: attention.Saved | None = None
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        c = self.case
+        out, self.saved = attention.forward(c.q.detach(), c.k.detach(), c.v.detach(), self.documents)
+        return out
+
+    def backward(self) -> tuple[Tensor, ...]:
+        if self.saved is None:
+            self.forward()
+        assert self.saved is not None
+        apart = attention.backward_apart(self.case.do, self.saved, keep_graph=True)
+        if apart is not None:
+            return apart
+        c = self.case
+        whole = c.q.new_empty(len(c.q), c.q.shape[1] + 2 * c.k.shape[1], c.q.shape[2])
+        with torch.no_grad():
+            attention.backward(c.do, self.saved, whole, keep_graph=True)
+        return whole.split((c.q.shape[1], c.k.shape[1], c.k.shape[1]), dim=1)
+
+
 def backends(case: Case) -> Iterator[tuple[str, Callable[[], Backend]]]:
     """(name, maker) of every way; those that are likelier to break the device come last."""
     manner = "batch" if len(set(case.lengths)) == 1 else "call a document"
     yield "minitune", lambda: Ours(case)
+    yield "dispatch", lambda: Dispatched(case)
     yield "varlen_attn", lambda: varlen(case)
     yield "aten flash, cu_seqlens", lambda: AtenFlash(case)
     yield "aten efficient, cu_seqlens", lambda: AtenEfficient(case)

@@ -18,18 +18,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import minitune as mt
-from benchmarks.gpu_step import SEVEN_B, TINY, flops_a_token, train, write_folder
-from benchmarks.gpu_timing import emit, matrix_rate, reason, timed
+from benchmarks.gpu_step import flops_a_token, train, write_folder
+from benchmarks.gpu_timing import copy_rate, emit, matrix_rate, reason, timed
 from benchmarks.harness import summary
-from benchmarks.shapes import ALPHA, RANK, SEED, Size
-from benchmarks.tables_nf4 import GPU_LOAD_GB_PER_S, GPU_LOAD_OF_DISK, GPU_STEP_GB
-from minitune.model.llama import Llama
+from benchmarks.random_weights import SEVEN_B, TINY, ours
+from benchmarks.shapes import SEED, Size
+from benchmarks.tables_nf4 import (
+    GPU_LOAD_GB_PER_S,
+    GPU_LOAD_OF_DISK,
+    GPU_STEP_8BIT_GB,
+    GPU_STEP_GB,
+    GPU_STEP_OFFLOAD_GB,
+)
 from minitune.ops import backends, nf4
 from minitune.ops.nf4 import NF4Weight
 from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4
@@ -47,7 +53,6 @@ Shapes = dict[str, tuple[tuple[int, int], ...]]
 class Plan:
     """How large everything is. A weight of several parts is decoded into one buffer whose rows lie apart."""
 
-    copied_bytes: int
     weights: Shapes
     loaded: Size
     trained: Size
@@ -57,11 +62,23 @@ class Plan:
 
 
 PLANS = {
-    "cuda": Plan(2**30, {"4096x4096": ((4096, 4096),), "11008x4096": ((11008, 4096),), "4096x11008": ((4096, 11008),),
-                         "gate and up, 2 x 11008x4096": ((11008, 4096),) * 2},
-                 replace(SEVEN_B, layers=8), replace(SEVEN_B, layers=32), 2048, 2, 5),
-    "cpu": Plan(2**20, {"64x64": ((64, 64),), "48x40": ((48, 40),), "gate and up, 2 x 33x64": ((33, 64),) * 2},
+    "cuda": Plan({"4096x4096": ((4096, 4096),), "11008x4096": ((11008, 4096),), "4096x11008": ((4096, 11008),),
+                  "gate and up, 2 x 11008x4096": ((11008, 4096),) * 2},
+                 replace(SEVEN_B, layers=8), SEVEN_B, 2048, 2, 5),
+    "cpu": Plan({"64x64": ((64, 64),), "48x40": ((48, 40),), "gate and up, 2 x 33x64": ((33, 64),) * 2},
                 TINY, TINY, 32, 2, 3)}
+
+
+class Training(NamedTuple):
+    """A QLoRA step: memory policy, AdamW's moments, and the GB of a GPU that were promised for it at the most."""
+
+    memory: str
+    moments: str
+    most_gb: float | None = None
+
+
+TRAININGS = (Training("full", "fp32", GPU_STEP_GB), Training("full", "8bit", GPU_STEP_8BIT_GB),
+             Training("offload", "8bit", GPU_STEP_OFFLOAD_GB), Training("auto", "fp32"))
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -79,13 +96,6 @@ def speed(run: Callable[[], object], n_bytes: int, device: str, rate: float) -> 
     ms = timed(run, device)
     gb_per_s = n_bytes / ms["median"] / 1e6
     return {"ms": ms, "gb_per_s": gb_per_s, "share_of_copy": gb_per_s / rate}
-
-
-def copy_rate(n_bytes: int, device: str) -> float:
-    """GB/s of a copy of `n_bytes` of bf16, read and written."""
-    x = torch.randn(n_bytes // 2, dtype=torch.bfloat16, device=device)
-    out = torch.empty_like(x)
-    return 2 * n_bytes / timed(lambda: out.copy_(x), device)["median"] / 1e6
 
 
 def free(device: str) -> None:
@@ -196,10 +206,10 @@ def kernels(weights: Shapes, device: str, rate: float) -> None:
     cases = {(name, kind): make(shapes, kind == "nf4-dq") for name, shapes in weights.items()
              for kind in ("nf4", "nf4-dq")}
     for (name, kind), case in cases.items():
-        for what, ours in (("dequantise", decode), ("quantise", encode))[: 2 if len(case.weights) == 1 else 1]:
+        for what, check in (("dequantise", decode), ("quantise", encode))[: 2 if len(case.weights) == 1 else 1]:
             row = {"what": what, "weight": name, "kind": kind}
             for backend in backends.NAMES:
-                attempt({**row, "backend": backend}, ours, case, backend, device, rate)
+                attempt({**row, "backend": backend}, check, case, backend, device, rate)
             attempt({**row, "backend": "bitsandbytes"}, rival, case, what, device, rate)
         free(device)
 
@@ -298,35 +308,14 @@ def bits_of_a_linear(model: Any, folder: Path) -> bool:
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def build(size: Size, memory: Any, device: str) -> mt.Model:
-    """A Llama of random weights with its linears in nf4-dq, made on the device, with fresh adapters on all of them."""
-    config = mt.ModelConfig(vocab_size=size.vocab, d_model=size.d_model, n_layers=size.layers, n_heads=size.heads,
-                            n_kv_heads=size.kv_heads, head_dim=size.head_dim, d_ff=size.d_ff, tied_head=size.tied)
-    network = Llama(config, dtype=torch.bfloat16, device=device, memory=memory, quantized=True)
-    generator = torch.Generator(device).manual_seed(SEED)
-    for name, weight in network.hf_weights().items():
-        if name.endswith("norm.weight"):
-            weight.fill_(1)
-        else:
-            weight.normal_(0, 0.02, generator=generator)
-    for name, shape in network.nf4_shapes().items():
-        dense = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) * 0.02
-        network.put_nf4(name, nf4.quantize(dense))
-    lora = mt.LoRA(rank=RANK, alpha=ALPHA)
-    network.add_adapters(lora, SEED)
-    model = mt.Model(network, None)
-    model.lora = lora
-    return model
-
-
-def qlora(plan: Plan, memory: str, device: str, rate: float) -> dict[str, Any]:
+def qlora(plan: Plan, case: Training, device: str, rate: float) -> dict[str, Any]:
     """Steps on one sequence, with their share of the matrix rate."""
     lengths = (plan.length,)
-    found = train(build(plan.trained, memory, device), plan.trained, lengths, device, plan.warmup, plan.steps)
+    model = ours(plan.trained, device, "nf4-dq", case.memory)
+    found = train(model, plan.trained, lengths, device, plan.warmup, plan.steps, case.moments)
     flops = flops_a_token(plan.trained, lengths)
-    if memory == "full" and "peak_bytes" in found:
-        found["promise"] = found["peak_bytes"] <= GPU_STEP_GB * 1e9
+    if case.most_gb and "peak_bytes" in found:
+        found |= {"most_gb": case.most_gb, "promise": found["peak_bytes"] <= case.most_gb * 1e9}
     return {**found, "flops_a_token": flops,
             "share_of_rate": found["tokens_per_s"]["median"] * flops / rate / 1e12}
 
@@ -337,13 +326,14 @@ def main() -> None:
     device = parser.parse_args().device
     plan = PLANS[device]
     torch.manual_seed(SEED)
-    copied, multiplied = copy_rate(plan.copied_bytes, device), matrix_rate(device)
+    copied, multiplied = copy_rate(device), matrix_rate(device)
     emit(what="copy rate", gb_per_s=copied)
     emit(what="matrix rate", tflops=multiplied)
     free(device)
-    for memory in ("full", "auto"):
-        attempt({"what": "step", "case": f"QLoRA, 1 x {plan.length}, memory {memory}", "layers": plan.trained.layers,
-                 "tokens": plan.length, "memory": memory}, qlora, plan, memory, device, multiplied)
+    for case in TRAININGS:
+        name = f"QLoRA, 1 x {plan.length}, memory {case.memory}, moments {case.moments}"
+        attempt({"what": "step", "case": name, "layers": plan.trained.layers, "tokens": plan.length,
+                 "memory": case.memory, "moments": case.moments}, qlora, plan, case, device, multiplied)
         free(device)
     kernels(plan.weights, device, copied)
     attempt({"what": "load", "layers": plan.loaded.layers, "of_layers": plan.trained.layers}, load, plan.loaded, device)

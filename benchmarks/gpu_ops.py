@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_timing import emit, error, reason, timed
+from benchmarks.gpu_timing import copy_rate, emit, error, reason, timed
 from minitune.ops import adamw, backends, linear_cross_entropy, rms_norm, rope, swiglu
 
 D, VOCAB, TOKENS, EPS = 4096, 32_000, 16_384, 1e-5
@@ -171,7 +171,7 @@ def _liger_swiglu(gate_up: Tensor) -> dict[str, Callable[[], Any]]:
     return {"Liger": lambda: LigerSiLUMulFunction.apply(gate, up)}
 
 
-def measure(case: Case, device: str, copy_rate: float) -> None:
+def measure(case: Case, device: str, copied: float) -> None:
     """Check, then time every variant; a row each."""
     row = {"what": "op", "op": case.name, "shape": list(case.shape), "bytes": case.n_bytes}
     truth, plain = case.truth(), case.plain()
@@ -190,11 +190,11 @@ def measure(case: Case, device: str, copy_rate: float) -> None:
             emit(**row, variant=name, error=reason(failure), **({"right": False} if name == "minitune" else {}))
             continue
         rate = case.n_bytes / ms["median"] / 1e6
-        emit(**row, variant=name, ms=ms, gb_per_s=rate, share_of_copy=rate / copy_rate,
+        emit(**row, variant=name, ms=ms, gb_per_s=rate, share_of_copy=rate / copied,
              **({"right": right, "errors": errors} if name == "minitune" else {}))
 
 
-def measure_adamw(n: int, device: str, copy_rate: float) -> None:
+def measure_adamw(n: int, device: str, copied: float) -> None:
     """One step over a flat buffer: four fp32 values read and three written for each parameter."""
     buffers = [torch.rand(n, device=device) for _ in range(4)]
     settings = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "step": 10}
@@ -207,15 +207,28 @@ def measure_adamw(n: int, device: str, copy_rate: float) -> None:
             emit(**row, error=reason(failure), right=False)
             continue
         rate = 28 * n / ms["median"] / 1e6
-        emit(**row, ms=ms, gb_per_s=rate, share_of_copy=rate / copy_rate)
+        emit(**row, ms=ms, gb_per_s=rate, share_of_copy=rate / copied)
 
 
-def measured_copy_rate(device: str) -> float:
-    """GB/s of copying, bytes read and written."""
-    source = torch.empty((1 << 30 if device == "cuda" else 1 << 20) // 2, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    ms = timed(lambda: target.copy_(source), device)["median"]
-    return 2 * source.nbytes / ms / 1e6
+def measure_head(tokens: int, d: int, vocab: int, device: str) -> None:
+    """linear_cross_entropy with its gradient beside the two products that it cannot do without: logits and d hidden."""
+    hidden = torch.randn(tokens, d, device=device).bfloat16()
+    weight = (torch.randn(vocab, d, device=device) * d**-0.5).bfloat16()
+    labels = torch.randint(0, vocab, (tokens,), device=device)
+    logits, d_hidden = hidden.new_empty(tokens, vocab), torch.empty_like(hidden)
+
+    def bare() -> None:
+        torch.mm(hidden, weight.mT, out=logits)
+        torch.mm(logits, weight, out=d_hidden)
+
+    row = {"what": "over", "op": "linear_cross_entropy", "shape": [tokens, d, vocab]}
+    try:
+        bare_ms = timed(bare, device)
+        ms = timed(lambda: linear_cross_entropy.losses_and_gradient(hidden, weight, labels, 0.0, gradient=True), device)
+    except RuntimeError as failure:
+        emit(**row, error=reason(failure), right=False)
+        return
+    emit(**row, ms=ms, bare_ms=bare_ms, over=ms["median"] / bare_ms["median"])
 
 
 def main() -> None:
@@ -224,7 +237,7 @@ def main() -> None:
     device = parser.parse_args().device
     real = device == "cuda"
     torch.manual_seed(0)
-    rate = measured_copy_rate(device)
+    rate = copy_rate(device)
     emit(what="copy rate", gb_per_s=rate, backends=backends.backends(device))
     sizes: tuple[int, int, tuple[int, ...], int] = (
         (TOKENS, D, (11_008, 14_336), VOCAB) if real else (32, 256, (96,), 301))
@@ -233,6 +246,7 @@ def main() -> None:
         if real:
             torch.cuda.empty_cache()
     measure_adamw(ADAPTERS if real else 10_000, device, rate)
+    measure_head(*((TOKENS, D, VOCAB) if real else (64, 32, 301)), device)
     emit(what="end")
 
 

@@ -1,9 +1,10 @@
-"""The price of LoRA in the four products of a 7B layer: bare, addmm, augmented product, Triton; checked, then timed.
+"""The price of LoRA of rank 16 and 64 in the four products of a 7B layer: bare, addmm, augmented product, Triton.
 
-``python -m benchmarks.gpu_products --device cuda`` prints a row of JSON a figure. Names as in DESIGN: X [T, K] input, W
-[N, K] base weight, A [r, K] and B [N, r] adapters with the scaling folded into B, S = X·Aᵀ, Y = X·Wᵀ + S·Bᵀ; backward
-dS = dY·B, dX = dY·W + dS·A, dA = dSᵀ·X, dB = dYᵀ·S. q/k/v and gate/up are one product with one adapter each, so their
-ranks add up and B is block-diagonal.
+``python -m benchmarks.gpu_products --device cuda`` checks, times and prints a row of JSON a figure. X [T, K] input,
+W [N, K] base weight, A [r, K] and B [N, r] adapters with the scaling folded into B, S = X·Aᵀ, Y = X·Wᵀ + S·Bᵀ;
+backward dS = dY·B, dX = dY·W + dS·A, dA = dSᵀ·X, dB = dYᵀ·S. q/k/v and gate/up are one product with one adapter each,
+so their ranks add up and B is block-diagonal. Beside each pass stands its floor: what it adds to the bare product at
+the least.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_timing import emit, error, matrix_rate, reason, timed
+from benchmarks.gpu_timing import copy_rate, emit, error, matrix_rate, reason, timed
 from minitune.ops.backends import kernel, missing
 
-RANK = 16
+RANKS = (16, 64)
+"""Of each adapter."""
 ROW_BYTES = 128
 LIMIT = 1e-2
 CHECKED_ROWS = 128
@@ -30,12 +32,14 @@ TINY = (("qkv", 128, (64, 64, 64)), ("down", 192, (128,)))
 
 @dataclass
 class Product:
-    """The tensors of one product. `rank` is the adapters' summed rank, `padded` the columns that it takes in a row."""
+    """The tensors of one product. `each` is an adapter's rank, `rank` their sum, `padded` the columns that it takes in
+    a row."""
 
     name: str
     n_tokens: int
     inner: int
     outer: int
+    each: int
     rank: int
     padded: int
     x: Tensor
@@ -58,10 +62,18 @@ class Product:
         """Of the base product, one direction: what every variant's rate is counted by."""
         return 2 * self.n_tokens * self.inner * self.outer
 
+    def floor_ms(self, step: str, copied: float, multiplied: float) -> float:
+        """What the adapters add at the least, `copied` GB/s and `multiplied` TFLOP/s being the ceilings: S is made from
+        one more reading of X (dS from one of dY, dA and dB from one of each) and met within the product."""
+        tokens, widths = self.n_tokens, {"forward": self.inner, "backward": 2 * self.outer + self.inner}
+        read = 2 * tokens * (widths[step] + self.rank)
+        deeper = 2 * tokens * self.rank * (self.outer if step == "forward" else self.inner)
+        return read / copied / 1e6 + deeper / multiplied / 1e9
 
-def make(name: str, inner: int, widths: tuple[int, ...], n_tokens: int, device: str) -> Product:
+
+def make(name: str, inner: int, widths: tuple[int, ...], n_tokens: int, device: str, each: int = 16) -> Product:
     """Random tensors whose adapter term is as large as the base term, so that losing it cannot pass the check."""
-    outer, rank = sum(widths), RANK * len(widths)
+    outer, rank = sum(widths), each * len(widths)
     lanes = ROW_BYTES // 2
     padded = -(-rank // lanes) * lanes
     if inner % lanes or outer % lanes:
@@ -75,16 +87,16 @@ def make(name: str, inner: int, widths: tuple[int, ...], n_tokens: int, device: 
 
     x, w, dy = random(n_tokens, inner), random(outer, inner, scale=inner**-0.5), random(n_tokens, outer)
     a = random(rank, inner, scale=inner**-0.5)
-    b = torch.zeros_like(w[:, :rank], memory_format=torch.contiguous_format)
+    b = torch.zeros(outer, rank, dtype=torch.bfloat16, device=device)
     for i, width in enumerate(widths):
-        b[i * width:(i + 1) * width, i * RANK:(i + 1) * RANK] = random(width, RANK, scale=RANK**-0.5)
+        b[i * width:(i + 1) * width, i * each:(i + 1) * each] = random(width, each, scale=each**-0.5)
     wide_w, wide_x, wide_dy = (torch.zeros(*shape, dtype=torch.bfloat16, device=device) for shape in (
         (outer + padded, inner + padded), (n_tokens, inner + padded), (n_tokens, outer + padded)))
     wide_w[:outer, :inner], wide_w[:outer, inner:inner + rank], wide_w[outer:outer + rank, :inner] = w, b, a
     wide_x[:, :inner], wide_dy[:, :outer] = x, dy
     s, ds = x @ a.t(), dy @ b
     wide_x[:, inner:inner + rank], wide_dy[:, outer:outer + rank] = s, ds
-    return Product(name, n_tokens, inner, outer, rank, padded, x, w, a, b, dy, s, ds, empty(n_tokens, outer),
+    return Product(name, n_tokens, inner, outer, each, rank, padded, x, w, a, b, dy, s, ds, empty(n_tokens, outer),
                    empty(n_tokens, inner), empty(rank, inner), empty(outer, rank), wide_w, wide_x, wide_dy)
 
 
@@ -198,7 +210,7 @@ def check(p: Product, t: Truth, variant: str, step: str, run: Callable[[], None]
     return {"dX": error(p.dx[t.rows], t.dx), "dA": error(p.da, t.da), "dB": error(p.db, t.db)}
 
 
-def measure(p: Product, device: str) -> None:
+def measure(p: Product, device: str, copied: float, multiplied: float) -> None:
     """Check and time all variants of one product; a row each."""
     t = truth(p)
     for step, variants in (("forward", forward_variants(p)), ("backward", backward_variants(p))):
@@ -206,7 +218,8 @@ def measure(p: Product, device: str) -> None:
         bare_ms = 0.0
         for variant, run in variants:
             row = {"what": "product", "product": p.name, "pass": step, "variant": variant, "tokens": p.n_tokens,
-                   "in": p.inner, "out": p.outer, "rank": p.rank, "padded_rank": p.padded}
+                   "in": p.inner, "out": p.outer, "each": p.each, "rank": p.rank, "padded_rank": p.padded,
+                   "floor_ms": p.floor_ms(step, copied, multiplied)}
             try:
                 errors = check(p, t, variant, step, run)
                 plain = errors if variant == "addmm" else plain
@@ -227,9 +240,13 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
     device = parser.parse_args().device
     torch.manual_seed(0)
-    emit(what="matrix rate", tflops=matrix_rate(device))
-    for name, inner, widths in SHAPES if device == "cuda" else TINY:
-        measure(make(name, inner, widths, 16_384 if device == "cuda" else 256, device), device)
+    copied, multiplied = copy_rate(device), matrix_rate(device)
+    emit(what="matrix rate", tflops=multiplied)
+    emit(what="copy rate", gb_per_s=copied)
+    for each in RANKS:
+        for name, inner, widths in SHAPES if device == "cuda" else TINY:
+            made = make(name, inner, widths, 16_384 if device == "cuda" else 256, device, each)
+            measure(made, device, copied, multiplied)
     emit(what="end")
 
 

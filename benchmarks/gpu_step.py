@@ -1,8 +1,7 @@
-"""A LoRA training step of a shallow Llama-2-7B by minitune: tokens/s, memory, share of the measured matrix rate.
+"""A training step of Llama-2-7B by minitune, LoRA and QLoRA: tokens/s, memory, share of the measured matrix rate.
 
-``python -m benchmarks.gpu_step --device cuda`` prints a row of JSON a figure. Four layers of the true shape with random
-weights; every token trained; FLOPs a token = 4·(linears + head) + 3.5·causal attention + 6·adapters, no recompute
-counted.
+``python -m benchmarks.gpu_step --device cuda`` prints a row of JSON a figure. Random weights, rank 16, every token
+trained; FLOPs a token = 4·(linears + head) + 3.5·causal attention + 6·adapters, no recompute counted.
 """
 
 from __future__ import annotations
@@ -11,25 +10,24 @@ import argparse
 import gc
 import itertools
 import json
-import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import random_weights
 from benchmarks.gpu_timing import emit, matrix_rate, reason
 from benchmarks.harness import summary
-from benchmarks.shapes import ALPHA, LR, RANK, SEED, Size, token_ids
+from benchmarks.random_weights import SEVEN_B, TINY, ours
+from benchmarks.shapes import LR, RANK, SEED, Size
 from minitune.training.flops import Costs
 
-SEVEN_B = Size(layers=4, d_model=4096, d_ff=11_008, heads=32, kv_heads=32, head_dim=128)
-TINY = Size(layers=2, d_model=64, d_ff=128, heads=4, kv_heads=2, head_dim=16, vocab=256)
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-CASES = (("8 x 2048, memory auto", (2048,) * 8, "auto"), ("1 x 16384, memory auto", (16_384,), "auto"),
-         ("8 x 2048, memory full", (2048,) * 8, "full"))
-TINY_CASES = (("2 x 16, memory auto", (16,) * 2, "auto"),)
+CASES = ((None, (2048,) * 8), ("nf4-dq", (2048,) * 8), (None, (16_384,)))
+TINY_CASES = ((None, (16,) * 2), ("nf4-dq", (16,) * 2))
 
 
 def write_folder(size: Size, folder: Path, device: str) -> None:
@@ -59,13 +57,21 @@ def write_folder(size: Size, folder: Path, device: str) -> None:
         "torch_dtype": "bfloat16"}))
 
 
+def layer_flops_a_token(size: Size, lengths: tuple[int, ...]) -> float:
+    """Of one layer's forward and backward, for one token."""
+    return _costs(replace(size, layers=1)).of_documents(lengths, 0) / sum(lengths)
+
+
 def flops_a_token(size: Size, lengths: tuple[int, ...]) -> float:
     """Of one training step, for one token."""
-    costs = Costs(frozen=size.layers * sum(inner * outer for _, inner, outer in size.products()), trained=0,
-                  adapters=size.layers * RANK * sum(inner + outer for inner, outer in linear_widths(size)),
-                  head=size.vocab * size.d_model, head_products=2, attention_width=size.heads * size.head_dim,
-                  windows=(None,) * size.layers)
-    return costs.of_documents(lengths, sum(lengths)) / sum(lengths)
+    return _costs(size).of_documents(lengths, sum(lengths)) / sum(lengths)
+
+
+def _costs(size: Size) -> Costs:
+    return Costs(frozen=size.layers * sum(inner * outer for _, inner, outer in size.products()), trained=0,
+                 adapters=size.layers * RANK * sum(inner + outer for inner, outer in linear_widths(size)),
+                 head=size.vocab * size.d_model, head_products=2, attention_width=size.heads * size.head_dim,
+                 windows=(None,) * size.layers)
 
 
 def linear_widths(size: Size) -> list[tuple[int, int]]:
@@ -92,29 +98,15 @@ def seconds_a_step(step: Any, steps: int, device: str) -> list[float]:
     return [1e-3 * a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
-def measure(folder: Path, size: Size, lengths: tuple[int, ...], memory: Any, device: str, steps: int) -> dict[str, Any]:
-    """Load, warm up, time."""
-    import minitune as mt
-
-    begun = time.perf_counter()
-    model = mt.load(folder, device=device, dtype=torch.bfloat16, lora=mt.LoRA(rank=RANK, alpha=ALPHA), memory=memory,
-                    seed=SEED)
-    loaded = time.perf_counter() - begun
-    return {**train(model, size, lengths, device, 3, steps), "load_s": loaded}
-
-
-def train(model: Any, size: Size, lengths: tuple[int, ...], device: str, warmup: int, steps: int) -> dict[str, Any]:
+def train(model: Any, size: Size, lengths: tuple[int, ...], device: str, warmup: int, steps: int,
+          moments: str = "fp32") -> dict[str, Any]:
     """Warm up, time; the loss of the one repeated batch must fall and gradients must not be zero."""
     import minitune as mt
 
     model.train()
-    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    tokens = torch.tensor(token_ids(size, sum(lengths)))
-    labels = tokens.roll(-1)
-    labels[bounds[1:].long() - 1] = -100
-    batch = mt.Batch(tokens=tokens, labels=labels, cu_seqlens=bounds).to(device)
+    batch = random_weights.batch(size, lengths, device)
     parameters = list(model.trainable_parameters())
-    optimizer = mt.AdamW(parameters, lr=LR)
+    optimizer = mt.AdamW(parameters, lr=LR, moments=moments)
     losses: list[torch.Tensor] = []
 
     def step() -> None:
@@ -147,24 +139,23 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
     device = parser.parse_args().device
     real = device == "cuda"
-    size, steps = (SEVEN_B, 10) if real else (TINY, 3)
+    size, warmup, steps = (SEVEN_B, 2, 5) if real else (TINY, 1, 3)
     torch.manual_seed(SEED)
     rate = matrix_rate(device)
     emit(what="matrix rate", tflops=rate)
-    with tempfile.TemporaryDirectory() as place:
-        write_folder(size, Path(place), device)
-        for case, lengths, memory in CASES if real else TINY_CASES:
-            row = {"what": "step", "case": case, "layers": size.layers, "tokens": sum(lengths)}
-            try:
-                found = measure(Path(place), size, lengths, memory, device, steps)
-                flops = flops_a_token(size, lengths)
-                emit(**row, **found, flops_a_token=flops,
-                     share_of_rate=found["tokens_per_s"]["median"] * flops / rate / 1e12)
-            except (RuntimeError, ImportError, AttributeError, ValueError, TypeError) as failure:
-                emit(**row, error=reason(failure), right=False)
-            if real:
-                gc.collect()
-                torch.cuda.empty_cache()
+    for quant, lengths in CASES if real else TINY_CASES:
+        case = f"{quant or 'bf16'}, {len(lengths)} x {lengths[0]}, memory auto"
+        row = {"what": "step", "case": case, "layers": size.layers, "tokens": sum(lengths)}
+        try:
+            found = train(ours(size, device, quant, "auto"), size, lengths, device, warmup, steps)
+            flops = flops_a_token(size, lengths)
+            emit(**row, **found, flops_a_token=flops,
+                 share_of_rate=found["tokens_per_s"]["median"] * flops / rate / 1e12)
+        except (RuntimeError, ImportError, AttributeError, ValueError, TypeError) as failure:
+            emit(**row, error=reason(failure), right=False)
+        if real:
+            gc.collect()
+            torch.cuda.empty_cache()
     emit(what="end")
 
 

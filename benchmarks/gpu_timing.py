@@ -75,6 +75,14 @@ def matrix_rate(device: str) -> float:
     return machine.matrix_rate(torch.device(device), torch.bfloat16) / 1e12
 
 
+def copy_rate(device: str, n_bytes: int | None = None) -> float:
+    """GB/s of copying `n_bytes` (1 GiB on a GPU) of bf16, bytes read and written: the ceiling of what only moves."""
+    size = n_bytes or (1 << 30 if device == "cuda" else 1 << 20)
+    source = torch.empty(size // 2, dtype=torch.bfloat16, device=device).normal_()
+    target = torch.empty_like(source)
+    return 2 * size / timed(lambda: target.copy_(source), device)["median"] / 1e6
+
+
 def error(found: torch.Tensor, truth: torch.Tensor) -> float:
     """‖found - truth‖ / ‖truth‖ in the truth's precision; 1e30 where anything is not finite."""
     off = (found.to(truth.dtype) - truth).norm() / truth.norm()

@@ -16,8 +16,9 @@ from typing import Any
 from benchmarks.harness import RESULTS, ROOT, summary
 from benchmarks.tables_aot import kernels_page
 from benchmarks.tables_data import data_table
+from benchmarks.tables_gpu import gpu_tables
 from benchmarks.tables_memory import memory_table
-from benchmarks.tables_nf4 import gpu_nf4_tables, nf4_kernels_table, nf4_table, readme_nf4
+from benchmarks.tables_nf4 import nf4_kernels_table, nf4_table, readme_nf4
 from benchmarks.tables_text import markdown, ratio, spread, verdict, where
 
 Raw = dict[str, Any]
@@ -115,95 +116,6 @@ def _until(side: Raw, mark: str) -> str:
     """Seconds from process start to a mark on the way to the first logits; older files have none."""
     found = [run[mark] for run in side["runs"] if mark in run and not run["void"]]
     return spread(summary(found), 2) if found else ""
-
-
-# ---- GPU ------------------------------------------------------------------------------------------------------------
-def _ms(row: Raw) -> str:
-    ms = row.get("ms")
-    return f"{ms['median']:.3f}" if ms else str(row.get("unavailable", row.get("error", "")))[:60]
-
-
-def _rate(row: Raw, rate: float | None) -> tuple[str, str]:
-    tflops = row.get("tflops")
-    return (f"{tflops:,.1f}" if tflops else "", f"{tflops / rate:.0%}" if tflops and rate else "")
-
-
-def _word(found: bool | None) -> str:
-    return "" if found is None else "yes" if found else "NO"
-
-
-def _attention_rows(rows: list[Raw]) -> list[Raw]:
-    """Rows to show: a backend whose forward is unavailable on a case has one row, not one for each pass."""
-    found = [row for row in rows if row.get("what") == "attention"]
-    absent = {(row["case"], row["backend"]) for row in found if row["pass"] == "forward" and "unavailable" in row}
-    return [{**row, "pass": "all"} if (row["case"], row["backend"]) in absent else row for row in found
-            if row["pass"] == "forward" or (row["case"], row["backend"]) not in absent]
-
-
-def gpu_tables(raw: Raw) -> list[str]:
-    """What one `make gpu` found, part by part; a part that failed says so."""
-    lines = [f"### GPU run on {raw['device']}", "", where(raw), ""]
-    for name, part in raw["parts"].items():
-        lines += [f"#### {name}: {part['status']} in {part['seconds']:.0f} s", "",
-                  *_GPU_PARTS.get(name, _gpu_steps)(part["rows"])]
-    return lines
-
-
-def _gpu_words(rows: list[Raw]) -> list[str]:
-    lines = []
-    for row in rows:
-        native = f"The extension: {row['native']}." if row["what"] == "build" else row.get("summary", "")
-        lines += [native, *row.get("left_out", []), *row.get("failures", [])[:10]]
-    return [*lines, ""]
-
-
-def _matrix_rate(rows: list[Raw]) -> float | None:
-    return next((row["tflops"] for row in rows if row.get("what") == "matrix rate"), None)
-
-
-def _gpu_products(rows: list[Raw]) -> list[str]:
-    rate = _matrix_rate(rows)
-    shown = [(row["product"], row["pass"], row["variant"], _ms(row), *_rate(row, rate),
-              f"{row['over_bare']:.3f}" if row.get("over_bare") else "", _word(row.get("right", False)))
-             for row in rows if row.get("what") == "product"]
-    return [f"Matrix rate: {rate or 0:,.1f} TFLOP/s. Rates count the base product's operations alone.", "", *markdown(
-        ("product", "pass", "variant", "ms", "TFLOP/s", "of the rate", "time over bare", "right"), shown), ""]
-
-
-def _gpu_attention(rows: list[Raw]) -> list[str]:
-    rate = _matrix_rate(rows)
-    shown = [(row["case"], row["backend"], row["pass"], _ms(row), *_rate(row, rate), _word(row.get("right")),
-              _word(row.get("repeats"))) for row in _attention_rows(rows)]
-    head = ("case", "backend", "pass", "ms", "TFLOP/s", "of the rate", "right", "bitwise repeat")
-    return [*markdown(head, shown), ""]
-
-
-def _gpu_ops(rows: list[Raw]) -> list[str]:
-    shown = [(row["op"], "x".join(map(str, row["shape"])), row["variant"], _ms(row),
-              f"{row['gb_per_s']:,.0f}" if "gb_per_s" in row else "",
-              f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else "", _word(row.get("right")))
-             for row in rows if row.get("what") == "op"]
-    return [*markdown(("op", "shape", "by", "ms", "GB/s", "of the copy rate", "right"), shown), ""]
-
-
-def _gpu_steps(rows: list[Raw]) -> list[str]:
-    """Of minitune, and of the others beside it."""
-    steps = []
-    for row in rows:
-        if row.get("what") in ("step", "peer"):
-            names = [row.get(name) for name in ("case", "side", "memory", "micro_batch")]
-            names += ["checkpointing"] * bool(row.get("checkpointing"))
-            why = str(row.get("unavailable", row.get("error", "")))[:90]
-            steps.append((", ".join(str(name) for name in names if name),
-                          spread(row["tokens_per_s"]) if "tokens_per_s" in row else why,
-                          f"{row['peak_bytes'] / 1e9:.2f}" if row.get("peak_bytes") else "",
-                          f"{row['share_of_rate']:.0%}" if row.get("share_of_rate") else "", _word(row.get("right"))))
-    return [*markdown(("case", "tokens/s", "peak GB", "of the matrix rate", "right"), steps), ""]
-
-
-_GPU_PARTS: dict[str, Callable[[list[Raw]], list[str]]] = {
-    "build": _gpu_words, "tests": _gpu_words, "products": _gpu_products, "attention": _gpu_attention, "ops": _gpu_ops,
-    "nf4": gpu_nf4_tables}
 
 
 # ---- documents ------------------------------------------------------------------------------------------------------

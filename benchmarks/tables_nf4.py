@@ -13,7 +13,7 @@ TRAINING = {"12x768": 1.5, "16x2048": 1.3}
 LOADING = 3.0
 OF_OUR_LORA = 0.9
 MEMORY = {"16x2048": 0.5}
-GPU_STEP_GB = 6.5
+GPU_STEP_GB, GPU_STEP_8BIT_GB, GPU_STEP_OFFLOAD_GB = 6.5, 5.8, 5.0
 """What a QLoRA step of Llama-2-7B may take on a GPU with memory "full", at the most."""
 GPU_OF_COPY = 0.85
 """Of a GPU's copy rate, what dequantising must reach."""
@@ -123,9 +123,9 @@ def _promises(rows: list[Raw], kernels: list[Raw], absent: dict[str, str]) -> li
             target = min(GPU_LOAD_GB_PER_S, GPU_LOAD_OF_DISK * row["disk_gb_per_s"]["median"])
             found.append((f"load: GB/s, {GPU_LOAD_GB_PER_S:g} or {GPU_LOAD_OF_DISK:.0%} of the disk's",
                           f"{row['gb_per_s']:.2f}", f"≥ {target:.2f}", "met" if row["promise"] else "short"))
-        if row.get("what") == "step" and row.get("memory") == "full":
+        if row.get("what") == "step" and row.get("most_gb"):
             peak = row["peak_bytes"] / 1e9 if row.get("peak_bytes") else None
-            found.append((f"{row['case']}, {row['layers']} layers: peak GB", *verdict(peak, GPU_STEP_GB, False)))
+            found.append((f"{row['case']}, {row['layers']} layers: peak GB", *verdict(peak, row["most_gb"], False)))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -9,14 +10,23 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_attention, gpu_nf4, gpu_products, gpu_step, harness, tables, tables_nf4
+from benchmarks import (
+    gpu,
+    gpu_attention,
+    gpu_nf4,
+    gpu_products,
+    gpu_step,
+    harness,
+    random_weights,
+    tables_gpu,
+    tables_nf4,
+)
 from benchmarks.shapes import SIZES
 
 
@@ -53,7 +63,7 @@ def test_the_build_comes_first_and_fails_on_a_gpu_without_its_extension(
     assert any("MINITUNE_NATIVE=0" in line for line in row["left_out"]) and "MINITUNE_CUDA=1, but" in part["stderr"]
     part = gpu.run_build("cpu", 60, tree)
     assert part["status"] == "passed" and "not built" in part["rows"][0]["native"]
-    text = "\n".join(tables.gpu_tables({"device": "cpu", "when": "2026-01-02", "machine": harness.machine(),
+    text = "\n".join(tables_gpu.gpu_tables({"device": "cpu", "when": "2026-01-02", "machine": harness.machine(),
                                         "parts": {"build": {**part, "seconds": 1.0}}}))
     assert "The extension: " in text and "_C is not built: MINITUNE_NATIVE=0" in text
 
@@ -82,7 +92,8 @@ def test_products_and_attention_run_tiny(tmp_path: Path) -> None:
     for part in parts.values():
         assert part["status"] == "passed", part
     products = [row for row in parts["products"]["rows"] if row["what"] == "product"]
-    assert len(products) == len(gpu_products.TINY) * 2 * 5
+    assert len(products) == len(gpu_products.TINY) * 2 * 5 * len(gpu_products.RANKS)
+    assert all(row["floor_ms"] > 0 for row in products) and {row["each"] for row in products} == {16, 64}
     assert all(row["right"] and row["tflops"] > 0 for row in products)
     attention = [row for row in parts["attention"]["rows"] if row["what"] == "attention"]
     flash = [row for row in attention if row["backend"].startswith("sdpa flash")]
@@ -105,10 +116,11 @@ def test_nf4_runs_tiny() -> None:
     assert load["disk_gb_per_s"]["n"] == load["load_s"]["n"] >= 1 and load["warm_gb_per_s"] > 0
     assert isinstance(load["promise"], bool)
     assert {row["what"] for row in part["rows"]} >= {"copy rate", "matrix rate", "load", "step"}
-    assert [row["memory"] for row in part["rows"] if row["what"] == "step"] == ["full", "auto"]
-    text = "\n".join(tables.gpu_tables({"device": "cpu", "when": "2026-01-02", "machine": harness.machine(),
+    assert [(row["memory"], row["moments"]) for row in part["rows"] if row["what"] == "step"] == [
+        ("full", "fp32"), ("full", "8bit"), ("offload", "8bit"), ("auto", "fp32")]
+    text = "\n".join(tables_gpu.gpu_tables({"device": "cpu", "when": "2026-01-02", "machine": harness.machine(),
                                         "parts": {"nf4": part}}))
-    for words in ("Copy rate", "gate and up", "Not measured: bitsandbytes", "2 of 2 layers, ", "memory full", "≤ 6.5",
+    for words in ("Copy rate", "gate and up", "Not measured: bitsandbytes", "2 of 2 layers, ", "memory full",
                   "GB/s, file read alone", "not measured: measured on a GPU only"):
         assert words in text
     assert " NO " not in text
@@ -142,8 +154,8 @@ def test_the_tables_of_nf4_show_errors_verdicts_and_a_part_that_was_cut_off() ->
         {**kernel, "backend": "triton", "right": True}, {**kernel, "backend": "bitsandbytes", "same_bits": False},
         {**kernel, "backend": "native", "unavailable": "no nvcc"}, {"what": "load", "layers": 8, "error": "a bad disk",
         "right": False}, {**load, "promise": True}, {**untimed, "weight": "p", "backend": "reference",
-        "untimed": "checked only"}, {**step, "memory": "full", "peak_bytes": 6.4e9}, {**step, "memory": "auto",
-        "peak_bytes": 14e9}, {**step, "memory": "full", "peak_bytes": 6.6e9}]))
+        "untimed": "checked only"}, {**step, "most_gb": 6.5, "peak_bytes": 6.4e9}, {**step, "memory": "auto",
+        "peak_bytes": 14e9}, {**step, "most_gb": 6.5, "peak_bytes": 6.6e9}]))
     for words in ("| 0.050 | 3,000 | 90%", "others", "Not measured: native: no nvcc", "a bad disk",
                   "| 6.40 | yes", "| 14.00 | yes", "| 6.40 | ≤ 6.5 | met", "| 6.60 | ≤ 6.5 | short", "8 of 32 layers",
                   "| 1.40 | ≥ 1.35 | met", "not measured: no nvcc", "checked only"):
@@ -197,13 +209,15 @@ def test_reading_plainly_reads_all_and_forgetting_harms_nothing(tmp_path: Path) 
 
 
 def test_a_step_says_whether_it_keeps_its_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_nf4, "build", lambda *given: None)
+    monkeypatch.setattr(gpu_nf4, "ours", lambda *given: None)
+    full, *_, auto = gpu_nf4.TRAININGS
+    assert full.most_gb == 6.5 and auto.most_gb is None
     for peak, kept in ((6.4e9, True), (6.6e9, False)):
         monkeypatch.setattr(gpu_nf4, "train", lambda *given, peak=peak: {
             "peak_bytes": peak, "tokens_per_s": harness.summary([1.0])})
         plan = gpu_nf4.PLANS["cpu"]
-        assert gpu_nf4.qlora(plan, "full", "cpu", 1.0)["promise"] is kept
-        assert "promise" not in gpu_nf4.qlora(plan, "auto", "cpu", 1.0)
+        assert gpu_nf4.qlora(plan, full, "cpu", 1.0)["promise"] is kept
+        assert "promise" not in gpu_nf4.qlora(plan, auto, "cpu", 1.0)
 
 
 def test_each_process_of_the_tests_is_told_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,12 +236,22 @@ def test_each_process_of_the_tests_is_told_its_threads(monkeypatch: pytest.Monke
     assert "--continue-on-collection-errors" in given["words"]     # one file that needs what is not there ends no run
 
 
-def test_the_ops_run_tiny_and_have_their_table() -> None:
-    part = gpu.run_part("ops", "cpu", 120)
+PAGES = {"ops": ("rms_norm with the sum", "torch fused", "ms of its two products alone", "| linear_cross_entropy "),
+         "tune": ("lora_matmul forward bfloat16 nf4", "augmented", "attention bfloat16"),
+         "layer": ("2 x 16, nf4-dq", "ms, forward"), "step": ("nf4-dq, 2 x 16, memory auto", "peak GB")}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_part_runs_tiny_and_has_its_table(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "TUNED", tmp_path / "tuned.json")
+    part = gpu.run_part(name, "cpu", 120)
     assert part["status"] == "passed", part
-    text = "\n".join(tables.gpu_tables({"device": "cpu", "when": "2026-01-02", "machine": harness.machine(),
-                                        "parts": {"ops": part}}))
-    assert "rms_norm with the sum" in text and "torch fused" in text and json.dumps(part)
+    assert not gpu.TUNED.exists()       # of a CPU nothing is kept
+    text = "\n".join(tables_gpu.gpu_tables({"device": "cpu", "when": "2026-01-02", "machine": harness.machine(),
+                                            "parts": {name: part}}))
+    for words in PAGES[name]:
+        assert words in text, text
+    assert " NO " not in text and "promised" not in text and json.dumps(part)
 
 
 def test_pytest_output_becomes_counts_and_failures() -> None:
@@ -249,8 +273,8 @@ def test_the_check_of_products_sees_a_lost_adapter_and_an_unwritten_row() -> Non
 
 
 def test_rows_of_the_augmented_product_are_aligned() -> None:
-    for name, inner, widths in gpu_products.SHAPES:
-        rank = gpu_products.RANK * len(widths)
+    for (name, inner, widths), each in itertools.product(gpu_products.SHAPES, gpu_products.RANKS):
+        rank = each * len(widths)
         padded = -(-rank // 64) * 64
         assert (2 * (inner + padded)) % 128 == 0 and (2 * (sum(widths) + padded)) % 128 == 0, name
 
@@ -276,8 +300,10 @@ def test_the_reference_of_attention_is_autograd_of_the_definition(shape: tuple[i
 
 
 def test_flops_of_seven_b_are_those_of_the_plan() -> None:
-    whole = replace(gpu_step.SEVEN_B, layers=32)
-    assert gpu_step.flops_a_token(whole, (2048,) * 8) / 1e9 == pytest.approx(28.55, abs=0.02)
+    whole, lengths = random_weights.SEVEN_B, (2048,) * 8
+    assert gpu_step.flops_a_token(whole, lengths) / 1e9 == pytest.approx(28.55, abs=0.02)
+    head = 4 * whole.vocab * whole.d_model
+    assert 32 * gpu_step.layer_flops_a_token(whole, lengths) + head == gpu_step.flops_a_token(whole, lengths)
     assert whole.parameters() == pytest.approx(6.738e9, rel=1e-3)
     assert SIZES["12x768"].parameters() == pytest.approx(134e6, rel=0.01)
     assert SIZES["16x2048"].parameters() == pytest.approx(787e6, rel=0.01)
@@ -285,10 +311,10 @@ def test_flops_of_seven_b_are_those_of_the_plan() -> None:
 
 def test_the_folder_of_the_step_loads_in_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    gpu_step.write_folder(gpu_step.TINY, tmp_path, "cpu")
+    gpu_step.write_folder(random_weights.TINY, tmp_path, "cpu")
     model, told = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
-    assert model.config.hidden_size == gpu_step.TINY.d_model
+    assert model.config.hidden_size == random_weights.TINY.d_model
 
 
 def test_whole_run_writes_a_marked_file(tmp_path: Path) -> None:

@@ -98,9 +98,10 @@ def test_a_gpu_page_shows_parts_that_failed(raw: dict[str, Any]) -> None:
         "tests": {"status": "failed", "seconds": 9.0, "rows": [{"what": "tests", "summary": "1 failed, 2 passed"}]},
         "products": {"status": "cut off", "seconds": 70.0, "rows": [
             {"what": "matrix rate", "tflops": 800.0},
-            {"what": "product", "product": "o", "pass": "forward", "variant": "bare", "right": True, "tflops": 720.0,
-             "ms": {"median": 1.5}, "over_bare": 1.0},
-            {"what": "product", "product": "o", "pass": "forward", "variant": "addmm", "right": False, "error": "no"}]},
+            {"what": "product", "product": "o", "each": 16, "pass": "forward", "variant": "bare", "right": True,
+             "tflops": 720.0, "ms": {"median": 1.5}, "over_bare": 1.0, "floor_ms": 0.1},
+            {"what": "product", "product": "o", "each": 16, "pass": "forward", "variant": "addmm", "right": False,
+             "error": "no", "floor_ms": 0.1}]},
         "attention": {"status": "passed", "seconds": 1.0, "rows": [
             {"what": "attention", "case": "c", "backend": "b", "pass": step, "unavailable": "not here"}
             for step in ("forward", "backward")]}}}

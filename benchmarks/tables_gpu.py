@@ -1,0 +1,212 @@
+"""RESULTS.md: what one `make gpu` found, part by part, with what was promised of a GPU first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from benchmarks.tables_nf4 import gpu_nf4_tables
+from benchmarks.tables_text import Raw, markdown, spread, verdict, where
+
+LORA = {(16, "forward"): 4.0, (64, "forward"): 7.0, (16, "backward"): 10.0, (64, "backward"): 14.0}
+"""Percent of the time of a layer's four products that adapters of a rank may add, at the most."""
+OWN_WAYS = ("addmm", "augmented, S as a product", "augmented, dS as a product", "Triton")
+"""Those that a step can take: S has to be made by somebody."""
+ATTENTION = {"forward": 0.65, "backward": 0.45}
+"""Of cuDNN's rate, our kernel's; its backward is deterministic, cuDNN's need not be."""
+DISPATCH = 0.97
+"""Of the best rate that is allowed (a backward must repeat bit for bit), what the dispatch reaches; 3 % are noise."""
+OF_COPY, HEAD, OF_MATRIX = 0.85, 1.05, 0.74
+TOKENS_PER_S, QLORA = 20_000, 0.95
+Parts = dict[str, Raw]
+Row = tuple[str, str, str, str]
+
+
+def _ms(row: Raw) -> str:
+    ms = row.get("ms")
+    return f"{ms['median']:.3f}" if ms else str(row.get("unavailable", row.get("error", "")))[:60]
+
+
+def _rate(row: Raw, rate: float | None) -> tuple[str, str]:
+    tflops = row.get("tflops")
+    return (f"{tflops:,.1f}" if tflops else "", f"{tflops / rate:.0%}" if tflops and rate else "")
+
+
+def _word(found: bool | None) -> str:
+    return "" if found is None else "yes" if found else "NO"
+
+
+def _attention_rows(rows: list[Raw]) -> list[Raw]:
+    """Rows to show: a backend whose forward is unavailable on a case has one row, not one for each pass."""
+    found = [row for row in rows if row.get("what") == "attention"]
+    absent = {(row["case"], row["backend"]) for row in found if row["pass"] == "forward" and "unavailable" in row}
+    return [{**row, "pass": "all"} if (row["case"], row["backend"]) in absent else row for row in found
+            if row["pass"] == "forward" or (row["case"], row["backend"]) not in absent]
+
+
+def gpu_tables(raw: Raw) -> list[str]:
+    """What one `make gpu` found, part by part; a part that failed says so."""
+    lines = [f"### GPU run on {raw['device']}", "", where(raw), ""]
+    if raw["device"] == "cuda":
+        lines += [*markdown(("promised of a GPU", "figure", "target", "verdict"), promises(raw["parts"])), ""]
+    for name, part in raw["parts"].items():
+        lines += [f"#### {name}: {part['status']} in {part['seconds']:.0f} s", "",
+                  *_GPU_PARTS.get(name, _gpu_steps)(part["rows"])]
+    return lines
+
+
+def _gpu_words(rows: list[Raw]) -> list[str]:
+    lines = []
+    for row in rows:
+        native = f"The extension: {row['native']}." if row["what"] == "build" else row.get("summary", "")
+        lines += [native, *row.get("left_out", []), *row.get("failures", [])[:10]]
+    return [*lines, ""]
+
+
+def _matrix_rate(rows: list[Raw]) -> float | None:
+    return next((row["tflops"] for row in rows if row.get("what") == "matrix rate"), None)
+
+
+def _gpu_products(rows: list[Raw]) -> list[str]:
+    rate = _matrix_rate(rows)
+    shown = [(row["product"], str(row["each"]), row["pass"], row["variant"], _ms(row), *_rate(row, rate),
+              f"{row['over_bare']:.3f}" if row.get("over_bare") else "", f"{row['floor_ms']:.3f}",
+              _word(row.get("right", False))) for row in rows if row.get("what") == "product"]
+    return [f"Matrix rate: {rate or 0:,.1f} TFLOP/s. Rates count the base product's operations alone.", "", *markdown(
+        ("product", "rank", "pass", "variant", "ms", "TFLOP/s", "of the rate", "time over bare",
+         "ms to add at the least", "right"), shown), ""]
+
+
+def _gpu_attention(rows: list[Raw]) -> list[str]:
+    rate = _matrix_rate(rows)
+    shown = [(row["case"], row["backend"], row["pass"], _ms(row), *_rate(row, rate), _word(row.get("right")),
+              _word(row.get("repeats"))) for row in _attention_rows(rows)]
+    head = ("case", "backend", "pass", "ms", "TFLOP/s", "of the rate", "right", "bitwise repeat")
+    return [*markdown(head, shown), ""]
+
+
+def _gpu_ops(rows: list[Raw]) -> list[str]:
+    shown = [(row["op"], "x".join(map(str, row["shape"])), row["variant"], _ms(row),
+              f"{row['gb_per_s']:,.0f}" if "gb_per_s" in row else "",
+              f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else "", _word(row.get("right")))
+             for row in rows if row.get("what") == "op"]
+    over = [(row["op"], "x".join(map(str, row["shape"])), _ms(row), f"{row['bare_ms']['median']:.3f}"
+             if "bare_ms" in row else "") for row in rows if row.get("what") == "over"]
+    return [*markdown(("op", "shape", "by", "ms", "GB/s", "of the copy rate", "right"), shown), "",
+            *markdown(("op", "shape", "ms", "ms of its two products alone"), over), ""]
+
+
+def _gpu_tune(rows: list[Raw]) -> list[str]:
+    shown = [(row["op"], " x ".join(map(str, row["shape"])), row["way"], ", ".join(
+        f"{way} {ms:.3f}" for way, ms in row["ms"].items())) for row in rows if row.get("what") == "tuned"]
+    return [*markdown(("op", "shape", "fastest", "ms of each way"), shown), ""]
+
+
+def _gpu_layer(rows: list[Raw]) -> list[str]:
+    shown = [(row["case"], _ms({**row, "ms": row.get("forward_ms")}), _ms(row),
+              f"{row['share_of_rate']:.1%}" if "share_of_rate" in row else "", _word(row.get("right")))
+             for row in rows if row.get("what") == "layer"]
+    return [*markdown(("one layer", "ms, forward", "ms, both", "of the matrix rate", "right"), shown), ""]
+
+
+def _gpu_steps(rows: list[Raw]) -> list[str]:
+    """Of minitune, and of the others beside it."""
+    steps = []
+    for row in rows:
+        if row.get("what") in ("step", "peer"):
+            names = [row.get(name) for name in ("case", "side", "memory", "micro_batch")]
+            names += ["checkpointing"] * bool(row.get("checkpointing"))
+            why = str(row.get("unavailable", row.get("error", "")))[:90]
+            steps.append((", ".join(str(name) for name in names if name),
+                          spread(row["tokens_per_s"]) if "tokens_per_s" in row else why,
+                          f"{row['peak_bytes'] / 1e9:.2f}" if row.get("peak_bytes") else "",
+                          f"{row['share_of_rate']:.0%}" if row.get("share_of_rate") else "", _word(row.get("right"))))
+    return [*markdown(("case", "tokens/s", "peak GB", "of the matrix rate", "right"), steps), ""]
+
+
+# ---- what was promised ----------------------------------------------------------------------------------------------
+def promises(parts: Parts) -> list[Row]:
+    """(what, figure, target, verdict) of every figure but those of NF4, which stand with their part."""
+    def rows(part: str, what: str) -> list[Raw]:
+        return [row for row in parts.get(part, {}).get("rows", []) if row.get("what") == what]
+
+    found = [*_lora(rows("products", "product")), *_attention(rows("attention", "attention"))]
+    ops: dict[str, list[float]] = {}
+    for row in rows("ops", "op"):
+        if row["variant"] == "minitune" and "share_of_copy" in row:
+            ops.setdefault(row["op"].split()[0], []).append(row["share_of_copy"])
+    for op in ("rms_norm", "swiglu", "rope", "adamw"):
+        found.append((f"{op}: share of the copy rate", *verdict(min(ops.get(op, []), default=None), OF_COPY, True)))
+    over = [row["over"] for row in rows("ops", "over") if "over" in row]
+    found.append(("linear_cross_entropy over its two products", *verdict(max(over, default=None), HEAD, False)))
+    shares = [row["share_of_rate"] for row in rows("layer", "layer")
+              if "bf16" in row["case"] and "share_of_rate" in row]
+    found.append(("one layer: share of the matrix rate", *verdict(min(shares, default=None), OF_MATRIX, True)))
+    return [*found, *_whole_steps(rows("step", "step"), rows("peers", "peer"))]
+
+
+def _lora(rows: list[Raw]) -> Iterable[Row]:
+    """The fastest way of each product, summed over a layer's four, over the bare products; beside it the floor."""
+    for (each, step), target in LORA.items():
+        bare, ours, floor = 0.0, 0.0, 0.0
+        products = {row["product"] for row in rows}
+        for product in products:
+            own = [row for row in rows if (row["product"], row["each"], row["pass"]) == (product, each, step)]
+            times = [row["ms"]["median"] for row in own if row["variant"] in OWN_WAYS and "ms" in row]
+            alone = [row["ms"]["median"] for row in own if row["variant"] == "bare" and "ms" in row]
+            if not times or not alone:
+                bare = 0.0
+                break
+            bare, ours, floor = bare + alone[0], ours + min(times), floor + own[0]["floor_ms"]
+        what = f"LoRA of rank {each}, {step}: % added to the time of a layer's products"
+        if bare:
+            what += f" (at the least {100 * floor / bare:.1f})"
+        yield what, *verdict(100 * (ours / bare - 1) if bare else None, target, False)
+
+
+def _attention(rows: list[Raw]) -> Iterable[Row]:
+    """The worst case of each pass."""
+    def rate(case: str, named: str, step: str) -> float | None:
+        found = [row["tflops"] for row in rows
+                 if row["case"] == case and named in row["backend"] and row["pass"] == step
+                 and row.get("tflops") and row.get("right")]
+        return max(found, default=None)
+
+    cases = sorted({row["case"] for row in rows})
+    for step, target in ATTENTION.items():
+        pairs = [(rate(case, "minitune", step), rate(case, "cudnn", step)) for case in cases]
+        shares = [ours / theirs for ours, theirs in pairs if ours and theirs]
+        yield f"attention {step}: our kernel of cuDNN's rate", *verdict(min(shares, default=None), target, True)
+    for step, allowed in (("forward", "forward"), ("backward", "backward, deterministic")):
+        shares = []
+        for case in cases:
+            others = [row["tflops"] for row in rows if row["case"] == case and row["pass"] == allowed
+                      and row["backend"] != "dispatch" and row.get("tflops") and row.get("right")
+                      and (step == "forward" or row.get("repeats"))]
+            own = rate(case, "dispatch", step)
+            if own and others:
+                shares.append(own / max(others))
+        yield f"attention {step}: the dispatch of the best that is allowed", *verdict(
+            min(shares, default=None), DISPATCH, True)
+
+
+def _whole_steps(rows: list[Raw], peers: list[Raw]) -> Iterable[Row]:
+    def fastest(found: Iterable[Raw]) -> float | None:
+        return max((row["tokens_per_s"]["median"] for row in found
+                    if row.get("tokens_per_s", {}).get("n") and row.get("right")), default=None)
+
+    lora = fastest(row for row in rows if row["case"].startswith("bf16, 8 x"))
+    qlora = fastest(row for row in rows if row["case"].startswith("nf4-dq, 8 x"))
+    yield "Llama-2-7B, LoRA, 8 x 2048: tokens/s", *verdict(lora, TOKENS_PER_S, True)
+    yield "QLoRA over LoRA, the same step", *verdict(qlora / lora if qlora and lora else None, QLORA, True)
+    for name, ours, theirs in (("transformers + PEFT", "minitune", "peft"), ("Unsloth", "minitune", "unsloth"),
+                               ("transformers + PEFT + bitsandbytes", "minitune nf4-dq", "peft nf4-dq"),
+                               ("Unsloth in 4 bits", "minitune nf4-dq", "unsloth nf4-dq")):
+        sides = [fastest(row for row in peers if row["side"] in names) for names in (
+            (ours,), (theirs, "peft compiled") if theirs == "peft" else (theirs,))]
+        value = sides[0] / sides[1] if sides[0] and sides[1] else None
+        yield f"the step over {name}'s", *verdict(value, 1.0, True)
+
+
+_GPU_PARTS: dict[str, Callable[[list[Raw]], list[str]]] = {
+    "build": _gpu_words, "tests": _gpu_words, "tune": _gpu_tune, "products": _gpu_products,
+    "attention": _gpu_attention, "ops": _gpu_ops, "layer": _gpu_layer, "nf4": gpu_nf4_tables}
