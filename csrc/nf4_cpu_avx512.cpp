@@ -24,8 +24,8 @@ AVX512 inline __m256i rounded16(__m512 x, Half) {
   return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-template <typename T>
-AVX512 void decode(const Nf4Dequantize& given, int64_t first, int64_t last, void* out) {
+template <typename T, bool kStream>
+AVX512 void decode_to(const Nf4Dequantize& given, int64_t first, int64_t last, void* out) {
   const Nf4Dequantize work = given;      // a copy, which the stores below cannot change
   const __m512 levels = _mm512_loadu_ps(work.table);
   T* to = static_cast<T*>(out);
@@ -39,8 +39,23 @@ AVX512 void decode(const Nf4Dequantize& given, int64_t first, int64_t last, void
       const __m512i wide = _mm512_cvtepu8_epi32(bytes);
       // The permute reads 5 bits of an index; the values lie there twice, so the fifth may be anything.
       const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
-      _mm512_storeu_si512(to, _mm512_permutexvar_epi16(codes, values));
+      const __m512i chunk = _mm512_permutexvar_epi16(codes, values);
+      if constexpr (kStream) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), chunk);
+      } else {
+        _mm512_storeu_si512(to, chunk);
+      }
     }
+  }
+  if constexpr (kStream) _mm_sfence();      // before another thread is told that it is done
+}
+
+template <typename T>
+AVX512 void decode(const Nf4Dequantize& work, int64_t first, int64_t last, void* out) {
+  if (goes_past_caches(work) && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+    decode_to<T, true>(work, first, last, out);
+  } else {
+    decode_to<T, false>(work, first, last, out);
   }
 }
 

@@ -92,6 +92,24 @@ def test_dequantize_any_scale(isa, dtype):
         assert set((value[0].view(torch.int16) & 0xffff).tolist()) == {0x7fc0}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_larger_than_the_caches_has_the_same_bits(dtype, monkeypatch):
+    """From 64 MiB on the widest path stores past the caches, where an address allows it."""
+    shape = 8200, 4104
+    weight, decoded = _weight(shape, nested=True), []
+    for isa in (ISAS[0], ISAS[-1]):
+        monkeypatch.setenv("MINITUNE_CPU_ISA", isa)
+        for gap in (0, 24, 8):      # rows that begin at multiples of 64 bytes, and at others
+            room = torch.full((shape[0], shape[1] + gap), 7.0, dtype=dtype)
+            OPS.nf4_dequantize_out(*nf4.operands(weight), room[:, : shape[1]])
+            assert bool((room[:, shape[1]:] == 7).all()), "wrote between the rows"
+            decoded.append(room[:, : shape[1]])
+    rows = torch.randint(shape[0], (40,))
+    whole = nf4.dequantize_reference(weight)[rows].to(dtype)
+    assert torch.equal(decoded[0][rows], whole)
+    assert all(torch.equal(other, decoded[0]) for other in decoded[1:])
+
+
 def test_threads_give_the_same_bits():
     weight, before = _weight((1024, 2049), nested=True), torch.get_num_threads()
     flat = torch.randn(2_098_177)
