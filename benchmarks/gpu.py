@@ -1,9 +1,10 @@
 """What `make gpu` runs on a GPU machine: the build, the tests there, then the timings part by part; raw JSON out.
 
 ``PARTS="build tests tune products attention ops layer step nf4" python -m benchmarks.gpu``; PARTS="tune peers"
-measures whole 7B steps beside the others' and takes 5 minutes more. Each part is a process of its own with its own time
-limit; one that fails or is cut off loses only what it had not printed yet. Without PARTS the whole stays under 8
-minutes. What "tune" measured decides which ways the parts after it take, as `minitune tune` does for a user.
+measures whole 7B steps beside the others' and takes 5 minutes more, PARTS="sanitizer" watches every kernel by
+compute-sanitizer. Each part is a process of its own with its own time limit; one that fails or is cut off loses only
+what it had not printed yet. Without PARTS the whole stays under 8 minutes. What "tune" measured decides which ways the
+parts after it take, as `minitune tune` does for a user.
 
 Nothing is installed and no network is needed: the extension is built in place with the compiler, nvcc and setuptools
 that are there. A rival that is not installed (bitsandbytes, Liger, Unsloth) is named as not measured; bring its wheel
@@ -37,9 +38,9 @@ from benchmarks.harness import ROOT, machine, save
 from minitune.errors import InputError
 
 LIMITS = {"build": 60, "tests": 115, "tune": 45, "products": 45, "attention": 50, "ops": 40, "layer": 15, "step": 40,
-          "nf4": 50, "peers": 300}
-"""Seconds of each part; 460 in all without the one that has to be asked for."""
-ASKED = ("peers",)
+          "nf4": 50, "peers": 300, "sanitizer": 500}
+"""Seconds of each part; 460 in all without those that have to be asked for."""
+ASKED = ("peers", "sanitizer")
 """Parts that run only where PARTS names them."""
 TUNED = ROOT / "build" / "gpu-tuned.json"
 """The table of the part "tune", for the parts after it; a user's own is left alone."""
@@ -116,11 +117,11 @@ def run_build(where: str, seconds: float, root: Path = ROOT) -> dict[str, Any]:
             **({} if passed else {"stderr": f"{out[-6000:]}\n{err}".strip()})}
 
 
-def run_tests(where: str, seconds: float) -> dict[str, Any]:
-    """The whole test suite, in parallel where pytest-xdist is there; counts, and one line a failure. On a GPU the
-    kernels' tests run compiled, and are not interpreted on a CPU once more."""
+def run_tests(where: str, seconds: float, marks: str = "not slow") -> dict[str, Any]:
+    """The test suite, in parallel where pytest-xdist is there; counts, and one line a failure. On a GPU the kernels'
+    tests run compiled, and are not interpreted on a CPU once more."""
     words = [sys.executable, "-m", "pytest", "tests", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-rfE",
-             "--tb=line", "--continue-on-collection-errors"]
+             "--tb=line", "--continue-on-collection-errors", "-m", marks]
     if where == "cuda":
         words += ["--ignore", "tests/kernels/test_interpreter.py"]
     if importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= WORKERS * THREADS:
@@ -153,6 +154,8 @@ def run_part(name: str, where: str, seconds: float) -> dict[str, Any]:
         part = run_build(where, seconds)
     elif name == "tests":
         part = run_tests(where, seconds)
+    elif name == "sanitizer":
+        part = run_tests(where, seconds, "gpu and slow")
     else:
         if name == "tune":
             TUNED.unlink(missing_ok=True)

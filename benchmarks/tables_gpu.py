@@ -208,5 +208,5 @@ def _whole_steps(rows: list[Raw], peers: list[Raw]) -> Iterable[Row]:
 
 
 _GPU_PARTS: dict[str, Callable[[list[Raw]], list[str]]] = {
-    "build": _gpu_words, "tests": _gpu_words, "tune": _gpu_tune, "products": _gpu_products,
+    "build": _gpu_words, "tests": _gpu_words, "sanitizer": _gpu_words, "tune": _gpu_tune, "products": _gpu_products,
     "attention": _gpu_attention, "ops": _gpu_ops, "layer": _gpu_layer, "nf4": gpu_nf4_tables}

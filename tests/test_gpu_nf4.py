@@ -1,6 +1,6 @@
 """4-bit weights on a GPU: each backend gives the CPU's bits; QLoRA learns as on the CPU and waits for nothing.
 
-The backend is chosen by MINITUNE_BACKEND, since a backward on a GPU runs in threads that `backends.use` does not reach.
+The backend is chosen by MINITUNE_BACKEND, as a user would.
 """
 
 import math

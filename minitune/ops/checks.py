@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ from minitune.ops.checks_update import Function, Results, Update
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
 from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4, nf4_linear
+
+REFERENCE_ROWS = 512
+"""Tokens whose logits the reference has at a time: in fp64 those of a large vocabulary are a megabyte each."""
 
 
 class Check(NamedTuple):
@@ -28,8 +32,43 @@ class Check(NamedTuple):
     right: bool
 
 
+class Case(NamedTuple):
+    """An op with random operands. Results that `exact` names are packed values, or decoded ones: they must have the
+    reference's bits. Such a case knows no fp64."""
+
+    op: str
+    backend: str
+    function: Function
+    operands: dict[str, Tensor]
+    exact: tuple[str, ...] = ()
+
+    def results(self, kind: str) -> Results:
+        """By the op itself ("ours"), by its reference ("plain"), or by that in fp64 ("truth")."""
+        wide = {name: x.double() if kind == "truth" and x.is_floating_point() else x
+                for name, x in self.operands.items()}
+        with torch.enable_grad():
+            return {what: value.detach() for what, value in self.function(kind, wide).items()}
+
+    def checks(self) -> Iterator[Check]:
+        """One Check for every result."""
+        ours, plain = self.results("ours"), self.results("plain")
+        truth = plain if self.exact else self.results("truth")
+        for what, value in ours.items():
+            if what in self.exact:
+                wrong = int((value != plain[what]).sum())
+                yield Check(self.op, f"{what} that differ, of {value.numel():,}", self.backend, wrong, 0, not wrong)
+            else:
+                yield _compare(self.op, what, self.backend, value, plain[what], truth[what])
+
+
 def run(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, rank: int = 16) -> Iterator[Check]:
     """One Check for every result of every op, at `tokens` tokens in a few documents of unequal length."""
+    for case in cases(config, tokens, dtype, device, rank):
+        yield from case.checks()
+
+
+def cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, rank: int = 16) -> Iterator[Case]:
+    """What `run` checks, each made when it is asked for; the same operands whenever the arguments are the same."""
     made = _Inputs(config, tokens, dtype, device, rank)
     update = Update(config.d_model, config.d_ff, rank, dtype, device, made.generator)
     for op, make in (("rms_norm", made.norm), ("swiglu", made.swiglu), ("rope", made.rope),
@@ -37,20 +76,9 @@ def run(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.devi
                      ("lora_matmul", made.product), ("lora_gradients", update.lora_gradients),
                      ("lora_images", update.lora_images), ("adamw", update.adamw), ("sgd", update.sgd),
                      ("few_rows", made.row), ("nf4", made.packed_row)):
-        function, operands = make()
-        with torch.enable_grad():
-            results, plain, truth = (_results(function, operands, kind) for kind in ("ours", "plain", "truth"))
-        for what, value in results.items():
-            yield _compare(op, what, made.backend(op), value, plain[what], truth[what])
-    yield _nf4(config, dtype, device)
-    wrong, n, error, ulp = update.moments_8bit()
-    yield Check("adamw", f"8-bit moments that differ, of {n:,}", made.backend("adamw"), wrong, 0, not wrong)
-    yield Check("adamw", "param, moments in 8 bits", made.backend("adamw"), error, ulp, error <= ulp)
-
-
-def _results(function: Function, operands: dict[str, Tensor], kind: str) -> Results:
-    wide = {name: x.double() if kind == "truth" and x.is_floating_point() else x for name, x in operands.items()}
-    return {what: value.detach() for what, value in function(kind, wide).items()}
+        yield Case(op, made.backend(op), *make())
+    yield Case("nf4", made.backend("nf4"), *made.packed(), ("codes", "absmax", "values"))
+    yield Case("adamw", made.backend("adamw"), *update.adamw_8bit(), ("8-bit moments",))
 
 
 def _compare(op: str, what: str, backend: str, value: Tensor, plain: Tensor, truth: Tensor) -> Check:
@@ -60,17 +88,6 @@ def _compare(op: str, what: str, backend: str, value: Tensor, plain: Tensor, tru
     rms = float(error.square().mean().sqrt()) <= 2 * float(allowed.square().mean().sqrt()) + ulp
     worst = float(error.max())
     return Check(op, what, backend, worst, limit, worst <= limit and rms)      # NaN is above everything
-
-
-def _nf4(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Check:
-    """Decoded values must be the reference's, bit for bit."""
-    weight = nf4.quantize(torch.randn(config.d_ff, config.d_model, device=device).to(dtype))
-    value = weight.dequantize(dtype)
-    with backends.use("reference"):
-        expected = weight.dequantize(dtype)
-    wrong = int((value != expected).sum())
-    what = f"values that differ, of {value.numel():,}"
-    return Check("nf4", what, backends.choose("nf4", device), wrong, 0, not wrong)
 
 
 class _Inputs:
@@ -156,10 +173,14 @@ class _Inputs:
         d, vocab = self.config.d_model, self.config.vocab_size
 
         def function(kind: str, t: dict[str, Tensor]) -> Results:
-            hidden = t["hidden"].clone().requires_grad_()
-            take = linear_cross_entropy.linear_cross_entropy if kind == "ours" else linear_cross_entropy.reference
-            losses = take(hidden, t["head"], t["labels"])
-            return {"losses": losses, "d hidden": torch.autograd.grad(losses.sum(), hidden)[0]}
+            take, rows = ((linear_cross_entropy.linear_cross_entropy, self.tokens) if kind == "ours"
+                          else (linear_cross_entropy.reference, REFERENCE_ROWS))
+            found = []
+            for part, labels in zip(t["hidden"].split(rows), t["labels"].split(rows), strict=True):
+                hidden = part.clone().requires_grad_()
+                losses = take(hidden, t["head"], labels)
+                found.append((losses, torch.autograd.grad(losses.sum(), hidden)[0]))
+            return dict(zip(("losses", "d hidden"), map(torch.cat, zip(*found, strict=True)), strict=True))
 
         labels = torch.randint(0, vocab, (self.tokens,), generator=self.generator, device=self.device)
         return function, {"hidden": self.random(self.tokens, d), "head": self.random(vocab, d, scale=d**-0.5),
@@ -190,6 +211,15 @@ class _Inputs:
 
         n, k = self.config.d_ff, self.config.d_model
         return function, {"x": self.random(1, k), "weight": self.random(n, k, scale=k**-0.5)}
+
+    def packed(self) -> tuple[Function, dict[str, Tensor]]:
+        """A weight packed and decoded."""
+        def function(kind: str, t: dict[str, Tensor]) -> Results:
+            with contextlib.nullcontext() if kind == "ours" else backends.use("reference"):
+                weight = nf4.quantize(t["weight"])
+                return {"codes": weight.packed, "absmax": weight.absmax, "values": weight.dequantize(self.dtype)}
+
+        return function, {"weight": self.random(self.config.d_ff, self.config.d_model)}
 
     def packed_row(self) -> tuple[Function, dict[str, Tensor]]:
         """One row times a weight in NF4, as generation multiplies it; the truth knows the weight decoded."""

@@ -91,21 +91,22 @@ class Update(NamedTuple):
 
         return function, {name: self.random(self._n()) for name in ("param", "grad", "momentum")}
 
-    def moments_8bit(self) -> tuple[int, int, float, float]:
-        """After a step of AdamW with moments in 8 bits: (how many of their codes and absmax differ from the
-        reference's, of how many; the largest difference of a parameter, and an ulp of the largest one)."""
-        param, grad, first, second = (self.random(self._n()) for _ in range(4))
-        found, moved = [], []
-        for take in (adamw.adamw_8bit_, adamw.adamw_8bit_reference_):
+    def adamw_8bit(self) -> tuple[Function, dict[str, Tensor]]:
+        """A step with moments in 8 bits, whose bits the reference defines; there is no truth in fp64."""
+        how = {"lr": LR, "beta1": BETA1, "beta2": BETA2, "eps": EPS, "weight_decay": DECAY, "step": STEP}
+
+        def function(kind: str, t: dict[str, Tensor]) -> Results:
             moments = [moments8.zeros(self._n(), signed, self.device) for signed in (True, False)]
-            for moment, values in zip(moments, (first, second.square()), strict=True):
-                moments8.encode_(moment, values)
-            moved.append(param.clone())
-            take(moved[-1], grad.clone(), *moments, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=DECAY,
-                 step=STEP, grad_scale=self._scale())
-            found.append(torch.cat([each.float() for moment in moments for each in (moment.codes, moment.absmax)]))
-        ulp = torch.finfo(param.dtype).eps * float(moved[1].abs().max())
-        return int((found[0] != found[1]).sum()), found[0].numel(), float((moved[0] - moved[1]).abs().max()), ulp
+            for moment, name in zip(moments, ("exp_avg", "exp_avg_sq"), strict=True):
+                moments8.encode_(moment, t[name])
+            param = t["param"].clone()
+            take = adamw.adamw_8bit_ if kind == "ours" else adamw.adamw_8bit_reference_
+            take(param, t["grad"].clone(), *moments, **how, grad_scale=self._scale())    # type: ignore[arg-type]
+            found = [each.float() for moment in moments for each in (moment.codes, moment.absmax)]
+            return {"8-bit moments": torch.cat(found), "param, moments in 8 bits": param}
+
+        operands = {name: self.random(self._n()) for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
+        return function, operands | {"exp_avg_sq": operands["exp_avg_sq"].square()}
 
     def _n(self) -> int:
         """No multiple of a block or a vector."""
