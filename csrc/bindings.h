@@ -102,6 +102,7 @@ void nf4_dequantize_out(const Tensor& packed, const Tensor& absmax, const Option
   Nf4Dequantize work =
       operands(op, packed, absmax, nested_absmax, nested_code, nested_offset, table, blocksize, n);
   work.dtype = dtype;
+  work.reused = 1;
   if (n == 0) return;
   const int64_t pitch = rows > 1 ? out.stride(0) : columns;
   int64_t extent = 0;

@@ -28,7 +28,8 @@ POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 class Dequantize(ctypes.Structure):
     _fields_ = [*((name, POINTER) for name in ("packed", "absmax", "absmax_codes", "nested_absmax", "nested_code",
                                                "nested_offset", "table", "out")),
-                *((name, LONG) for name in ("rows", "columns", "pitch")), ("block_shift", INT), ("dtype", INT)]
+                *((name, LONG) for name in ("rows", "columns", "pitch")),
+                *((name, INT) for name in ("block_shift", "dtype", "reused"))]
 
 
 class Quantize(ctypes.Structure):
