@@ -254,6 +254,15 @@ def test_a_part_runs_tiny_and_has_its_table(name: str, monkeypatch: pytest.Monke
     assert " NO " not in text and "promised" not in text and json.dumps(part)
 
 
+def test_the_suite_is_collected_where_what_a_gpu_machine_lacks_is_missing() -> None:
+    """There its tests run without the command line's library and without the oracles that few have."""
+    program = ("import sys, pytest; sys.modules.update(dict.fromkeys(('tyro', 'bitsandbytes', 'mistral_common', "
+               "'tensorboard', 'pyarrow'))); sys.exit(pytest.main(['tests', '--collect-only', '-qq', "
+               "'--import-mode=importlib', '-p', 'no:cacheprovider']))")
+    run = subprocess.run([sys.executable, "-c", program], cwd=harness.ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
 def test_pytest_output_becomes_counts_and_failures() -> None:
     row = gpu.pytest_row("..F\nFAILED tests/a.py::b - assert 1\n=== 1 failed, 2 passed, 3 skipped in 1.2s ===\n")
     assert row["counts"] == {"failed": 1, "passed": 2, "skipped": 3}

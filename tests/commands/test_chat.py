@@ -14,6 +14,7 @@ from functools import partial
 
 import pytest
 
+pytest.importorskip("tyro")
 import minitune as mt
 from minitune.commands.chat import Chat, Conversation
 from minitune.commands.flags.groups import Sampling

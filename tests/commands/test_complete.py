@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+pytest.importorskip("tyro")
 import minitune as mt
 from minitune.commands.complete import Complete
 from minitune.commands.flags.groups import Sampling

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("tyro")
 from minitune.commands.inspect import Inspect
 from minitune.config import Data
 from minitune.errors import InputError
@@ -82,7 +83,6 @@ def test_what_is_held_out_has_a_ledger_of_its_own(tmp_path: Path, capsys: pytest
 
 
 def test_base_comes_first_as_in_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("tyro")
     from minitune.cli import main
 
     path = write(tmp_path / "a.jsonl", ["one", "two"])
