@@ -23,6 +23,12 @@ ELSEWHERE = {
 """Settings as PEFT, transformers, Unsloth, LitGPT, Axolotl, LLaMA-Factory and OpenAI call them -> as they are called
 here. They are suggested, not taken: their units differ (a batch of sequences there, tokens here)."""
 
+ARGUMENTS_ELSEWHERE = {
+    "load_in_4bit": "quant", "quantization_config": "quant", "torch_dtype": "dtype", "device_map": "device",
+    "peft_config": "lora", "use_gradient_checkpointing": "memory", "do_sample": "temperature", "num_beams":
+    "temperature", "max_length": "max_new_tokens", "max_tokens": "max_new_tokens", "max_completion_tokens":
+    "max_new_tokens", "stop_strings": "stop", "stopping_criteria": "stop", "eos_token_id": "stop", "input_ids": "ids"}
+"""The same of the arguments of loading and generating."""
 QUANTS_ELSEWHERE = {"int4": "nf4_dq", "4bit": "nf4_dq", "bnb.nf4": "nf4", "bnb.nf4_dq": "nf4_dq"}
 COMMANDS_ELSEWHERE = {
     "finetune": "train", "fine_tune": "train", "finetune_lora": "train", "sft": "train", "generate": "complete",
@@ -42,13 +48,20 @@ METHODS_ELSEWHERE = {
     "disable_adapter": "model.adapter_disabled()", "load_adapter": "mt.load(base, adapter=folder)",
     "gradient_checkpointing_enable": 'mt.load(base, memory="full")'}
 """Methods of models in PEFT, transformers and Unsloth -> what is said here."""
+TOKENIZER_ELSEWHERE = {
+    "apply_chat_template": "encode_chat(messages), or model.chat(messages) for the answer",
+    "batch_encode_plus": "encode_many(texts)", "encode_plus": "encode(text)", "tokenize": "encode(text)",
+    "batch_decode": "decode(ids), for each", "convert_tokens_to_ids": "id_of(token)", "convert_ids_to_tokens":
+    "token(id)", "eos_token_id": "eos_id", "bos_token_id": "bos_id", "pad_token_id": "pad_id", "unk_token_id": "unk_id",
+    "all_special_ids": "control_ids", "from_pretrained": "mt.data.load_tokenizer(folder)"}
+"""The same of tokenizers in transformers."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` is most likely meant to be, or None. Hyphens and case do not count."""
     names = {each.lower().replace("-", "_"): each for each in known}
     plain = name.lower().replace("-", "_")
-    for elsewhere in (ELSEWHERE, QUANTS_ELSEWHERE, COMMANDS_ELSEWHERE):
+    for elsewhere in (ELSEWHERE, ARGUMENTS_ELSEWHERE, QUANTS_ELSEWHERE, COMMANDS_ELSEWHERE):
         if elsewhere.get(plain) in names:
             return names[elsewhere[plain]]
     close = get_close_matches(plain, names, n=1, cutoff=0.6)

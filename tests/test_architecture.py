@@ -11,8 +11,9 @@ from minitune.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minitune"
-LEVELS = [{"errors", "names"}, {"config", "devices"}, {"kernels"}, {"ops"}, {"model"}, {"checkpoint", "data"},
-          {"training", "objectives"}, {"report"}, {"api"}, {"demo", "doctor", "tune"}, {"commands"}, {"cli"}]
+LEVELS = [{"errors", "names"}, {"arguments", "config", "devices"}, {"kernels"}, {"ops"}, {"model"},
+          {"checkpoint", "data"}, {"training", "objectives"}, {"report"}, {"api"}, {"demo", "doctor", "tune"},
+          {"commands"}, {"cli"}]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ONLY_IN = {"rich": {"report"}, "tyro": {"commands", "cli"}, "matplotlib": {"report"}, "sentencepiece": {"data"},
            "tokenizers": {"data"}, "jinja2": {"data"}, "pyarrow": {"data"}, "IPython": {"report"},

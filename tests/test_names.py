@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 
 import pytest
 
 import minitune as mt
-from minitune.names import ELSEWHERE, nearest, unknown_names
+from minitune.names import ELSEWHERE, TOKENIZER_ELSEWHERE, nearest, unknown_names
 
 
 def test_the_nearest_name_is_the_one_that_others_call_so_then_the_one_spelt_alike():
@@ -28,7 +29,14 @@ def test_the_nearest_name_is_the_one_that_others_call_so_then_the_one_spelt_alik
     (lambda: mt.Training(num_train_epochs=3), "training: no setting is named num_train_epochs (here: epochs); there"),
     (lambda: mt.Data(val_file="a"), "data: no setting is named val_file (here: valid); there are field_map, "),
     (lambda: mt.train(None, "a", learning_rate=1, quant="nf4"), "train: no setting is named learning_rate (here: lr), "
-     "quant; there are tokens, ")])
+     "quant; there are tokens, "),
+    (lambda: mt.load("a", load_in_4bit=True, torch_dtype="bfloat16"), "load: no argument is named load_in_4bit (here: "
+     "quant), torch_dtype (here: dtype); there are path, device, dtype, quant, lora, "),
+    (lambda: mt.Model.generate(None, [1], do_sample=True, max_length=9), "generate: no argument is named do_sample "
+     "(here: temperature), max_length (here: max_new_tokens); there are ids, max_new_tokens, temperature, "),
+    (lambda: mt.Model.chat(None, [], max_tokens=3), "chat: no argument is named max_tokens (here: max_new_tokens); "
+     "there are messages, "),
+    (lambda: mt.Model.stream(None, "a", stop_strings="b"), "stream: no argument is named stop_strings (here: stop); ")])
 def test_a_setting_of_another_trainer_is_answered_with_ours(make, message):
     with pytest.raises(mt.InputError) as refused:
         make()
@@ -42,6 +50,19 @@ def test_settings_are_dataclasses_like_any_other():
     with pytest.raises(TypeError):
         mt.Training(1)
     assert not set(ELSEWHERE) & {*mt.LoRA.__dataclass_fields__, *mt.Training.__dataclass_fields__}
+
+
+def test_what_others_tokenizers_have_is_answered_with_ours(tiny):
+    tokenizer = mt.data.load_tokenizer(tiny)
+    with pytest.raises(mt.InputError, match=r"tokenizer: it is not called here; say tokenizer.encode\(text\), "):
+        tokenizer("text", return_tensors="pt")
+    with pytest.raises(AttributeError, match=r"a Tokenizer has no apply_chat_template; here it is encode_chat\("):
+        tokenizer.apply_chat_template([])
+    with pytest.raises(AttributeError, match=r"a Tokenizer has no eos_token_id; here it is eos_id$"):
+        assert tokenizer.eos_token_id
+    ours = [re.match(r"\w+", said)[0] for said in TOKENIZER_ELSEWHERE.values() if not said.startswith("mt")]
+    assert all(hasattr(tokenizer, name) for name in ours) and not hasattr(tokenizer, "other")
+    assert copy.deepcopy(tokenizer).encode("a") == tokenizer.encode("a")
 
 
 def test_a_batch_size_is_said_to_count_something_else():

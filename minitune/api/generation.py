@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from minitune.arguments import answers_names
 from minitune.config import ModelConfig, short
 from minitune.data.ending import Ending, FinishReason, Turn, Writer, turn_of
 from minitune.data.ids import as_prompts
@@ -128,6 +129,7 @@ class Generation(nn.Module):
     def generate(self, ids: Sequence[Sequence[int]], max_new_tokens: int = ..., temperature: float = ...,
                  top_k: int | None = ..., top_p: float | None = ..., stop: Stop = ...,
                  seed: int | None = ...) -> list[list[int]]: ...
+    @answers_names
     def generate(self, ids: Any, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
                  top_p: float | None = None, stop: Stop = None, seed: int | None = None) -> Any:
         """Continue one prompt (ids) or many (a list of them) -> the new ids alone, without end token and stop text."""
@@ -142,6 +144,7 @@ class Generation(nn.Module):
     def complete(self, text: list[str] | tuple[str, ...], max_new_tokens: int = ..., temperature: float = ...,
                  top_k: int | None = ..., top_p: float | None = ..., stop: Stop = ...,
                  seed: int | None = ...) -> list[str]: ...
+    @answers_names
     def complete(self, text: Any, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
                  top_p: float | None = None, stop: Stop = None, seed: int | None = None) -> Any:
         """What the model writes after `text`, or after each of a list of texts, all at once; control strings inside
@@ -158,6 +161,7 @@ class Generation(nn.Module):
     def chat(self, messages: Sequence[Sequence[Message]], max_new_tokens: int = ..., temperature: float = ...,
              top_k: int | None = ..., top_p: float | None = ..., stop: Stop = ..., seed: int | None = ...,
              tools: Sequence[Any] | None = ...) -> list[str]: ...
+    @answers_names
     def chat(self, messages: Any, max_new_tokens: int = 512, temperature: float = 0.0, top_k: int | None = None,
              top_p: float | None = None, stop: Stop = None, seed: int | None = None,
              tools: Sequence[Any] | None = None) -> Any:
@@ -171,6 +175,7 @@ class Generation(nn.Module):
         answers = self._answers(asked, max_new_tokens, (temperature, top_k, top_p, seed), stop)
         return answers[0].text if asked.single else [answer.text for answer in answers]
 
+    @answers_names
     def answer(self, prompt: Any, max_new_tokens: int = 512, temperature: float = 0.0, top_k: int | None = None,
                top_p: float | None = None, stop: Stop = None, seed: int | None = None,
                tools: Sequence[Any] | None = None) -> Any:
@@ -188,6 +193,7 @@ class Generation(nn.Module):
     def stream(self, prompt: Sequence[int] | Tensor, max_new_tokens: int = ..., temperature: float = ...,
                top_k: int | None = ..., top_p: float | None = ..., stop: Stop = ..., seed: int | None = ...,
                tools: Sequence[Any] | None = ...) -> Pieces[int]: ...
+    @answers_names
     def stream(self, prompt: Any, max_new_tokens: int = 512, temperature: float = 0.0, top_k: int | None = None,
                top_p: float | None = None, stop: Stop = None, seed: int | None = None,
                tools: Sequence[Any] | None = None) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minitune.api.model import ABOUT, Model, as_path
+from minitune.arguments import answers_names
 from minitune.checkpoint.adapter import match_adapter, match_rows, take_copies
 from minitune.checkpoint.adapter_reader import base_copies, read_adapter, read_token_rows
 from minitune.checkpoint.files import read_json_object
@@ -30,6 +31,7 @@ from minitune.model.shapes import shape
 from minitune.report.folder import check_no_run
 
 
+@answers_names
 def load(path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
          quant: Quant | None = None, lora: LoRA | None = None, adapter: str | Path | None = None,
          train: str | Sequence[str] | None = None, add_tokens: Sequence[str] = (), memory: MemoryPolicy = "auto",

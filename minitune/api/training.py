@@ -177,8 +177,8 @@ def _batches(name: str, data: Any, model: Model, training: Training) -> Iterable
     if isinstance(data, Sequence):
         wrong = next((place for place, each in enumerate(data) if not isinstance(each, Batch)), None)
         if wrong is not None:
-            raise InputError(f"train: {name}[{wrong}] is {short(data[wrong])}; give a file, or batches as "
-                             "mt.data.stream and mt.data.pack make them")
+            raise InputError(f"train: {name}[{wrong}] is {short(data[wrong])}; give a file, with a sample a "
+                             "line, or batches as mt.data.stream and mt.data.pack make them")
     if isinstance(data, Stream) and name == "data" and data.epochs not in (1, training.epochs):
         raise InputError(f"train: the stream has epochs={data.epochs}, the training epochs={training.epochs}; set "
                          "epochs in one place")

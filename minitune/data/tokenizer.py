@@ -27,6 +27,7 @@ from minitune.data.tokenizer_files import (
     read_tokenizer_files,
 )
 from minitune.errors import InputError
+from minitune.names import TOKENIZER_ELSEWHERE
 
 UNKNOWN_ID = "\ufffd"
 """What an id that the tokenizer does not know decodes to: a model's head may be padded beyond the vocabulary."""
@@ -242,6 +243,15 @@ class Tokenizer:
             raise InputError(f"{self.folder}: this vocabulary reads plain text as the control token "
                              f"{self.token(min(leaked))!r}; remove it from the text {text[:40]!r}…")
         return ids
+
+    def __getattr__(self, name: str) -> Any:
+        """What others' tokenizers have is answered with ours."""
+        said = f"; here it is {TOKENIZER_ELSEWHERE[name]}" if name in TOKENIZER_ELSEWHERE else ""
+        raise AttributeError(f"a Tokenizer has no {name}{said}", name=name, obj=self)
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise InputError("tokenizer: it is not called here; say tokenizer.encode(text), encode_many(texts) or "
+                         "encode_chat(messages)")
 
     def __repr__(self) -> str:
         return (f"Tokenizer({str(self.folder)!r}, {self.kind}, vocab_size={self.vocab_size}, bos_id={self.bos_id}, "

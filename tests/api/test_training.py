@@ -248,7 +248,7 @@ def test_on_a_cpu_no_step_works_for_much_filler(tiny, data, monkeypatch):
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda m, d: mt.train("base", d), "model is 'base'; give what mt.load returns"),
-    (lambda m, d: mt.train(m, [{"prompt": "a", "completion": " b"}]), r"data\[0\] is .*; give a file, or batches"),
+    (lambda m, d: mt.train(m, [{"prompt": "a", "completion": " b"}]), r"data\[0\] is .*; give a file, with a sample"),
     (lambda m, d: mt.train(m, d, observers=print), "observers is .*; give a list of objects"),
     (lambda m, d: mt.train(m, d, observers=[print]), "observers is .*; give a list of objects"),
     (lambda m, d: mt.train(m, d, learning_rate=1), r"no setting is named learning_rate.*; there are tokens, "),
