@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_start, tables_gpu
-from benchmarks.harness import ROOT, machine, save
+from benchmarks.harness import RESULTS, ROOT, machine, save
 from minitune.errors import InputError
 
 LIMITS = {"build": 60, "tests": 115, "tune": 45, "products": 45, "attention": 50, "ops": 40, "layer": 15, "step": 40,
@@ -48,6 +48,12 @@ WORKERS, THREADS = 6, 2
 """Of the tests, and of each of their processes."""
 
 
+def _python() -> str:
+    """This python as a user types it from the repository."""
+    path = Path(sys.executable)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
 def missing(where: str) -> str | None:
     """Why nothing can be run on "cuda" or "cpu", or None. Asked in a process of its own, so that this one holds no
     device memory."""
@@ -56,11 +62,12 @@ def missing(where: str) -> str | None:
     words = asked.stdout.split()
     if asked.returncode or len(words) != 3:
         why = (asked.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        return f"{sys.executable} cannot import torch ({why}); say make gpu PYTHON=… with a python that has it"
+        there = ".venv/bin/python" if (ROOT / ".venv" / "bin" / "python").exists() else "… with a python that has it"
+        return f"{sys.executable} cannot import torch ({why}); say make gpu PYTHON={there}"
     if where == "cuda" and words[2] != "True":
         build = "is built without CUDA" if words[1] == "None" else "finds none (nvidia-smi shows what the system sees)"
-        return (f"no GPU: torch {words[0]} {build}; for tiny shapes on this CPU say {Path(sys.executable).name} "
-                "-m benchmarks.gpu --device cpu")
+        return (f"no GPU: torch {words[0]} {build}; for tiny shapes on this CPU say {_python()} -m benchmarks.gpu "
+                "--device cpu")
     return None
 
 
@@ -178,6 +185,20 @@ def attempt(step: Callable[[Path], str], tar: Path) -> bool:
     return True
 
 
+def unwritable(out: Path, tar: Path | None) -> str | None:
+    """Why the raw file or the tar cannot be written, which must be known before minutes of measuring; or None."""
+    for option, folder in (("--out", out), *([("--tar", tar.parent)] if tar else [])):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            return f"{option}: {folder} cannot be written to ({error.strerror}); name another place"
+    if tar and tar.is_dir():
+        return f"--tar: {tar} is a folder; name a file in it"
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(LIMITS),
@@ -196,6 +217,11 @@ def main() -> None:
     if reason is not None:
         print(f"make gpu: {reason}", file=sys.stderr)
         sys.exit(2)
+    told.tar = told.tar or (gpu_start.TAR if where == "cuda" else None)
+    reason = unwritable(told.out or RESULTS, told.tar)
+    if reason is not None:
+        print(f"make gpu: {reason}", file=sys.stderr)
+        sys.exit(2)
     os.environ["TRITON_CACHE_DIR"] = str(gpu_start.cache_folder())      # of every part
     if told.start and not attempt(gpu_start.unpack, told.start):
         sys.exit(2)
@@ -207,8 +233,7 @@ def main() -> None:
     path = save("gpu" if where == "cuda" else "gpu-cpu", raw, told.out)
     print("\n".join(tables_gpu.gpu_tables(json.loads(path.read_text()))))
     print(f"raw figures: {path.name}")
-    tar = told.tar or (gpu_start.TAR if where == "cuda" else None)
-    packed = tar is None or attempt(gpu_start.pack, tar)
+    packed = told.tar is None or attempt(gpu_start.pack, told.tar)
     sys.exit(not packed or any(part["status"] != "passed" for part in raw["parts"].values()))
 
 

@@ -81,7 +81,8 @@ def machine() -> dict[str, Any]:
     memory = _field("/proc/meminfo", "MemTotal").split()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = _command("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
-    changed = _command("git", "status", "--porcelain")
+    # Raw files of other measurements are no change of what is measured.
+    changed = _command("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
         "cpu": _field("/proc/cpuinfo", "model name") or platform.machine(),
         "flags": [flag for flag in _FLAGS if flag in flags],

@@ -186,6 +186,8 @@ def main() -> None:
     parser.add_argument("--kernels", type=Path, default=KERNELS)
     parser.add_argument("--readme", type=Path, default=README)
     told = parser.parse_args()
+    if not any(told.results.glob("*.json")):
+        parser.error(f"{told.results} holds no raw file; nothing was written")
     for path, text in documents(told.results, told.page, told.kernels, told.readme).items():
         same = path.exists() and path.read_text() == text
         path.write_text(text)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from benchmarks.tables_text import Raw, markdown
 
-HEAD = ("model", "weights", "rows of tokens", "memory", "AdamW's moments", "most at a time, GB", "between steps, GB",
-        "largest of it")
+HEAD = ("model", "weights", "rows of tokens", "memory", "AdamW's moments", "most at a time, GB", "between steps, GB")
 
 
 def memory_table(raw: Raw) -> list[str]:
@@ -13,16 +12,16 @@ def memory_table(raw: Raw) -> list[str]:
     versions = raw["machine"]["versions"]
     commit = (raw["machine"]["commit"] or "unknown")[:10] + (" + changes" if raw["machine"]["dirty"] else "")
     return [
-        "A LoRA step (rank 16, all linears) run with tensors that have no values: **counted, not measured**. cuBLAS's "
-        "workspaces (32 MiB for each thread that multiplies, on Hopper), the CUDA context and what the allocator "
-        "cannot use of its blocks come on top.", "",
+        "The second step of LoRA (rank 16, all linears), run with tensors that have no values: **counted, not "
+        "measured**. GB are 10^9 bytes. What comes on top was not counted, and no GPU has shown yet how much it is: "
+        "cuBLAS's workspaces (32 MiB for each of two threads on Hopper, by its documentation), the CUDA context and "
+        "what the allocator cannot use of its blocks. `offload` takes tokens x d_model x 2 bytes a layer of pinned "
+        "host memory, which is not in the table.", "",
         f"{raw['when'][:10]}, torch {versions.get('torch')}, commit {commit}: `python -m benchmarks.fake_gpu.memory`.",
         "", *markdown(HEAD, [_row(row) for row in raw["rows"]])]
 
 
 def _row(row: Raw) -> tuple[str, ...]:
-    largest = ", ".join(f"{entry['count']} x {entry['bytes'] / 1e6:,.0f} MB" for entry in row["largest"][:3])
     moments = "8 bits" if row["moments"] == "8bit" else str(row["moments"])
     return (row["model"], row["quant"] or "bf16", f"{len(row['lengths'])} x {row['lengths'][0]:,}", row["memory"],
-            moments, f"{row['peak_bytes'] / 1e9:.2f}",
-            f"{row['between_bytes'] / 1e9:.2f}", largest)
+            moments, f"{row['peak_bytes'] / 1e9:.2f}", f"{row['between_bytes'] / 1e9:.2f}")

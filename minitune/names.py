@@ -39,21 +39,24 @@ ENTRIES_ELSEWHERE = {
     "get_peft_model": "mt.load(folder, lora=mt.LoRA())", "PeftModel": "mt.load(folder, adapter=folder)",
     "LoraConfig": "mt.LoRA", "BitsAndBytesConfig": 'mt.load(folder, quant="nf4-dq")', "AutoTokenizer":
     "mt.data.load_tokenizer(folder), or model.tokenizer", "Trainer": "mt.train(model, data)",
-    "SFTTrainer": "mt.train(model, data)", "TrainingArguments": "mt.Training", "SFTConfig": "mt.Training"}
+    "from_pretrained": "mt.load(folder)", "SFTTrainer": "mt.train(model, data)", "TrainingArguments": "mt.Training",
+    "SFTConfig": "mt.Training"}
 METHODS_ELSEWHERE = {
     "print_trainable_parameters": "print(model)", "get_nb_trainable_parameters": "print(model)",
     "save_pretrained": "model.save_adapter(folder), or model.save_merged(folder) for the whole model",
     "merge_and_unload": "model.save_merged(folder)", "merge_adapter": "model.save_merged(folder)",
     "save_pretrained_merged": 'model.save_merged(folder, onto="original")',
     "disable_adapter": "model.adapter_disabled()", "load_adapter": "mt.load(base, adapter=folder)",
-    "gradient_checkpointing_enable": 'mt.load(base, memory="full")'}
+    "gradient_checkpointing_enable": 'mt.load(base, memory="full")',
+    "push_to_hub": "model.save_merged(folder), then `hf upload`"}
 """Methods of models in PEFT, transformers and Unsloth -> what is said here."""
 TOKENIZER_ELSEWHERE = {
     "apply_chat_template": "encode_chat(messages), or model.chat(messages) for the answer",
     "batch_encode_plus": "encode_many(texts)", "encode_plus": "encode(text)", "tokenize": "encode(text)",
     "batch_decode": "decode(ids), for each", "convert_tokens_to_ids": "id_of(token)", "convert_ids_to_tokens":
     "token(id)", "eos_token_id": "eos_id", "bos_token_id": "bos_id", "pad_token_id": "pad_id", "unk_token_id": "unk_id",
-    "all_special_ids": "control_ids", "from_pretrained": "mt.data.load_tokenizer(folder)"}
+    "pad_token": "pad_id", "eos_token": "eos_id", "all_special_ids": "control_ids", "from_pretrained":
+    "mt.data.load_tokenizer(folder)"}
 """The same of tokenizers in transformers."""
 
 

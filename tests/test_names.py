@@ -36,7 +36,9 @@ def test_the_nearest_name_is_the_one_that_others_call_so_then_the_one_spelt_alik
      "(here: temperature), max_length (here: max_new_tokens); there are ids, max_new_tokens, temperature, "),
     (lambda: mt.Model.chat(None, [], max_tokens=3), "chat: no argument is named max_tokens (here: max_new_tokens); "
      "there are messages, "),
-    (lambda: mt.Model.stream(None, "a", stop_strings="b"), "stream: no argument is named stop_strings (here: stop); ")])
+    (lambda: mt.Model.stream(None, "a", stop_strings="b"), "stream: no argument is named stop_strings (here: stop); "),
+    (lambda: mt.data.stream("a", None, max_length=9), "stream: no argument is named max_length (here: tokens); "),
+    (lambda: mt.data.stream("a", "my-llama", tokens=9), "stream: tokenizer is 'my-llama'; give model.tokenizer, or ")])
 def test_a_setting_of_another_trainer_is_answered_with_ours(make, message):
     with pytest.raises(mt.InputError) as refused:
         make()
@@ -50,6 +52,11 @@ def test_settings_are_dataclasses_like_any_other():
     with pytest.raises(TypeError):
         mt.Training(1)
     assert not set(ELSEWHERE) & {*mt.LoRA.__dataclass_fields__, *mt.Training.__dataclass_fields__}
+
+
+def test_a_model_is_not_called(tiny):
+    with pytest.raises(mt.InputError, match=r"model: it is not called here; say model.loss\(batch\)"):
+        mt.load(tiny)(input_ids=[[1, 2]])
 
 
 def test_what_others_tokenizers_have_is_answered_with_ours(tiny):

@@ -35,12 +35,12 @@ SOURCE = Path(__file__).with_name("device.cpp")
 def missing() -> str | None:
     """Why there can be no fake GPU here, or None. Torch is not imported for it."""
     if sys.platform != "linux" or not shutil.which("g++"):
-        return "g++ on Linux is needed"
+        return "it needs g++ on Linux"
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+        return "it needs triton: pip install 'minitune[triton]'"
     found = subprocess.run([sys.executable, "-c", "import torch; print(torch.version.cuda)"], capture_output=True,
                            text=True)
-    return None if found.stdout.strip() == "None" else "a torch without CUDA is needed"
+    return None if found.stdout.strip() == "None" else "it needs a torch that is built without CUDA"
 
 
 def build(folder: Path) -> Path:

@@ -7,7 +7,7 @@ blocks.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,8 +31,10 @@ class Case:
 CASES = (
     Case("Llama-2-7B", None, (2048,) * 8, "keep", "fp32"), Case("Llama-2-7B", None, (2048,) * 8, "full", "fp32"),
     Case("Llama-2-7B", None, (2048,), "keep", "fp32"), Case("Llama-2-7B", None, (2048,), "full", "fp32"),
-    Case("Llama-2-7B", "nf4-dq", (2048,) * 8, "keep", "fp32"), Case("Llama-2-7B", "nf4-dq", (2048,), "full", "fp32"),
+    Case("Llama-2-7B", "nf4-dq", (2048,) * 8, "keep", "fp32"),
+    Case("Llama-2-7B", "nf4-dq", (2048,) * 8, "full", "fp32"), Case("Llama-2-7B", "nf4-dq", (2048,), "full", "fp32"),
     Case("Llama-2-7B", "nf4-dq", (2048,), "full", "8bit"), Case("Llama-2-7B", "nf4-dq", (2048,), "offload", "8bit"),
+    Case("Llama-3-8B", None, (2048,), "full", "fp32"),
     Case("Llama-3-8B", "nf4-dq", (2048,), "full", "8bit"), Case("Llama-3-8B", "nf4-dq", (8192,), "full", "8bit"),
     Case("Llama-3-8B", "nf4-dq", (8192,), "offload", "8bit"))
 
@@ -100,9 +102,12 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the raw file, default benchmarks/results")
+    told = parser.parse_args()
     why = device.missing()
     if why:
-        sys.exit(f"python -m benchmarks.fake_gpu.memory: {why}")
+        parser.error(why)
     with tempfile.TemporaryDirectory() as folder:
         device.load(device.build(Path(folder)))
     from benchmarks.harness import save
@@ -112,7 +117,7 @@ def main() -> None:
         print(f"{row['model']} {row['quant'] or 'bf16'}, {len(row['lengths'])} x {row['lengths'][0]}, {row['memory']}, "
               f"moments {row['moments']}: {row['peak_bytes'] / 1e9:.2f} GB", flush=True)
         found.append(row)
-    print(f"raw figures: {save('memory', {'kind': 'memory', 'device': 'none', 'rows': found}).name}")
+    print(f"raw figures: {save('memory', {'kind': 'memory', 'device': 'none', 'rows': found}, told.out).name}")
 
 
 if __name__ == "__main__":

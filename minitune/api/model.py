@@ -151,6 +151,10 @@ class Model(Generation):
         total, n = self.loss_sum(batch)
         return total / n
 
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise InputError("model: it is not called here; say model.loss(batch), model.logits(ids) or "
+                         "model.generate(ids)")
+
     # -- what is trained ---------------------------------------------------------------------------------------------
 
     def trainable_parameters(self) -> list[nn.Parameter]:

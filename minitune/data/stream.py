@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from minitune.arguments import answers_names
 from minitune.config import Long, check_seed, check_share, check_whole, short
 from minitune.data.account import Part, notes_of, source_of
 from minitune.data.batch import Batch
@@ -185,6 +186,7 @@ class Stream:
                 f"{len(self)} batches of {self.tokens:,} in {self.epochs} epochs)")
 
 
+@answers_names
 def stream(path: str | Path | Sequence[str | Path] | Mapping[Any, float], tokenizer: Tokenizer, *, tokens: int,
            epochs: int = 1, seed: int = 0, shuffle: bool = True, field_map: Mapping[str, str] | None = None,
            long: Long = "refuse", cache: bool | None = None, progress: Progress | None = None) -> Stream:
@@ -201,6 +203,9 @@ def stream(path: str | Path | Sequence[str | Path] | Mapping[Any, float], tokeni
     a file is encoded, Python's search for cyclic garbage rests in the whole process, and its threads take turns sooner.
     Raises InputError that names file:line for a bad sample and, if so asked, for one longer than `tokens`.
     """
+    if not hasattr(tokenizer, "encode_many"):
+        raise InputError(f"stream: tokenizer is {short(tokenizer)}; give model.tokenizer, or "
+                         "mt.data.load_tokenizer(folder)")
     check_whole("stream", "tokens", tokens, low=2)      # the last token of a row is never trained
     return Stream(read_parts(path, tokenizer, field_map, cache, progress), tokens, epochs=epochs, seed=seed,
                   shuffle=shuffle, long=long)

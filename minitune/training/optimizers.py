@@ -209,7 +209,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
                 raise InputError(f"{name}: {label} is a {type(p).__name__}; it must be a parameter")
             if p.dtype != torch.float32:
                 raise InputError(f"{name}: {label} is {p.dtype} {list(p.shape)}; the optimizer keeps master weights in "
-                                 "torch.float32. Load the trained part in float32 (adapters are)")
+                                 "torch.float32. Give model.trainable_parameters(), which are float32")
             if not p.is_leaf or p.is_meta or p.is_sparse:
                 raise InputError(f"{name}: {label} {list(p.shape)} is no dense leaf tensor with storage")
             if id(p) in known:

@@ -334,6 +334,20 @@ def test_whole_run_writes_a_marked_file(tmp_path: Path) -> None:
     assert '"device": "cpu"' in path.read_text() and "products: passed" in done.stdout
 
 
+@pytest.mark.parametrize(("option", "place", "why"), [
+    ("--out", "file", "--out: "), ("--tar", "file/a.tar.xz", "--tar: "), ("--tar", "folder", "is a folder")])
+def test_what_could_not_be_written_is_said_before_anything_is_measured(option: str, place: str, why: str,
+                                                                       tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    words = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--parts", "tune", "--out", str(tmp_path / "o"),
+             option, str(tmp_path / place)]
+    run = subprocess.run(words, cwd=harness.ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and not run.stdout and (tmp_path / "file").read_text() == "kept"
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("make gpu: ") and why in line
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line_and_runs_nothing(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")], cwd=harness.ROOT,

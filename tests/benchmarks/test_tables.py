@@ -137,3 +137,13 @@ def test_loss_curves_are_compared_from_the_start() -> None:
     assert compare_losses({"ours": {"losses": [10.001, 9.1, 8.2, 7.0]}, "eager": theirs})["same_course"]
     other = compare_losses({"ours": {"losses": [10.5, 9.9, 9.8]}, "eager": theirs})
     assert not other["same_start"] and not other["same_course"]
+
+
+def test_a_folder_without_raw_files_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench:train -->\nkept\n<!-- /bench -->\n")
+    monkeypatch.setattr("sys.argv", ["tables", "--results", str(tmp_path / "nope"), "--readme", str(readme)])
+    with pytest.raises(SystemExit, match="2"):
+        tables.main()
+    assert "nope holds no raw file; nothing was written" in capsys.readouterr().err and "kept" in readme.read_text()
