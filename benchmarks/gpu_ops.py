@@ -198,6 +198,12 @@ def measure_adamw(n: int, device: str, copied: float) -> None:
     """One step over a flat buffer: four fp32 values read and three written for each parameter."""
     buffers = [torch.rand(n, device=device) for _ in range(4)]
     settings = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "step": 10}
+    ours, plain = ([x.clone() for x in buffers] for _ in range(2))
+    adamw.adamw_(*ours, **settings)     # type: ignore[arg-type]
+    with backends.use("reference"):
+        adamw.adamw_(*plain, **settings)    # type: ignore[arg-type]
+    right = all(error(found, expected) < 1e-5 for found, expected in zip(ours, plain, strict=True))
+    del ours, plain
     for name, backend in (("minitune", None), ("torch fused", "reference")):
         row = {"what": "op", "op": "adamw", "shape": [n], "bytes": 28 * n, "variant": name}
         try:
@@ -207,7 +213,8 @@ def measure_adamw(n: int, device: str, copied: float) -> None:
             emit(**row, error=reason(failure), right=False)
             continue
         rate = 28 * n / ms["median"] / 1e6
-        emit(**row, ms=ms, gb_per_s=rate, share_of_copy=rate / copied)
+        emit(**row, ms=ms, gb_per_s=rate, share_of_copy=rate / copied,
+             **({"right": right} if name == "minitune" else {}))
 
 
 def measure_head(tokens: int, d: int, vocab: int, device: str) -> None:
@@ -221,14 +228,23 @@ def measure_head(tokens: int, d: int, vocab: int, device: str) -> None:
         torch.mm(hidden, weight.mT, out=logits)
         torch.mm(logits, weight, out=d_hidden)
 
+    def ours() -> tuple[Tensor, Tensor | None]:
+        return linear_cross_entropy.losses_and_gradient(hidden, weight, labels, 0.0, gradient=True)
+
     row = {"what": "over", "op": "linear_cross_entropy", "shape": [tokens, d, vocab]}
     try:
-        bare_ms = timed(bare, device)
-        ms = timed(lambda: linear_cross_entropy.losses_and_gradient(hidden, weight, labels, 0.0, gradient=True), device)
+        leaf = hidden[:512].float().requires_grad_()
+        expected = linear_cross_entropy.reference(leaf, weight.float(), labels[:512])
+        slope = torch.autograd.grad(expected.sum(), leaf)[0]
+        losses, gradient = ours()
+        assert gradient is not None
+        errors = [error(losses[:512], expected.detach()), error(gradient[:512], slope)]
+        bare_ms, ms = timed(bare, device), timed(ours, device)
     except RuntimeError as failure:
         emit(**row, error=reason(failure), right=False)
         return
-    emit(**row, ms=ms, bare_ms=bare_ms, over=ms["median"] / bare_ms["median"])
+    emit(**row, ms=ms, bare_ms=bare_ms, over=ms["median"] / bare_ms["median"], errors=errors,
+         right=max(errors) < 1e-2)
 
 
 def main() -> None:

@@ -63,9 +63,9 @@ class Product:
         return 2 * self.n_tokens * self.inner * self.outer
 
     def floor_ms(self, step: str, copied: float, multiplied: float) -> float:
-        """What the adapters add at the least, `copied` GB/s and `multiplied` TFLOP/s being the ceilings: S is made from
-        one more reading of X (dS from one of dY, dA and dB from one of each) and met within the product."""
-        tokens, widths = self.n_tokens, {"forward": self.inner, "backward": 2 * self.outer + self.inner}
+        """What the adapters add at the least, `copied` GB/s and `multiplied` TFLOP/s being the ceilings: S comes from
+        who makes X, and is met within the product; dS and dB take one more reading of dY, dA one of X."""
+        tokens, widths = self.n_tokens, {"forward": 0, "backward": self.outer + self.inner}
         read = 2 * tokens * (widths[step] + self.rank)
         deeper = 2 * tokens * self.rank * (self.outer if step == "forward" else self.inner)
         return read / copied / 1e6 + deeper / multiplied / 1e9

@@ -1,9 +1,10 @@
 """Packs what a run of `make gpu` compiled into one tar, and unpacks it where a later run starts on a fresh machine.
 
-The tar holds the built extension, those files of the Triton cache that a later run reads, and with what all was made.
-Triton's texts name folders of the machine: a group's files, libdevice, the source in PTX's `.file`. In the tar they are
-`${cache}`, `${triton}` and so on; unpacking puts the folders of the new machine there. Binaries stay as they are, and
-with them the name of the kernels' folder in a cubin's debug information, which only a debugger or a profiler reads.
+The tar holds programs: unpack only one that you made. In it lie the built extension, those files of the Triton cache
+that a later run reads, and with what all was made. Triton's texts name folders of the machine: a group's files,
+libdevice, the source in PTX's `.file`. In the tar they are `${cache}`, `${triton}` and so on; unpacking puts the
+folders of the new machine there. Binaries stay as they are, and with them the name of the kernels' folder in a
+cubin's debug information, which only a debugger or a profiler reads.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TAR = ROOT / "build" / "gpu-start.tar.xz"
 KEPT = (".cubin", ".ptx", ".json", ".so")
 """What a hit in the cache needs, and PTX, which tests read. The compiler's other texts are most of its bytes."""
 STAMP = "made-with.json"
-_MEMBER = re.compile(r"made-with\.json|minitune/_C[\w.-]*\.so|triton-cache/\w+/[^/]*\.(cubin|ptx|json|so)")
+_MEMBER = re.compile(r"made-with\.json|minitune/_C[\w.-]*\.so|triton-cache/\w+/[\w.-]+\.(cubin|ptx|json|so)")
 _OTHER = {"sources": "built of other sources", "architectures": "built for other GPUs"}
 _QUESTION = """
 import json, os, platform, sys, sysconfig, torch

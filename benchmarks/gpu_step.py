@@ -147,7 +147,10 @@ def main() -> None:
         case = f"{quant or 'bf16'}, {len(lengths)} x {lengths[0]}, memory auto"
         row = {"what": "step", "case": case, "layers": size.layers, "tokens": sum(lengths)}
         try:
-            found = train(ours(size, device, quant, "auto"), size, lengths, device, warmup, steps)
+            model = ours(size, device, quant, "auto")
+            found = train(model, size, lengths, device, warmup, steps)
+            found["policy"] = model.network._policy(sum(lengths))
+            del model
             flops = flops_a_token(size, lengths)
             emit(**row, **found, flops_a_token=flops,
                  share_of_rate=found["tokens_per_s"]["median"] * flops / rate / 1e12)

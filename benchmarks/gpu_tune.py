@@ -22,12 +22,15 @@ def main() -> None:
     device = torch.device(parser.parse_args().device)
     real = device.type == "cuda"
     torch.manual_seed(SEED)
-    size, layouts = (SEVEN_B, ((16_384, 2048), (2048, 2048))) if real else (TINY, ((64, 32),))
+    # The longer micro-batch last: of attention a table knows the longest document, not the tokens.
+    size, longest, batches, long = (SEVEN_B, 2048, (2048, 16_384), 16_384) if real else (TINY, 32, (32, 64), 64)
     adapters = {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}
     products = {name: (outer, inner, RANK * adapters[name]) for name, inner, outer in size.products()}
-    for tokens, longest in layouts:
-        found = tuning.measure(products, (size.heads, size.kv_heads, size.head_dim), tokens, longest, torch.bfloat16,
-                               device)
+    heads = size.heads, size.kv_heads, size.head_dim
+    tables = [tuning.measure(products, heads, tokens, longest, torch.bfloat16, device) for tokens in batches]
+    one = tuning.attention_times(heads, long, long, torch.bfloat16, device)
+    tables.append({tuned.name_of("attention", torch.bfloat16): {(*heads, long): one}})
+    for found in tables:
         if real:
             name = torch.cuda.get_device_name(device)
             tuned.write(tuned.place(name), name, found)

@@ -9,8 +9,15 @@ from benchmarks.tables_text import Raw, markdown, spread, verdict, where
 
 LORA = {(16, "forward"): 4.0, (64, "forward"): 7.0, (16, "backward"): 10.0, (64, "backward"): 14.0}
 """Percent of the time of a layer's four products that adapters of a rank may add, at the most."""
-OWN_WAYS = ("addmm", "augmented, S as a product", "augmented, dS as a product", "Triton")
-"""Those that a step can take: S has to be made by somebody."""
+PRODUCTS = ("qkv", "o", "gate_up", "down")
+OWN_WAYS = ("addmm", "Triton")
+"""What a step can take at every product; S has to be made by somebody."""
+AUGMENTED = {("qkv", "forward"): "augmented, S as a product", ("qkv", "backward"): "augmented, dS as a product",
+             ("gate_up", "forward"): "augmented, S as a product", ("gate_up", "backward"): "augmented, dS as a product",
+             ("down", "forward"): "augmented, S as a product"}
+"""Where it can take the augmented product too: the op before must be ours (ARCHITECTURE.md, who writes which tail)."""
+CASES = ("8 x 2048, 32 heads", "8 x 2048, 32/8 heads", "1 x 16384, 32 heads", "ragged, 32 heads", "ragged, 32/8 heads")
+"""Of attention."""
 ATTENTION = {"forward": 0.65, "backward": 0.45}
 """Of cuDNN's rate, our kernel's; its backward is deterministic, cuDNN's need not be."""
 DISPATCH = 0.97
@@ -132,14 +139,14 @@ def promises(parts: Parts) -> list[Row]:
     found = [*_lora(rows("products", "product")), *_attention(rows("attention", "attention"))]
     ops: dict[str, list[float]] = {}
     for row in rows("ops", "op"):
-        if row["variant"] == "minitune" and "share_of_copy" in row:
+        if row["variant"] == "minitune" and "share_of_copy" in row and row.get("right"):
             ops.setdefault(row["op"].split()[0], []).append(row["share_of_copy"])
     for op in ("rms_norm", "swiglu", "rope", "adamw"):
         found.append((f"{op}: share of the copy rate", *verdict(min(ops.get(op, []), default=None), OF_COPY, True)))
-    over = [row["over"] for row in rows("ops", "over") if "over" in row]
+    over = [row["over"] for row in rows("ops", "over") if "over" in row and row.get("right")]
     found.append(("linear_cross_entropy over its two products", *verdict(max(over, default=None), HEAD, False)))
     shares = [row["share_of_rate"] for row in rows("layer", "layer")
-              if "bf16" in row["case"] and "share_of_rate" in row]
+              if "bf16" in row["case"] and "share_of_rate" in row and row.get("right")]
     found.append(("one layer: share of the matrix rate", *verdict(min(shares, default=None), OF_MATRIX, True)))
     return [*found, *_whole_steps(rows("step", "step"), rows("peers", "peer"))]
 
@@ -148,10 +155,10 @@ def _lora(rows: list[Raw]) -> Iterable[Row]:
     """The fastest way of each product, summed over a layer's four, over the bare products; beside it the floor."""
     for (each, step), target in LORA.items():
         bare, ours, floor = 0.0, 0.0, 0.0
-        products = {row["product"] for row in rows}
-        for product in products:
+        for product in PRODUCTS:
             own = [row for row in rows if (row["product"], row["each"], row["pass"]) == (product, each, step)]
-            times = [row["ms"]["median"] for row in own if row["variant"] in OWN_WAYS and "ms" in row]
+            ways = *OWN_WAYS, AUGMENTED.get((product, step))
+            times = [row["ms"]["median"] for row in own if row["variant"] in ways and "ms" in row]
             alone = [row["ms"]["median"] for row in own if row["variant"] == "bare" and "ms" in row]
             if not times or not alone:
                 bare = 0.0
@@ -165,28 +172,26 @@ def _lora(rows: list[Raw]) -> Iterable[Row]:
 
 def _attention(rows: list[Raw]) -> Iterable[Row]:
     """The worst case of each pass."""
-    def rate(case: str, named: str, step: str) -> float | None:
-        found = [row["tflops"] for row in rows
-                 if row["case"] == case and named in row["backend"] and row["pass"] == step
-                 and row.get("tflops") and row.get("right")]
-        return max(found, default=None)
+    def rate(case: str, step: str, wanted: Callable[[str], bool], repeats: bool = False) -> float | None:
+        return max((row["tflops"] for row in rows if row["case"] == case and row["pass"] == step
+                    and wanted(row["backend"]) and row.get("tflops") and row.get("right")
+                    and (row.get("repeats") or not repeats)), default=None)
 
-    cases = sorted({row["case"] for row in rows})
-    for step, target in ATTENTION.items():
-        pairs = [(rate(case, "minitune", step), rate(case, "cudnn", step)) for case in cases]
+    def worst(pairs: list[tuple[float | None, float | None]]) -> float | None:
+        """None where a case is missing."""
         shares = [ours / theirs for ours, theirs in pairs if ours and theirs]
-        yield f"attention {step}: our kernel of cuDNN's rate", *verdict(min(shares, default=None), target, True)
+        return min(shares) if len(shares) == len(CASES) else None
+
+    for step, target in ATTENTION.items():
+        back = step == "backward"
+        yield f"attention {step}: our kernel of cuDNN's rate", *verdict(worst([
+            (rate(case, step, lambda name: name == "minitune", back), rate(case, step, lambda name: "cudnn" in name))
+            for case in CASES]), target, True)
     for step, allowed in (("forward", "forward"), ("backward", "backward, deterministic")):
-        shares = []
-        for case in cases:
-            others = [row["tflops"] for row in rows if row["case"] == case and row["pass"] == allowed
-                      and row["backend"] != "dispatch" and row.get("tflops") and row.get("right")
-                      and (step == "forward" or row.get("repeats"))]
-            own = rate(case, "dispatch", step)
-            if own and others:
-                shares.append(own / max(others))
-        yield f"attention {step}: the dispatch of the best that is allowed", *verdict(
-            min(shares, default=None), DISPATCH, True)
+        back = step == "backward"
+        yield f"attention {step}: the dispatch of the best that is allowed", *verdict(worst([
+            (rate(case, step, lambda name: name == "dispatch", back),
+             rate(case, allowed, lambda name: name != "dispatch", back)) for case in CASES]), DISPATCH, True)
 
 
 def _whole_steps(rows: list[Raw], peers: list[Raw]) -> Iterable[Row]:
@@ -194,10 +199,11 @@ def _whole_steps(rows: list[Raw], peers: list[Raw]) -> Iterable[Row]:
         return max((row["tokens_per_s"]["median"] for row in found
                     if row.get("tokens_per_s", {}).get("n") and row.get("right")), default=None)
 
-    lora = fastest(row for row in rows if row["case"].startswith("bf16, 8 x"))
-    qlora = fastest(row for row in rows if row["case"].startswith("nf4-dq, 8 x"))
+    sixteen, four = ([row for row in rows if row["case"].startswith(f"{kind}, 8 x")] for kind in ("bf16", "nf4-dq"))
+    lora, qlora = fastest(sixteen), fastest(four)
+    alike = [row.get("policy") for row in sixteen] == [row.get("policy") for row in four]
     yield "Llama-2-7B, LoRA, 8 x 2048: tokens/s", *verdict(lora, TOKENS_PER_S, True)
-    yield "QLoRA over LoRA, the same step", *verdict(qlora / lora if qlora and lora else None, QLORA, True)
+    yield "QLoRA over LoRA, the same step", *verdict(qlora / lora if qlora and lora and alike else None, QLORA, True)
     for name, ours, theirs in (("transformers + PEFT", "minitune", "peft"), ("Unsloth", "minitune", "unsloth"),
                                ("transformers + PEFT + bitsandbytes", "minitune nf4-dq", "peft nf4-dq"),
                                ("Unsloth in 4 bits", "minitune nf4-dq", "unsloth nf4-dq")):

@@ -14,30 +14,36 @@ LOADING = 3.0
 OF_OUR_LORA = 0.9
 MEMORY = {"16x2048": 0.5}
 GPU_STEP_GB, GPU_STEP_8BIT_GB, GPU_STEP_OFFLOAD_GB = 6.5, 5.8, 5.0
-"""What a QLoRA step of Llama-2-7B may take on a GPU with memory "full", at the most."""
+"""What a QLoRA step of Llama-2-7B may take on a GPU, at the most: memory "full", with 8-bit moments, and "offload"."""
 GPU_OF_COPY = 0.85
 """Of a GPU's copy rate, what dequantising must reach."""
 GPU_LOAD_GB_PER_S, GPU_LOAD_OF_DISK = 2.0, 0.9
 """GB of a file a second that loading to 4 bits must reach, or this share of the disk's rate where that is less."""
+RESTLESS = 2.0
+"""p80 over p20 from which a median says nothing: the machine gave memory at its own pace."""
 _WHAT = {"dequantize": "dequantise into a reused buffer", "dequantize_fresh": "dequantise into fresh memory",
          "quantize": "quantise"}
 
 
 def nf4_kernels_table(raw: Raw) -> list[str]:
-    """Milliseconds of each side at each shape, bf16, and their time over ours."""
+    """Milliseconds of each side at each shape, bf16, and their time over ours: medians, in brackets p20 to p80."""
     rows = []
     for shape, sides in raw["shapes"].items():
         copy = sides["ours"].get("copy", {})
-        rows.append((shape, "copy of the 16-bit weight", f"{1e3 * copy['median']:.2f}" if copy.get("n") else "void", "",
-                     "", "", ""))
+        rows.append((shape, "copy of the 16-bit weight", spread(_milliseconds(copy), 2), "", "", "", ""))
         for what, target in KERNELS.items():
             ours, theirs = sides["ours"].get(what), sides["theirs"].get(what.removesuffix("_fresh"))
-            value = ratio(theirs, ours)
-            rows.append((shape, _WHAT[what], *(f"{1e3 * side['median']:.2f}" if side and side.get("n") else "void"
-                                               for side in (ours, theirs)), *verdict(value, target, True)))
+            cells = verdict(ratio(theirs, ours), target, True)
+            restless = any(side["p80"] > RESTLESS * side["p20"] for side in (ours, theirs) if side and side.get("n"))
+            rows.append((shape, _WHAT[what], *(spread(_milliseconds(side), 2) for side in (ours, theirs)),
+                         *cells[:2], "restless, no verdict" if restless else cells[2]))
     head = ("weight", "what", "minitune, ms", "bitsandbytes, ms", "times faster", "target", "verdict")
     backends = sorted({sides["ours"].get("backend", "") for sides in raw["shapes"].values()})
     return ["### NF4 kernels", "", f"{where(raw)} Backend: {', '.join(backends)}.", "", *markdown(head, rows)]
+
+
+def _milliseconds(side: Raw | None) -> Raw:
+    return {name: value if name == "n" else 1e3 * value for name, value in (side or {}).items()}
 
 
 def nf4_table(raw: Raw) -> list[str]:

@@ -14,13 +14,6 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Whether an output of 16 bits a value is so large (64 MiB) that its beginning has left the caches when its end is
-// written. Then stores that go to memory at once, without reading the line first, are more than twice as fast. Fresh
-// memory is in the caches, where the system has just zeroed it: there they are slower.
-inline bool goes_past_caches(const Nf4Dequantize& work) {
-  return work.reused && work.rows * work.pitch >= (int64_t(32) << 20);
-}
-
 constexpr int64_t kChunk = 32;   // what a wide path decodes at a time: no block is shorter, so a chunk has one scale
 
 // The functions of one path, by Nf4Dtype.

@@ -24,6 +24,13 @@ AVX512 inline __m256i rounded16(__m512 x, Half) {
   return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+// Whether an output of 16 bits a value is so large (64 MiB) that its beginning has left the caches when its end is
+// written. Then stores that go to memory at once, without reading the line first, are more than twice as fast. Fresh
+// memory is in the caches, where the system has just zeroed it: there they are slower.
+bool goes_past_caches(const Nf4Dequantize& work) {
+  return work.reused && work.rows * work.pitch >= (int64_t(32) << 20);
+}
+
 template <typename T, bool kStream>
 AVX512 void decode_to(const Nf4Dequantize& given, int64_t first, int64_t last, void* out) {
   const Nf4Dequantize work = given;      // a copy, which the stores below cannot change

@@ -6,6 +6,7 @@ A line has the run's name and "waits", what the host waited for and where; or "e
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import tempfile
@@ -26,50 +27,63 @@ WAYS = ({"attention": "triton"}, *({f"lora_matmul_{step}": way} for step in ("fo
                                    for way in ("triton", "augmented")))
 
 
-def steps(folder: Path) -> None:
-    """Training steps of every variant and way, the optimizers, and a step that is recorded."""
+def _load(folder: Path, variant: str, lora: dict[str, Any], **options: Any) -> Any:
+    """A model of a variant with an adapter, or with what is trained, in training."""
     import minitune as mt
-    from minitune.objectives.sft import sft
+    from tests.oracles import make
+
+    if not (folder / variant).exists():
+        make(variant, folder / variant)
+    adapter = {} if "train" in options else {"lora": mt.LoRA(**{"rank": 4} | lora)}
+    model = mt.load(folder / variant, device="cuda", **adapter, **options)
+    model.train()
+    return model
+
+
+def _step(folder: Path, variant: str = "qwen3", lora: dict[str, Any] | None = None, optimizer: str = "adamw",
+          native: bool = True, forced: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
+    """Two steps from a pinned batch on."""
+    import minitune as mt
     from minitune.ops import tuned
-    from minitune.training.graph import GraphedStep
     from tests.batches import documents, packed
-    from tests.oracles import VARIANTS, make
 
     batch = packed(documents(LENGTHS, 5), sum(LENGTHS) + 9)
+    with device.fake_gpu(native) as watch, tuned.forced(**forced or {}):
+        model = _load(folder, variant, lora or {}, **options)
+        parameters = list(model.trainable_parameters())
+        made = {"adamw": lambda: mt.AdamW(parameters), "8 bits": lambda: mt.AdamW(parameters, moments="8bit"),
+                "sgd": lambda: mt.SGD(parameters, lr=1e-3, momentum=0.9)}[optimizer]()
+        given = batch.pin_memory().to("cuda")
+        watch.restart()
+        for _ in range(2):
+            model.loss(given).backward()
+            made.clip(1.0)
+            made.step()
+            made.zero_grad()
+        return {"waits": watch.waits, "launches": watch.launches}
 
-    def load(variant: str, lora: dict[str, Any], **options: Any) -> Any:
-        if not (folder / variant).exists():
-            make(variant, folder / variant)
-        adapter = {} if "train" in options else {"lora": mt.LoRA(**{"rank": 4} | lora)}
-        model = mt.load(folder / variant, device="cuda", **adapter, **options)
-        model.train()
-        return model
 
-    def step(variant: str = "qwen3", lora: dict[str, Any] | None = None, optimizer: str = "adamw",
-             native: bool = True, forced: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
-        with device.fake_gpu(native) as watch, tuned.forced(**forced or {}):
-            model = load(variant, lora or {}, **options)
-            parameters = list(model.trainable_parameters())
-            made = {"adamw": lambda: mt.AdamW(parameters), "8 bits": lambda: mt.AdamW(parameters, moments="8bit"),
-                    "sgd": lambda: mt.SGD(parameters, lr=1e-3, momentum=0.9)}[optimizer]()
-            given = batch.pin_memory().to("cuda")
-            watch.restart()
-            for _ in range(2):
-                model.loss(given).backward()
-                made.clip(1.0)
-                made.step()
-                made.zero_grad()
-            return {"waits": watch.waits, "launches": watch.launches}
+def _recorded(folder: Path, **options: Any) -> dict[str, Any]:
+    """A step as a CUDA graph."""
+    import minitune as mt
+    from minitune.objectives.sft import sft
+    from minitune.training.graph import GraphedStep
+    from tests.batches import documents, packed
 
-    def recorded(**options: Any) -> dict[str, Any]:
-        with device.fake_gpu() as watch:
-            model = load("qwen3", {}, **options)
-            whole = GraphedStep(model, mt.AdamW(model.trainable_parameters()), batch, sft, n_documents=8,
-                                n_trained=2_400)
-            watch.restart()
-            whole([batch, batch], 1e-3, 1.0)
-            return {"waits": watch.waits}
+    batch = packed(documents(LENGTHS, 5), sum(LENGTHS) + 9)
+    with device.fake_gpu() as watch:
+        model = _load(folder, "qwen3", {}, **options)
+        whole = GraphedStep(model, mt.AdamW(model.trainable_parameters()), batch, sft, n_documents=8, n_trained=2_400)
+        watch.restart()
+        whole([batch, batch], 1e-3, 1.0)
+        return {"waits": watch.waits}
 
+
+def steps(folder: Path) -> None:
+    """Training steps of every variant and way, the optimizers, and a step that is recorded."""
+    from tests.oracles import VARIANTS
+
+    step = functools.partial(_step, folder)
     for variant in VARIANTS:
         report(variant, step, variant)
     for name, lora in LORAS.items():
@@ -85,10 +99,11 @@ def steps(folder: Path) -> None:
         report(f"train {train}", step, train=train)
     for forced in WAYS:
         report(f"forced {forced}", step, "llama-2-gqa", forced=forced)
-        report(f"forced {forced}, nf4-dq", step, "llama-2-gqa", forced=forced, quant="nf4-dq")
+    report("forced augmented, nf4-dq", step, "llama-2-gqa", quant="nf4-dq",
+           forced={f"lora_matmul_{each}": "augmented" for each in ("forward", "input")})
     for policy in ("keep", "full"):
-        report(f"recorded, {policy}", recorded, memory=policy)
-        report(f"recorded, {policy}, nf4-dq", recorded, memory=policy, quant="nf4-dq")
+        report(f"recorded, {policy}", _recorded, folder, memory=policy)
+        report(f"recorded, {policy}, nf4-dq", _recorded, folder, memory=policy, quant="nf4-dq")
 
 
 def uses(folder: Path) -> None:

@@ -12,26 +12,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
-import itertools
-import os
 import shutil
 import subprocess
 import sys
-import traceback
 import types
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-PROCESSORS, TOTAL = 132, 143_771 << 20
-"""Of an H200: streaming multiprocessors, bytes."""
+TOTAL = 143_771 << 20
+"""Bytes of an H200."""
 SOURCE = Path(__file__).with_name("device.cpp")
 
 
+@functools.cache
 def missing() -> str | None:
     """Why there can be no fake GPU here, or None. Torch is not imported for it."""
     if sys.platform != "linux" or not shutil.which("g++"):
@@ -109,134 +106,6 @@ class Graph:
         pass
 
 
-def flash_backward(*tensors: Any) -> int:
-    """Bytes of FlashAttention's deterministic backward: fp32 sums of dq, once more for each part that the keys are
-    split into (Dao 2023, arXiv:2307.08691; its mha_varlen_bwd)."""
-    q, bounds = tensors[1], next(x for x in tensors if x.dim() == 1 and not x.is_floating_point())
-    (tokens, heads, width), documents = q.shape, len(bounds) - 1
-    splits = -(-PROCESSORS // (documents * heads))
-    return int(splits * (tokens + 128 * documents) * heads * -(-width // 32) * 32 * 4)
-
-
-WITHIN: dict[str, Callable[..., int]] = {"torch_attn::_varlen_attn_backward": flash_backward}
-"""Bytes that an op takes and gives back by itself, by its name."""
-
-
-def _mode() -> type[Any]:
-    """The class Watch, made late: torch must not be imported before `load`."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves, tree_map
-
-    aten = torch.ops.aten
-    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    one = {torch.bool: True, **dict.fromkeys(floats, 1.0)}      # what a value is, if the host asks
-
-    class NoDriver(FakeTensorMode):
-        avoid_device_init = True        # or torch.tensor([…], device="cuda") would be made in earnest
-
-    class Watch(TorchDispatchMode):
-        """Runs what is on the host as it is and fakes what is on the device; keeps the books."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.fake = NoDriver(allow_non_fake_inputs=True)
-            self.live, self.peak, self.largest = 0, 0, Counter[tuple[str, int]]()
-            self.ops, self.launches, self.waits = Counter[str](), Counter[str](), Counter[str]()
-            self.known: dict[int, tuple[str, int, int]] = {}
-            self.places: dict[int, weakref.ref[Any]] = {}
-            self.next_place = itertools.count(1)
-
-        def restart(self) -> None:
-            """Forget what was counted; the peak starts from what is live."""
-            self.peak, self.largest = self.live, Counter()
-            for counter in (self.ops, self.launches, self.waits):
-                counter.clear()
-
-        def most(self, n: int) -> list[tuple[tuple[str, int], int]]:
-            """At the peak: ((the op that made it, bytes), how many of them), the largest sums first."""
-            return sorted(self.largest.items(), key=lambda entry: -entry[0][1] * entry[1])[:n]
-
-        def address(self, x: Any) -> int:
-            """What x.data_ptr() would say: no two storages overlap."""
-            storage = self.known[x.untyped_storage()._cdata]
-            return (storage[2] << 40) + x.storage_offset() * x.element_size()
-
-        def wait(self, what: str) -> None:
-            lines = [frame for frame in traceback.extract_stack() if f"{os.sep}minitune{os.sep}" in frame.filename]
-            place = f"{os.path.basename(lines[-1].filename)}:{lines[-1].lineno}" if lines else "outside"
-            self.waits[f"{what} in {place}"] += 1
-
-        def take(self, x: Any, name: str) -> None:
-            storage = x.untyped_storage()
-            key = storage._cdata
-            if x.device.type != "cuda" or key in self.known:
-                return
-            n_bytes = -(-storage.nbytes() // 512) * 512     # as torch's allocator rounds
-
-            def gone(_: Any) -> None:
-                del self.known[key], self.places[key]
-                self.live -= n_bytes
-
-            self.places[key] = weakref.ref(storage, gone)
-            self.known[key] = name, n_bytes, next(self.next_place)
-            self.live += n_bytes
-            self.note()
-
-        def note(self, name: str = "", within: int = 0) -> None:
-            if self.live + within > self.peak:
-                self.peak = self.live + within
-                self.largest = Counter((name, n_bytes) for name, n_bytes, _ in self.known.values())
-                self.largest[name, within] += 1
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = {key: None if key == "generator" else value for key, value in (kwargs or {}).items()
-                      if key != "pin_memory"}
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            faked = [x for x in tensors if isinstance(x, FakeTensor)]
-            device = kwargs.get("device")
-            if not faked and (device is None or torch.device(device).type != "cuda"):
-                with unset_fake_temporarily():
-                    return func(*args, **kwargs)
-            name = func._schema.name
-            if name in ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"):
-                self.wait(name)
-                return one.get(faked[0].dtype, 1)
-            if func is aten.copy_.default and args[0].device.type == "cpu":
-                self._check_copy(func, args, kwargs)
-                return args[0]
-            if len(faked) < len(tensors):
-                args, kwargs = tree_map(self._faked, (args, kwargs))
-            if func in (aten._to_copy.default, aten.copy_.default):
-                self._check_copy(func, args, kwargs)
-            self.ops[name] += 1
-            if func is aten._to_copy.default and device is not None and torch.device(device).type == "cpu":
-                with unset_fake_temporarily():
-                    return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-            with self.fake:
-                out = func(*args, **kwargs)
-            made = [x for x in tree_leaves(out) if isinstance(x, FakeTensor)]
-            for x in made:
-                self.take(x, name)
-            if name in WITHIN:
-                self.note(name, WITHIN[name](*tensors))
-            return out
-
-        def _faked(self, x: Any) -> Any:
-            real = isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)
-            return self.fake.from_tensor(x) if real else x
-
-        def _check_copy(self, func: Any, args: Any, kwargs: Any) -> None:
-            """Between host and device without non_blocking, the host waits."""
-            to = args[1].device if func is aten.copy_.default else torch.device(kwargs.get("device") or args[0].device)
-            goes_on = kwargs.get("non_blocking") or args[2:3] == (True,)
-            if args[0].device.type != to.type and not goes_on:
-                self.wait(func._schema.name)
-
-    return Watch
-
-
 @contextlib.contextmanager
 def fake_gpu(native: bool = True) -> Iterator[Any]:
     """Within it "cuda" is an H200 that computes nothing, with or without the extension's CUDA half. Gives the Watch."""
@@ -244,9 +113,10 @@ def fake_gpu(native: bool = True) -> Iterator[Any]:
     from torch._subclasses import fake_tensor
     from triton.runtime.jit import JITFunction
 
+    from benchmarks.fake_gpu.watch import PROCESSORS, Watch
     from minitune.ops import backends, moments8, nf4, rope
 
-    watch = _mode()()
+    watch = Watch()
     tables = (backends._native, moments8.table, rope._static, nf4.table, nf4.nested_code)
     about = types.SimpleNamespace(name="a fake H200", total_memory=TOTAL, multi_processor_count=PROCESSORS, major=9,
                                   minor=0)

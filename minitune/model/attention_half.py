@@ -106,6 +106,9 @@ class AttentionHalf(nn.Module):
         gradients_o = self.o.adapter_gradients(dy, kept["attended"], kept["s_o"], ds_o, w_o)
         d_out = lora_matmul.backward_input(dy, ds_o, w_o)
         d_rows = self.backward_through_attention(d_out, kept, context, way, w_qkv)
+        del d_out
+        for name in ("qk", "raw_qk", "v", "attended", "lse", "graph"):      # before the last product
+            kept.pop(name, None)
         ds = lora_matmul.backward_s(d_rows, w_qkv)
         normed = kept["normed"] if "normed" in kept else rms_norm.apply(kept["x"], kept["rstd"], self.norm)
         gradients = [*self.qkv.adapter_gradients(d_rows, normed, kept["s_qkv"], ds, w_qkv), *gradients_o]

@@ -107,7 +107,7 @@ class Projection(nn.Module):
         if not isinstance(dense, Tensor):
             if rows == 1 and dense.reads_packed(dtype):
                 return
-            dense = dense.decode(torch.empty(dense.shape, dtype=dtype, device=dense.device))
+            dense = dense.decode(torch.zeros(dense.shape, dtype=dtype, device=dense.device))    # memory that is there
         self.packed = few_rows.pack(dense) if rows > 1 else None
         if self.packed is None and self.fused is not None:
             self.decoded = dense

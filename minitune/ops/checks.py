@@ -55,7 +55,7 @@ class Case(NamedTuple):
         truth = plain if self.exact else self.results("truth")
         for what, value in ours.items():
             if what in self.exact:
-                wrong = int((value != plain[what]).sum())
+                wrong = int((_bits(value) != _bits(plain[what])).sum())
                 yield Check(self.op, f"{what} that differ, of {value.numel():,}", self.backend, wrong, 0, not wrong)
             else:
                 yield _compare(self.op, what, self.backend, value, plain[what], truth[what])
@@ -79,6 +79,10 @@ def cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.de
         yield Case(op, made.backend(op), *make())
     yield Case("nf4", made.backend("nf4"), *made.packed(), ("codes", "absmax", "values"))
     yield Case("adamw", made.backend("adamw"), *update.adamw_8bit(), ("8-bit moments",))
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[values.element_size()])
 
 
 def _compare(op: str, what: str, backend: str, value: Tensor, plain: Tensor, truth: Tensor) -> Check:

@@ -1,9 +1,9 @@
 """nf4_linear: x·Wᵀ + bias with W in NF4, decoded into memory that all weights share, in the forward and again in the
 backward.
 
-Autograd must not save the buffer: the next weight is decoded over it (its version counter makes plain autograd stop
-there). So every product on a quantised weight is inside an autograd function that keeps the packed weight: this one, or
-a layer's half (`model/half.py`).
+Autograd must not save what was decoded: on a CPU the next weight is decoded over it (its version counter makes plain
+autograd stop there), on a GPU it would stay there in 16 bits for each layer. So every product on a quantised weight
+is inside an autograd function that keeps the packed weight: this one, or a layer's half (`model/half.py`).
 """
 
 from __future__ import annotations
