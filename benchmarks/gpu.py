@@ -186,10 +186,9 @@ def attempt(step: Callable[[Path], str], tar: Path) -> bool:
 def unwritable(out: Path, tar: Path | None) -> str | None:
     """Why the raw file or the tar cannot be written, which must be known before minutes of measuring; or None."""
     for option, folder in (("--out", out), *([("--tar", tar.parent)] if tar else [])):
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            tempfile.TemporaryFile(dir=there).close()       # the rest of the path is made when it is needed
         except OSError as error:
             return f"{option}: {folder} cannot be written to ({error.strerror}); name another place"
     if tar and tar.is_dir():
