@@ -120,6 +120,8 @@ def _python() -> list[Callable[[], object]]:
         lambda: mt.train(adapted, "good.jsonl", learning_rate=1e-4),
         lambda: mt.train(adapted, "good.jsonl", tokens=64, evaluate_every=2),
         lambda: mt.LoRA(r=8, lora_alpha=16),
+        lambda: mt.load("my-llama", load_in_4bit=True),
+        lambda: model.tokenizer("text", return_tensors="pt"),
         lambda: mt.load("my-llama", lora=mt.LoRA(targets="q_porj")),
         lambda: mt.load("my-llama", lora=mt.LoRA(), adapter="other-adapter"),
         lambda: adapted.loss(masked),
