@@ -21,6 +21,8 @@ from benchmarks.harness import ROOT, VOID_SHARE, Answer, Worker, WorkerError, as
 from benchmarks.shapes import ALPHA, LR, NEW_TOKENS, PROMPT, RANK, SEED, SIZES, layout
 
 SIDES = "benchmarks.train_sides"
+LAYOUTS = ("4x256", "1x1024")
+"""What a whole run of a size measures."""
 MUST_FALL = 0.02
 """Nats that the loss of the one repeated batch must fall by in the whole run; less is standing still."""
 
@@ -223,7 +225,9 @@ def bench(size: str, told: argparse.Namespace) -> Path:
             raw["layouts"][shape] = {"n_tokens": sum(layout(shape)), "rivals": rivals, "tried": tried, "sides": sides,
                                      "losses": compare_losses(sides)}
         raw["start"] = starts(folder, size, told, profiles)
-    path = save(f"train-{size}", raw, told.out)
+    # A part of the layouts has a name of its own, and never stands in README for the whole.
+    part = "" if set(told.layout) == set(LAYOUTS) else f"-{'-'.join(told.layout)}"
+    path = save(f"train-{size}{part}", raw, told.out)
     for name, text in profiles.items():
         save(f"train-{size}-{name}", {"text": text}, told.out, suffix=".profile.txt")
     return path
@@ -245,7 +249,7 @@ def main() -> None:
     option("--no-ours", dest="ours", action="store_false", help="the rivals and the limit only")
     option("--out", type=Path, help="folder of the raw files, default benchmarks/results")
     told = parser.parse_args()
-    told.layout = told.layout or ["4x256", "1x1024"]
+    told.layout = told.layout or list(LAYOUTS)
     written = [bench(size, told) for size in told.size or ["12x768", "16x2048"]]
     for path in written:
         print("\n".join(tables.train_table(tables.read(path))), end="\n\n")
