@@ -5,7 +5,7 @@ are live at each moment. What a kernel computes, how long it takes and what CUDA
 
 torch reads its CUDA hooks once, so the library of `device.cpp` must be loaded before torch is: `load` comes first, in a
 process of its own, and needs a torch without CUDA. Memory that torch's C++ takes within an op is not seen, but for
-FlashAttention's (`WITHIN`), nor are cuBLAS's workspaces, 32 MiB for each thread that multiplies on a Hopper GPU.
+FlashAttention's (`watch.WITHIN`), nor are cuBLAS's workspaces, 32 MiB for each thread that multiplies on a Hopper GPU.
 """
 
 from __future__ import annotations
