@@ -27,7 +27,7 @@ struct Nf4Dequantize {
   int64_t rows, columns, pitch;          // rows is 1 where the values lie without a gap
   int32_t block_shift;
   int32_t dtype;                         // of out
-  int32_t reused;                        // whether out was given by a caller, who has written to it before
+  int32_t reused;                        // whether a caller gave out, as one does to decode into it again and again
 };
 
 struct Nf4Quantize {

@@ -53,9 +53,10 @@ def test_what_a_user_does_runs_and_a_run_waits_only_where_it_must(library):
 
 def test_a_fault_would_be_seen(library):
     found = _run(library, "faults")
-    for name in ("an item", "to the host", "copied to the host", "copied from the host", "from the host"):
+    for name in ("an item", "to the host", "copied to the host", "copied from the host", "from the host",
+                 "from memory that is not pinned"):
         assert sum(found[name]["waits"].values()) == 1, name
-    assert not found["from the host, no wait"]["waits"]
+    assert not found["from pinned memory"]["waits"] and not found["into pinned memory"]["waits"]
     assert "two devices" in found["two devices"]["error"] and "nonzero" in found["a boolean index"]["error"]
     # x, x·2 and x·2·2 are 4,096 bytes each; the sum came when one of them had gone.
     assert found["memory"]["peak"] == 3 * 4096 and found["memory"]["live"] == 4096

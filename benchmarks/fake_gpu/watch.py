@@ -52,6 +52,7 @@ class Watch(TorchDispatchMode):
         self.known: dict[int, tuple[str, int, int]] = {}
         self.places: dict[int, weakref.ref[Any]] = {}
         self.next_place = itertools.count(1)
+        self.pinned: dict[int, weakref.ref[Any]] = {}
 
     def restart(self) -> None:
         """Forget what was counted; the peak starts from what is live."""
@@ -89,13 +90,22 @@ class Watch(TorchDispatchMode):
         self.live += n_bytes
         self.note()
 
+    def pin(self, x: torch.Tensor) -> torch.Tensor:
+        """x, a tensor on the host, as one in pinned memory."""
+        storage = x.untyped_storage()
+        key = storage._cdata
+        self.pinned[key] = weakref.ref(storage, lambda _: self.pinned.pop(key))
+        return x
+
     def note(self, name: str = "", within: int = 0) -> None:
         if self.live + within > self.peak:
             self.peak = self.live + within
             self.largest = Counter((name, n_bytes) for name, n_bytes, _ in self.known.values())
-            self.largest[name, within] += 1
+            if within:
+                self.largest[name, within] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        pins = bool((kwargs or {}).get("pin_memory"))
         kwargs = {key: None if key == "generator" else value for key, value in (kwargs or {}).items()
                   if key != "pin_memory"}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -103,7 +113,8 @@ class Watch(TorchDispatchMode):
         device = kwargs.get("device")
         if not faked and (device is None or torch.device(device).type != "cuda"):
             with unset_fake_temporarily():
-                return func(*args, **kwargs)
+                out = func(*args, **kwargs)
+            return self.pin(out) if pins else out
         name = func._schema.name
         if name in ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"):
             self.wait(name)
@@ -111,10 +122,10 @@ class Watch(TorchDispatchMode):
         if func is torch.ops.aten.copy_.default and args[0].device.type == "cpu":
             self._check_copy(func, args, kwargs)
             return args[0]
-        if len(faked) < len(tensors):
-            args, kwargs = tree_map(self._faked, (args, kwargs))
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
             self._check_copy(func, args, kwargs)
+        if len(faked) < len(tensors):
+            args, kwargs = tree_map(self._faked, (args, kwargs))
         self.ops[name] += 1
         if func is torch.ops.aten._to_copy.default and device is not None and torch.device(device).type == "cpu":
             with unset_fake_temporarily():
@@ -133,9 +144,12 @@ class Watch(TorchDispatchMode):
         return self.fake.from_tensor(x) if real else x
 
     def _check_copy(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Between host and device without non_blocking, the host waits."""
+        """Between host and device the host waits without non_blocking, and where its own side is not pinned."""
         copies = func is torch.ops.aten.copy_.default
         to = args[1].device if copies else torch.device(kwargs.get("device") or args[0].device)
-        goes_on = kwargs.get("non_blocking") or args[2:3] == (True,)
-        if args[0].device.type != to.type and not goes_on:
+        if args[0].device.type == to.type:
+            return
+        host = next((x for x in args[: 1 + copies] if x.device.type == "cpu"), None)
+        pinned = host is None or host.untyped_storage()._cdata in self.pinned
+        if not (pinned and (kwargs.get("non_blocking") or args[2:3] == (True,))):
             self.wait(func._schema.name)
