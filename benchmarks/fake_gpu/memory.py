@@ -29,7 +29,8 @@ class Case:
 
 
 CASES = (
-    Case("Llama-2-7B", None, (2048,) * 8, "keep", "fp32"), Case("Llama-2-7B", None, (2048,) * 8, "full", "fp32"),
+    Case("Llama-2-7B", None, (2048,) * 8, "keep", "fp32"), Case("Llama-2-7B", None, (2048,) * 8, "pointwise", "fp32"),
+    Case("Llama-2-7B", None, (2048,) * 8, "full", "fp32"),
     Case("Llama-2-7B", None, (2048,), "keep", "fp32"), Case("Llama-2-7B", None, (2048,), "full", "fp32"),
     Case("Llama-2-7B", "nf4-dq", (2048,) * 8, "keep", "fp32"),
     Case("Llama-2-7B", "nf4-dq", (2048,) * 8, "full", "fp32"), Case("Llama-2-7B", "nf4-dq", (2048,), "full", "fp32"),

@@ -11,8 +11,9 @@ import torch
 
 from minitune.config import MemoryPolicy, ModelConfig
 
-SHARE = 0.6
-"""Share of the free memory that activations may fill before `auto` turns to the next cheaper policy."""
+SHARES = {"cuda": 0.85, "cpu": 0.6}
+"""Share of the free memory that a step may fill before `auto` turns to the next cheaper policy: a GPU's is one
+program's, of a CPU's others take some."""
 
 
 def kept_bytes(config: ModelConfig, tokens: int, policy: MemoryPolicy, element_size: int) -> int:
@@ -70,11 +71,12 @@ def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype:
     """
     if memory != "auto":
         return memory
-    room = free_bytes(device) * SHARE
+    at_work = kept_bytes(config, tokens, "keep", dtype.itemsize) // config.n_layers     # more than a backward takes
+    room = free_bytes(device) * SHARES.get(device.type, SHARES["cpu"]) - at_work
     policies: tuple[MemoryPolicy, ...] = ("keep", "pointwise")
     for policy in policies[:1] if composed else policies:
         if kept_bytes(config, tokens, policy, dtype.itemsize) * (COMPOSED if composed else 1) <= room:
             return policy
     full = kept_bytes(config, tokens, "full", dtype.itemsize)
     parks = device.type == "cuda" and not composed and full > room
-    return "offload" if parks and full <= free_bytes(torch.device("cpu")) * SHARE else "full"
+    return "offload" if parks and full <= free_bytes(torch.device("cpu")) * SHARES["cpu"] else "full"

@@ -1,0 +1,50 @@
+"""memory: the policy that `auto` takes, by sizes and free memory."""
+
+import pytest
+import torch
+
+from minitune.config import ModelConfig
+from minitune.model import memory
+
+SEVEN_B = ModelConfig(vocab_size=32_000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128,
+                      d_ff=11_008)
+GPU, CPU, BF16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
+WEIGHTS = 13.6e9
+
+
+def _choose(monkeypatch, tokens, free, host=200e9, device=GPU, **options):
+    monkeypatch.setattr(memory, "free_bytes", lambda place: int(host if place.type == "cpu" else free))
+    return memory.choose_policy(SEVEN_B, tokens, "auto", BF16, device, **options)
+
+
+@pytest.mark.parametrize(("card", "tokens", "policy"), [
+    (150e9, 16_384, "keep"), (84.5e9, 16_384, "pointwise"), (84.5e9, 8_192, "keep"), (84.5e9, 32_768, "full"),
+    (25e9, 2_048, "keep"), (25e9, 4_096, "full"), (14.2e9, 2_048, "offload")])
+def test_a_7b_model_on_a_card_of_so_many_bytes(monkeypatch, card, tokens, policy):
+    assert _choose(monkeypatch, tokens, card - WEIGHTS) == policy
+
+
+def test_what_is_chosen_leaves_room_for_one_layer_at_work(monkeypatch):
+    """And a share for gradients, moments and the allocator."""
+    for free in (x * 1e9 for x in range(1, 140)):
+        policy = _choose(monkeypatch, 16_384, free)
+        if policy in ("keep", "pointwise"):
+            kept, layer = (memory.kept_bytes(SEVEN_B, 16_384, which, 2) for which in (policy, "keep"))
+            assert kept + layer / 32 <= 0.85 * free
+
+
+def test_without_room_on_the_host_nothing_is_parked(monkeypatch):
+    assert _choose(monkeypatch, 2_048, 0.4e9, host=0.8e9) == "full"
+    assert _choose(monkeypatch, 2_048, 0.4e9, composed=True) == "full"
+
+
+def test_a_cpu_leaves_more_to_others(monkeypatch):
+    kept = memory.kept_bytes(SEVEN_B, 2_048, "keep", 2)
+    assert _choose(monkeypatch, 2_048, 0, host=1.5 * kept, device=CPU) != "keep"
+    assert _choose(monkeypatch, 2_048, 0, host=1.8 * kept, device=CPU) == "keep"
+
+
+def test_plain_autograd_keeps_more(monkeypatch):
+    kept = memory.kept_bytes(SEVEN_B, 2_048, "keep", 2)
+    assert _choose(monkeypatch, 2_048, 2 * kept, composed=True) == "full"
+    assert _choose(monkeypatch, 2_048, 4 * kept, composed=True) == "keep"
