@@ -14,14 +14,31 @@ PAGE = Path(__file__).with_name("reference.md")
 HEAD = """\
 # The settings
 
-You get: every setting of adapters, training and data. In Python it is an argument, in a TOML file a key of the table,
-on the command line a flag (`max_steps` is `--max-steps`). `python docs/reference.py` writes this page from
-`minitune/config.py`; `minitune COMMAND --help` tells the flags that a command has besides.
+You get: every setting of adapters, training and data, and the environment variables. In Python a setting is an
+argument, in a TOML file a key of the table, on the command line a flag (`max_steps` is `--max-steps`). `python
+docs/reference.py` writes this page from `minitune/config.py`; `minitune COMMAND --help` tells the flags that a command
+has besides.
 """
 PARTS = {"lora": (LoRA, "`mt.LoRA`: the adapters"),
          "training": (Training, "`mt.Training`, or arguments of `mt.train`: the run"),
          "samples": (Data, "`mt.Data`: how the data is read")}
 """TOML table -> (its dataclass, what it is)."""
+TAIL = """\
+## Environment variables
+
+| name | values | meaning |
+| --- | --- | --- |
+| `MINITUNE_BACKEND` | `native`, `triton`, `cudnn`, `reference` | Every op that has this backend takes it. `cudnn`: \
+attention on a GPU by cuDNN, forward and backward, which is fast where documents are long and of one length; its \
+gradients differ in the last bits from run to run. Unset, every op takes the fastest backend that repeats to the bit. |
+| `MINITUNE_TUNED` | a file | The table that `minitune tune` writes and ops choose by; unset, one for each kind of GPU \
+and torch in the user's cache folder. |
+| `MINITUNE_CPU_ISA` | `avx512`, `avx2`, `portable` | The highest instruction set that the extension uses on a CPU. |
+| `MINITUNE_CACHE` | a folder | Where encoded data is kept; unset, `minitune` in the user's cache folder. |
+| `MINITUNE_NATIVE` | `0` | At installation: without the C++ and CUDA extension. |
+| `MINITUNE_CUDA` | `0`, `1`, `auto` | At installation: without the extension's CUDA half, or with it whatever this \
+torch is built for. |
+"""
 
 
 def page() -> str:
@@ -32,7 +49,7 @@ def page() -> str:
                          for field in dataclasses.fields(owner))
         parts.append(f"## [{table}]\n\n{what}.\n\n| name | type | default | meaning |\n"
                      f"| --- | --- | --- | --- |\n{rows}\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, TAIL])
 
 
 def _row(field: dataclasses.Field[Any], hint: Any, text: str) -> str:

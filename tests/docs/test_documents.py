@@ -126,6 +126,14 @@ def test_reference_is_up_to_date():
         assert all(f"\n| `{name}` | " in text for name in part.__dataclass_fields__)
 
 
+def test_the_reference_names_every_environment_variable():
+    sources = [ROOT / "setup.py", *(ROOT / "minitune").rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r"environ(?:\.get\(|\[)\"(MINITUNE_\w+)", path.read_text())}
+    text = (DOCS / "reference.md").read_text(encoding="utf-8")
+    assert len(read) > 5
+    assert not {name for name in read - {"MINITUNE_SANITIZE"} if f"`{name}`" not in text}      # that one is for tests
+
+
 def test_flags_in_the_prose_exist():
     known = {"--help", "--version", "--completion", "--config"}
     for name in COMMANDS:
