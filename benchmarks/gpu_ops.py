@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_timing import copy_rate, emit, error, reason, timed
-from minitune.ops import adamw, backends, linear_cross_entropy, rms_norm, rope, swiglu
+from minitune.ops import adamw, backends, linear_cross_entropy, rms_norm, rope, swiglu, tuned
 
 D, VOCAB, TOKENS, EPS = 4096, 32_000, 16_384, 1e-5
 ADAPTERS = 40_000_000
@@ -43,6 +43,7 @@ def cases(tokens: int, d: int, d_ffs: tuple[int, ...], vocab: int, device: str) 
         return (torch.randn(*shape, device=device) * scale).bfloat16()
 
     yield _norm(random, tokens, d)
+    yield _norm_with_s(random, tokens, d)
     yield _norm_backward(random, tokens, d)
     for d_ff in d_ffs:
         yield _swiglu(random, tokens, d_ff)
@@ -59,6 +60,24 @@ def _norm(random: Any, tokens: int, d: int) -> Case:
                 lambda: [rms_norm.reference(x + branch, weight, EPS)],
                 lambda: [rms_norm.reference((x + branch).double(), weight.double(), EPS)],
                 {"torch.compile": lambda: compiled(x, branch, weight)} | _liger_norm(x, weight))
+
+
+def _norm_with_s(random: Any, tokens: int, d: int) -> Case:
+    """With the thin product of three adapters of rank 16: by one kernel, and by the norm's and the library."""
+    x, branch, weight, a = random(tokens, d), random(tokens, d), random(d), random(48, d, scale=d**-0.5)
+
+    def ours(way: str) -> list[Tensor]:
+        with tuned.forced(rms_norm_s=way):
+            y, _, _, s = rms_norm.forward_s(x, weight, EPS, branch, a)
+        return [y, y @ a.mT if s is None else s]
+
+    def plain(wide: torch.dtype) -> list[Tensor]:
+        y = rms_norm.reference((x + branch).to(wide), weight.to(wide), EPS)
+        return [y, y @ a.to(wide).mT]
+
+    return Case("norm with the sum and S", (tokens, d), 4 * x.nbytes, lambda: ours("triton"),
+                lambda: plain(x.dtype), lambda: plain(torch.float64),
+                {"minitune's norm, then the library": lambda: ours("reference")})
 
 
 def _norm_backward(random: Any, tokens: int, d: int) -> Case:

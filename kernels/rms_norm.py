@@ -1,7 +1,8 @@
-"""rms_norm: Triton kernels of x / rms(x) · weight with the residual add, and of its backward.
+"""rms_norm: Triton kernels of x / rms(x) · weight with the residual add, and of its backward; one that gives the thin
+product with the adapters too.
 
 Bound by memory. A row lies in registers between its one read and its one write, so a result may lie where an operand
-lay. Arithmetic is fp32.
+lay (not where the thin product is made as well). Arithmetic is fp32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from minitune.kernels.launch import Config, pick
 CONFIGS = {
     "forward": {80: Config({"TILE": 2048}, num_warps=4, registers=48, shared=256)},
     "backward": {80: Config({"TILE": 2048}, num_warps=4, registers=64, shared=256)},
+    "forward_s": {80: Config({"BT": 64, "BK": 64}, num_warps=4, num_stages=2, registers=168, shared=41 << 10)},
+    "forward_s_fp32": {80: Config({"BT": 16, "BK": 32}, num_warps=4, registers=168, shared=20 << 10)},
 }
+MAX_RANK = 128
+"""The widest thin product: more sums than a program's registers hold."""
 
 
 def row_tiles(config: Config, d: int) -> tuple[dict[str, int], dict[str, Any]]:
@@ -100,6 +105,74 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, total: Tensor |
             x, residual, weight, total, y, rstd, rows, x.stride(0), None if residual is None else residual.stride(0),
             y.stride(0), eps, APPLY=stored, HEADS=heads, D=d, **tiles, **options)
     return y
+
+
+# ---- forward, with the thin product ---------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["rows"])
+def rms_norm_forward_s(x, residual, weight, a, total, y, rstd, s, rows, x_pitch, residual_pitch, y_pitch, eps,
+                       D: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+    """BT rows, BK columns at a time: the squares first, then what they scale, which meets its columns of a [R, D] as it
+    is made. The second look at a row is for the L2 cache."""
+    EVEN: tl.constexpr = D % BK == 0
+    row, lane, rank = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, RANK)
+    inside = (row < rows)[:, None]
+    x_row, y_row = (row.to(tl.int64) * x_pitch)[:, None], (row.to(tl.int64) * y_pitch)[:, None]
+    total_row = (row.to(tl.int64) * D)[:, None]
+    squares = tl.zeros([BT], tl.float32)
+    for start in range(0, D, BK):
+        column = start + lane
+        live = inside if EVEN else inside & (column < D)[None, :]
+        wide = _read(x + x_row + column[None, :], live)
+        if residual is not None:
+            wide += _read(residual + (row.to(tl.int64) * residual_pitch)[:, None] + column[None, :], live)
+            narrow = wide.to(total.dtype.element_ty)
+            tl.store(total + total_row + column[None, :], narrow, mask=live)
+            wide = narrow.to(tl.float32)
+        squares += tl.sum(wide * wide, axis=1)
+    scale = tl.rsqrt(squares / D + eps)
+    tl.store(rstd + row, scale, mask=row < rows)
+    if residual is not None:
+        tl.debug_barrier()      # a value of the total may be read by another thread than wrote it
+        x, x_row = total, total_row
+    acc = tl.zeros([BT, RANK], tl.float32)
+    for start in range(0, D, BK):
+        column = start + lane
+        live = inside if EVEN else inside & (column < D)[None, :]
+        wide = _read(x + x_row + column[None, :], live)
+        w = _read(weight + column, column < D)
+        narrow = (wide * scale[:, None] * w[None, :]).to(y.dtype.element_ty)
+        tl.store(y + y_row + column[None, :], narrow, mask=live)
+        known = (rank < R)[None, :] & (column < D)[:, None]
+        acc = tl.dot(narrow, tl.load(a + rank[None, :] * D + column[:, None], mask=known, other=0), acc,
+                     input_precision="ieee")
+    tl.store(s + (row.to(tl.int64) * R)[:, None] + rank[None, :], acc.to(s.dtype.element_ty),
+             mask=inside & (rank < R)[None, :])
+
+
+def forward_s(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, a: Tensor, *, out: Tensor | None = None,
+              config: Config | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """`forward` of x [T, d], and with a [R, d] of one dtype S = y·aᵀ [T, R], R <= MAX_RANK -> (y, rstd, total, S).
+
+    y has not the bits of `forward`, for the squares are added in another order. The rows of `a` lie side by side; `out`
+    must be neither x nor the residual.
+    """
+    (rows, d), rank = x.shape, len(a)
+    total = None if residual is None else x.new_empty(x.shape)
+    rstd, s = x.new_empty(rows, 1, dtype=torch.float32), x.new_empty(rows, rank)
+    y = x.new_empty(x.shape) if out is None else out
+    if not rows:
+        return y, rstd, total, s
+    config = config or pick(CONFIGS["forward_s_fp32" if x.dtype == torch.float32 else "forward_s"], x.device)
+    with torch.cuda.device_of(x):
+        rms_norm_forward_s[(triton.cdiv(rows, config.tiles["BT"]),)](
+            x, residual, weight, a, total, y, rstd, s, rows, x.stride(0),
+            None if residual is None else residual.stride(0), y.stride(0), eps, D=d, R=rank, RANK=rank_tile(rank),
+            **config.arguments())
+    return y, rstd, total, s
+
+
+def rank_tile(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
 
 
 # ---- backward -------------------------------------------------------------------------------------------------------

@@ -29,6 +29,17 @@ def _norm_forward(name: str, d: int, residual: bool = False, stored: bool = Fals
                  {"APPLY": stored, **without}, stores=128 if stored else None)      # 32 bits each: rstd
 
 
+def _norm_s(rank: int, residual: bool) -> Row:
+    config = rms_norm.CONFIGS["forward_s"][80]
+    names = ("x", "weight", "a", "y", "s", *(("residual", "total") if residual else ()))
+    pitches = dict.fromkeys(("x_pitch", "y_pitch", *(("residual_pitch",) if residual else ())), SIZE)
+    without = {} if residual else {"residual": None, "total": None, "residual_pitch": None}
+    return Row(f"rms_norm_forward_s 4096, R {rank}{' residual' * residual}", rms_norm.rms_norm_forward_s,
+               _pointers(*names) | pitches | {"rstd": "*fp32:16", "rows": "i32", "eps": "fp32"},
+               {"D": 4096, "R": rank, "RANK": rms_norm.rank_tile(rank), **config.tiles, **without}, config.options(),
+               config.registers, config.shared, matrix=True)
+
+
 def _norm_backward(name: str, d: int, residual: bool = False, heads: int = 1) -> Row:
     past = ("residual",) if residual else ()
     without = {} if residual else {"residual": None, "residual_pitch": None}
@@ -67,6 +78,9 @@ ROWS = [
     _norm_forward("residual", 16384, residual=True),
     _norm_forward("heads", 128, heads=32),
     _norm_forward("apply", 3584, stored=True),
+    _norm_s(48, True),
+    _norm_s(128, True),
+    _norm_s(32, False),
     _norm_backward("residual", 4096, residual=True),
     _norm_backward("residual", 16384, residual=True),
     _norm_backward("heads", 128, heads=32),

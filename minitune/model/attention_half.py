@@ -63,8 +63,8 @@ class AttentionHalf(nn.Module):
         """The way up to the rotated "qk" [T, heads + kv_heads, head_dim] and "v"; all that is kept of it. Generation
         starts here too."""
         rows = lora_matmul.input_rows(len(x), weights)
-        normed, rstd, x = rms_norm.forward(x, self.norm, self.config.norm_eps, branch, out=rows)
-        qkv, s = lora_matmul.forward(normed, weights)
+        normed, rstd, x, s = rms_norm.forward_s(x, self.norm, self.config.norm_eps, branch, weights.a, out=rows)
+        qkv, s = lora_matmul.forward(normed, weights, s=s)
         q, k, v = self.split(qkv)
         kept: Kept = {"x": x, "rstd": rstd, "normed": normed, "s_qkv": s, "v": v}
         qk = self.q_and_k(qkv)

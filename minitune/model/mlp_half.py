@@ -46,9 +46,10 @@ class MlpHalf(nn.Module):
     def forward_keeping(self, x: Tensor, branch: Tensor | None, weights: tuple[LoraWeights, LoraWeights],
                         context: Context, need: Need = "both") -> tuple[Tensor | None, Kept]:
         rows, (w_gate_up, w_down) = len(x), weights
-        normed, rstd, x = rms_norm.forward(x, self.norm, self.eps, branch, out=lora_matmul.input_rows(rows, w_gate_up))
+        place = lora_matmul.input_rows(rows, w_gate_up)
+        normed, rstd, x, s = rms_norm.forward_s(x, self.norm, self.eps, branch, w_gate_up.a, out=place)
         place = lora_matmul.gradient_rows(rows, w_gate_up)      # where its gradient may follow it; always there, since
-        gate_up, s_gate_up = lora_matmul.forward(normed, w_gate_up, out=place)      # a product's bits depend on it
+        gate_up, s_gate_up = lora_matmul.forward(normed, w_gate_up, out=place, s=s)     # a product's bits depend on it
         h = swiglu.forward(gate_up, out=lora_matmul.input_rows(rows, w_down))
         kept: Kept = {"x": x, "rstd": rstd, "normed": normed, "s_gate_up": s_gate_up, "gate_up": gate_up, "h": h}
         if need == "kept":

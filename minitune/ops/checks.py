@@ -107,7 +107,10 @@ class _Inputs:
         """What the op takes at these shapes."""
         if op == "attention":
             q, k = (self.random(1, n, self.config.head_dim) for n in (self.config.n_heads, self.config.n_kv_heads))
-            return attention.backend(q, k, self.documents.max_seqlen, self.config.windows[0])
+            window = self.config.windows[0]
+            way = attention.forward_way(q, k, self.documents, window)
+            back = attention.backward_way(q, k, self.documents.max_seqlen, window)
+            return f"{way}, backward {back}" if way in ("triton", "flash") and way != back else way
         if op == "lora_matmul":
             a = self.random(2 * self.rank, self.config.d_model)
             weight = torch.empty(2 * self.config.d_ff, self.config.d_model, device="meta")
@@ -125,14 +128,17 @@ class _Inputs:
 
         def function(kind: str, t: dict[str, Tensor]) -> Results:
             if kind == "ours":
-                y, rstd, total = rms_norm.forward(t["x"], t["weight"], eps, t["branch"])
-                return {"y": y, "dx": rms_norm.backward(t["dy"], total, rstd, t["weight"], t["past"])}
+                y, rstd, total, s = rms_norm.forward_s(t["x"], t["weight"], eps, t["branch"], t["a"])
+                dx = rms_norm.backward(t["dy"], total, rstd, t["weight"], t["past"])
+                return {"y": y, "S": y @ t["a"].mT if s is None else s, "dx": dx}
             total = (t["x"] + t["branch"]).requires_grad_()
             y = rms_norm.reference(total, t["weight"], eps)
-            return {"y": y, "dx": torch.autograd.grad(y, total, t["dy"])[0] + t["past"]}
+            dx = torch.autograd.grad(y, total, t["dy"])[0] + t["past"]
+            return {"y": y.detach(), "S": y.detach() @ t["a"].mT, "dx": dx}
 
-        names = ("x", "branch", "dy", "past")
-        return function, {name: self.random(*shape) for name in names} | {"weight": self.random(shape[1])}
+        names, d = ("x", "branch", "dy", "past"), shape[1]
+        adapters = self.random(3 * self.rank, d, scale=d**-0.5)
+        return function, {name: self.random(*shape) for name in names} | {"weight": self.random(d), "a": adapters}
 
     def swiglu(self) -> tuple[Function, dict[str, Tensor]]:
         def function(kind: str, t: dict[str, Tensor]) -> Results:

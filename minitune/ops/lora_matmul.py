@@ -97,13 +97,15 @@ def gradient_rows(tokens: int, w: LoraWeights) -> Tensor | None:
     return augmented.rows(tokens, around.n_rows, around.room, w.a)
 
 
-def forward(x: Tensor, w: LoraWeights, *, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """x [T, K] -> (y [T, N], S as of `forward_s`). y lies in `out` [T, N] where that is given."""
+def forward(x: Tensor, w: LoraWeights, *, out: Tensor | None = None,
+            s: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """x [T, K] -> (y [T, N], S as of `forward_s`). y lies in `out` [T, N] where that is given; `s` is S, if it came
+    with x."""
     if w.gain is not None:
-        y, s = forward(x, w._replace(gain=None, bias=None), out=out)
+        y, s = forward(x, w._replace(gain=None, bias=None), out=out, s=s)
         y.mul_(w.gain)
         return (y if w.bias is None else y.add_(w.bias)), s
-    s = forward_s(x, w)
+    s = forward_s(x, w) if s is None else s
     if s is None or w.a is None or w.b is None:
         return _base(x, w, out), None
     around = w.margins()

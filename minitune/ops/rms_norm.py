@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minitune.ops import backends
+from minitune.ops import backends, tuned
 from minitune.ops.chunks import in_cache
 from minitune.ops.versions import written
+
+MAX_RANK = 128
+"""The most ranks, of all adapters side by side, for which the kernel gives S."""
+MIN_ROWS = 256
+"""Fewer tokens, as of generation, leave the kernel that gives S too few programs."""
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -48,6 +53,25 @@ def forward(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None = None,
         rstd[rows].square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         torch.mul((wide * rstd[rows]).to(x.dtype), weight, out=y[rows])
     return y, rstd, total
+
+
+def forward_s(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None, a: Tensor | None, *,
+              out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`forward` of x [T, d], and for the projections that follow S = y·aᵀ [T, R] of their adapters a [R, d], where one
+    kernel for both was measured to be the faster way; else None in its place, and whoever wants S makes it. `out` must
+    be neither x nor the branch."""
+    if a is not None and emits(x.device, x.dtype, (x.shape[1], len(a), len(x))):
+        y, rstd, total, s = backends.kernel("rms_norm").forward_s(x, weight, eps, branch, a, out=out)
+        written(out)
+        return y, rstd, x if total is None else total, s
+    return *forward(x, weight, eps, branch, out=out), None
+
+
+def emits(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> bool:
+    """Whether `forward_s` gives S at d, R and T."""
+    if tuned.way("rms_norm s", shape, device, dtype) != "triton" or shape[1] > MAX_RANK or shape[2] < MIN_ROWS:
+        return False
+    return backends.choose("rms_norm", device, dtype=dtype) == "triton"
 
 
 def apply(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:

@@ -84,6 +84,32 @@ def test_small_tiles(shape, device):
     _check_backward(dx, dy, total, weight, past)
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["new", "apart"])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize(("rows", "d", "rank"), [(37, 100, 5), (130, 64, 48), (1, 33, 1), (70, 128, 16)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_the_thin_product(dtype, rows, d, rank, residual, apart, device):
+    x, past = _apart((rows, d), dtype, device)[0].copy_(_randn((rows, d), dtype, device)), None
+    if residual:
+        past = _apart((rows, d), dtype, device)[0].copy_(_randn((rows, d), dtype, device))
+    given, weight, a = x.clone(), _weight(d, dtype, device), _randn((rank, d), dtype, device) * d**-0.5
+    out, around = _apart((rows, d), dtype, device) if apart else (None, None)
+    y, rstd, total, s = kernels.forward_s(x, weight, EPS, past, a, out=out)
+    assert out is None or y is out
+    expected = given if past is None else given + past
+    assert total is None if past is None else torch.equal(total, expected)
+    _check_forward((y, rstd), expected, weight)
+    assert torch.equal(kernels.apply(expected, rstd, weight), y)        # what a backward makes again of it
+    check("s", s, y @ a.mT, y.double() @ a.double().mT)
+    assert torch.equal(x, given) and (out is None or _untouched(out, around))
+
+
+def test_no_rows_have_a_thin_product_too(device):
+    y, rstd, total, s = kernels.forward_s(*(torch.empty(size, device=device) for size in ((0, 8), 8)), EPS, None,
+                                          torch.empty(3, 8, device=device))
+    assert (y.shape, rstd.shape, total, s.shape) == ((0, 8), (0, 1), None, (0, 3))
+
+
 def test_a_weight_of_another_dtype(device):
     x, weight = _randn((4, 100), torch.bfloat16, device), _weight(100, torch.float32, device)
     y, _, _ = kernels.forward(x, weight, EPS)

@@ -118,7 +118,7 @@ def test_bf16_errs_no_more_than_plain_autograd(shape):
 @pytest.fixture
 def augmented_everywhere(monkeypatch):
     """As if the augmented product had been measured to be the fastest at every shape."""
-    monkeypatch.setattr(tuned, "way", lambda op, *_: "augmented" if op.startswith("lora_matmul") else None)
+    monkeypatch.setattr(tuned, "way", lambda op, *_, **__: "augmented" if op.startswith("lora_matmul") else None)
     monkeypatch.setattr(tuned, "ways", lambda *_: {"augmented"})
 
 
