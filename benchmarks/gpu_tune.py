@@ -27,9 +27,9 @@ def main() -> None:
     adapters = {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}
     products = {name: (outer, inner, RANK * adapters[name]) for name, inner, outer in size.products()}
     heads = size.heads, size.kv_heads, size.head_dim
-    tables = [tuning.measure(products, heads, tokens, longest, torch.bfloat16, device) for tokens in batches]
-    one = tuning.attention_times(heads, long, long, torch.bfloat16, device)
-    tables.append({tuned.name_of("attention", torch.bfloat16): {(*heads, long): one}})
+    tables = [tuning.measure(products, ("qkv", "gate_up"), heads, tokens, longest, torch.bfloat16, device)
+              for tokens in batches]
+    tables.append(tuning.attention_table(heads, long, long, torch.bfloat16, device))
     for found in tables:
         if real:
             name = torch.cuda.get_device_name(device)

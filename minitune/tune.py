@@ -29,8 +29,9 @@ def tune(base: str, device: str | None, dtype: str | None, tokens: int, longest:
     network = Llama(config, dtype=torch.bfloat16, device="meta")
     network.add_adapters(lora, seed=0)
     products = {next(iter(p.parts)): (p.n_rows, p.n_columns, p.image_shapes()[0][0]) for p in network.projections()}
+    normed = [next(iter(p.parts)) for p in (network.blocks()[0].attention.qkv, network.blocks()[0].mlp.gate_up)]
     heads = config.n_heads, config.n_kv_heads, config.head_dim
-    found = tuning.measure(products, heads, tokens, longest, choose_dtype(dtype, place), place)
+    found = tuning.measure(products, normed, heads, tokens, longest, choose_dtype(dtype, place), place)
     rows = [(op, " x ".join(map(str, at)), way, ", ".join(f"{name} {ms:.3f}" for name, ms in times.items()))
             for op, at, way, times in tuning.shapes(found)]
     print_table("The fastest way of each op", ("op", "shape", "way", "milliseconds"), rows)

@@ -6,6 +6,7 @@ A line has the run's name and "waits", what the host waited for and where; or "e
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
@@ -23,7 +24,9 @@ LORAS: dict[str, dict[str, Any]] = {"LoRA": {}, "dropout": {"dropout": 0.1}, "Do
 OPTIONS: dict[str, dict[str, Any]] = {
     **{f"memory {memory}": {"memory": memory} for memory in ("keep", "pointwise", "full", "offload")},
     "nf4": {"quant": "nf4"}, "nf4-dq, full": {"quant": "nf4-dq", "memory": "full"}, "fp32": {"dtype": "float32"}}
-WAYS = ({"attention": "triton"}, *({f"lora_matmul_{step}": way} for step in ("forward", "input", "adapters")
+WAYS = ({"attention_forward": "triton"}, {"attention_backward": "triton"},
+        {"attention_forward": "triton", "attention_backward": "triton"}, {"rms_norm_s": "triton"},
+        *({f"lora_matmul_{step}": way} for step in ("forward", "input", "adapters")
                                    for way in ("triton", "augmented")))
 
 
@@ -41,14 +44,16 @@ def _load(folder: Path, variant: str, lora: dict[str, Any], **options: Any) -> A
 
 
 def _step(folder: Path, variant: str = "qwen3", lora: dict[str, Any] | None = None, optimizer: str = "adamw",
-          native: bool = True, forced: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
+          native: bool = True, forced: dict[str, str] | None = None, asked: str | None = None,
+          lengths: tuple[int, ...] = LENGTHS, **options: Any) -> dict[str, Any]:
     """Two steps from a pinned batch on."""
     import minitune as mt
-    from minitune.ops import tuned
+    from minitune.ops import backends, tuned
     from tests.batches import documents, packed
 
-    batch = packed(documents(LENGTHS, 5), sum(LENGTHS) + 9)
-    with device.fake_gpu(native) as watch, tuned.forced(**forced or {}):
+    batch = packed(documents(lengths, 5), sum(lengths) + 9 * (lengths is LENGTHS))
+    by = contextlib.nullcontext() if asked is None else backends.use(asked)
+    with device.fake_gpu(native) as watch, tuned.forced(**forced or {}), by:
         model = _load(folder, variant, lora or {}, **options)
         parameters = list(model.trainable_parameters())
         made = {"adamw": lambda: mt.AdamW(parameters), "8 bits": lambda: mt.AdamW(parameters, moments="8bit"),
@@ -60,7 +65,7 @@ def _step(folder: Path, variant: str = "qwen3", lora: dict[str, Any] | None = No
             made.clip(1.0)
             made.step()
             made.zero_grad()
-        return {"waits": watch.waits, "launches": watch.launches}
+        return {"waits": watch.waits, "launches": watch.launches, "ops": watch.ops}
 
 
 def _recorded(folder: Path, **options: Any) -> dict[str, Any]:
@@ -99,6 +104,10 @@ def steps(folder: Path) -> None:
         report(f"train {train}", step, train=train)
     for forced in WAYS:
         report(f"forced {forced}", step, "llama-2-gqa", forced=forced)
+    equal = functools.partial(step, "llama-2-gqa", lengths=(300,) * 4)
+    report("cudnn forward", equal, forced={"attention_forward": "cudnn"})
+    report("cudnn forward, whole layer", equal, forced={"attention_forward": "cudnn"}, memory="full")
+    report("cudnn asked for", equal, asked="cudnn")
     report("forced augmented, nf4-dq", step, "llama-2-gqa", quant="nf4-dq",
            forced={f"lora_matmul_{each}": "augmented" for each in ("forward", "input")})
     for policy in ("keep", "full"):

@@ -31,7 +31,8 @@ SPLIT = 600
 """Tokens from which on the kernel of an adapter's gradient splits its loop."""
 PITCHED = ((5, 192, 208, 16), (5, 192, 199, 3), (7, 33, 40, 0), (4, 1030, 1031, 1), (9, 1, 4, 0))
 """Rows, columns, row pitch and first column of what a packed weight is decoded into."""
-AUGMENTED = {"attention": "triton", "lora_matmul_forward": "augmented", "lora_matmul_input": "augmented"}
+AUGMENTED = {"attention_forward": "triton", "attention_backward": "triton", "lora_matmul_forward": "augmented",
+             "lora_matmul_input": "augmented"}
 
 
 def finite(name: str, *values: Tensor) -> None:

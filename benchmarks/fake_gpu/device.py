@@ -148,6 +148,7 @@ def fake_gpu(native: bool = True) -> Iterator[Any]:
         for name, value in gpu.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for owner, name, value in ((torch.version, "cuda", "13.0"), (torch.Tensor, "data_ptr", _address(watch)),
+                                   (torch.backends.cudnn, "is_available", lambda: True),
                                    (torch.Tensor, "pin_memory", lambda x, *_: watch.pin(x.clone())),
                                    (torch.Tensor, "record_stream", lambda *_: None), (JITFunction, "run", launch),
                                    (torch, "Generator", Generator),

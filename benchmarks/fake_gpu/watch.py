@@ -33,7 +33,7 @@ def flash_backward(*tensors: Any) -> int:
     return int(sums + (2 * tokens * heads * width * q.element_size() if grouped else 0))
 
 
-WITHIN: dict[str, Callable[..., int]] = {"torch_attn::_varlen_attn_backward": flash_backward}
+WITHIN: dict[str, Callable[..., int]] = {"aten::_flash_attention_backward": flash_backward}
 """Bytes that an op takes and gives back by itself, by its name."""
 
 

@@ -1,8 +1,11 @@
 """attention: causal, grouped-query, within each document of a flat packed stream, optionally in a sliding window.
 
-Three ways stand behind `forward` and `backward`. On a CPU: matrix products over blocks of queries, one pass for each
-group of documents of about one length. On a GPU: torch's own kernels (`attention_library`), whose piece of autograd
-graph is kept for the backward, or our Triton kernel. `reference` is what all must equal.
+On a CPU: matrix products over blocks of queries, one pass for each group of documents of about one length. On a GPU:
+torch's own kernels (`attention_library`) or our Triton kernel, for the forward and for the backward whichever was
+measured to be the fastest; what goes from one to the other is the log-sum-exp. `reference` is what all must equal.
+
+Every backward is repeatable to the bit but one, cuDNN's: it is taken only where "cudnn" is asked for by name
+(MINITUNE_BACKEND=cudnn, `backends.use("cudnn")`).
 """
 
 from __future__ import annotations
@@ -50,8 +53,8 @@ def _visible(begin: int, end: int, first_key: int, window: int | None, device: t
 
 
 class Saved(NamedTuple):
-    """What the backward wants: the operands, and the library's own piece of graph or our kernel's output and its
-    log-sum-exp fp32 [heads, T]."""
+    """What the backward wants: the operands, and on a GPU the result and its log-sum-exp fp32 [heads, T], or the
+    library's own piece of graph."""
 
     q: Tensor
     k: Tensor
@@ -67,12 +70,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
             needs_backward: bool = True, rows: Tensor | None = None) -> tuple[Tensor, Saved]:
     """Shapes as in `reference` -> (out, what `backward` takes). Our kernel writes into `rows` [T, heads·head_dim] where
     they are given; the other ways have memory of their own."""
-    if backend(q, k, documents.max_seqlen, window) == "triton":
+    way = forward_way(q, k, documents, window)
+    if way == "triton":
         place = None if rows is None else rows.unflatten(-1, (-1, q.shape[2]))
         out, lse = backends.kernel("attention").forward(q, k, v, documents.spans[0], window, out=place)
         return out, Saved(q, k, v, documents, window, None, out, lse)
-    if q.device.type != "cpu":
-        out, graph = attention_library.forward(q, k, v, documents, window, needs_backward)
+    if way in ("flash", "cudnn"):
+        out, lse = (attention_library.cudnn_forward(q, k, v, documents) if way == "cudnn" else
+                    attention_library.flash_forward(q, k, v, documents, window))
+        return out, Saved(q, k, v, documents, window, None, out, lse)
+    if way != "blocks":
+        out, graph = attention_library.forward(q, k, v, documents, window, needs_backward, way == "cudnn, both")
         return out, Saved(q, k, v, documents, window, graph)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in _groups(documents):
@@ -86,18 +94,43 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
     return out, Saved(q, k, v, documents, window)
 
 
-def backend(q: Tensor, k: Tensor, longest: int, window: int | None) -> str:
-    """triton, or reference for the library's way: triton where FlashAttention does not take it, else what was measured
-    to be faster with these heads and this longest document, else the library."""
-    measured = tuned.way("attention", (q.shape[1], k.shape[1], q.shape[2], longest), q.device, q.dtype)
+def forward_way(q: Tensor, k: Tensor, documents: Documents, window: int | None) -> str:
+    """What `forward` takes: "blocks" on a CPU; on a GPU "triton", "flash", "cudnn", whose backward another does,
+    "cudnn, both" where it was asked for, or "documents", plain products for each by itself."""
+    cudnn = attention_library.cudnn(q, documents.max_seqlen, window)
+    chosen = _chosen("forward", q, k, documents.max_seqlen, window, cudnn and documents.n_equal is not None)
+    if chosen == "cudnn":
+        return "cudnn" if backends.asked() != "cudnn" else "cudnn, both" if documents.exact else _library(q, window)
+    return _library(q, window) if chosen == "reference" else chosen
+
+
+def backward_way(q: Tensor, k: Tensor, longest: int, window: int | None) -> str:
+    """What `backward` takes of a forward that gave a log-sum-exp: "triton" or "flash"."""
+    chosen = "reference" if q.device.type == "cpu" else _chosen("backward", q, k, longest, window, False)
+    return "flash" if chosen == "reference" and attention_library.flash(q, window) else "triton"
+
+
+def _library(q: Tensor, window: int | None) -> str:
+    if q.device.type == "cpu":
+        return "blocks"
+    return "flash" if attention_library.flash(q, window) else "documents"
+
+
+def _chosen(step: str, q: Tensor, k: Tensor, longest: int, window: int | None, cudnn: bool) -> str:
+    """triton, cudnn where it may be taken, or reference for the library's way: triton where FlashAttention does not
+    take it, else what was measured to be faster with these heads and this longest document, else the library."""
+    measured = tuned.way(f"attention {step}", (q.shape[1], k.shape[1], q.shape[2], longest), q.device, q.dtype,
+                         without=() if cudnn else ("cudnn",))
     if q.device.type == "cuda" and q.shape[2] <= 256 and not attention_library.flash(q, window):
         measured = "triton"
-    return backends.choose("attention", q.device, measured, q.dtype)
+    takes = step == "forward" and attention_library.cudnn(q, longest, window)
+    return backends.choose("attention", q.device, measured, q.dtype, but=() if takes else ("cudnn",))
 
 
 def reads_lengths(q: Tensor, k: Tensor, longest: int, window: int | None) -> bool:
     """Whether the way that is taken goes by the documents' lengths on the host, not by tensors on the device alone."""
-    return backend(q, k, longest, window) != "triton" and not attention_library.flash(q, window)
+    unknown = Documents(torch.empty(0, dtype=torch.int32), (longest,), exact=False)
+    return forward_way(q, k, unknown, window) in ("blocks", "documents")
 
 
 class _Attention(torch.autograd.Function):
@@ -130,7 +163,12 @@ def differentiable(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window
 def backward_apart(dout: Tensor, saved: Saved, keep_graph: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
     """dout [T, heads, head_dim] -> dq, dk, dv each in memory of its own, where the library makes them so. Else None:
     `backward` is to be asked."""
-    return None if saved.graph is None else attention_library.backward(dout, saved.graph, keep_graph)
+    q, k, v, documents, window, graph, out, lse = saved
+    if graph is not None:
+        return attention_library.backward(dout, graph, keep_graph)
+    if out is None or lse is None or backward_way(q, k, documents.max_seqlen, window) == "triton":
+        return None
+    return attention_library.flash_backward(dout, q, k, v, out, lse, documents, window)
 
 
 def backward(dout: Tensor, saved: Saved, gradient: Tensor, keep_graph: bool = False) -> None:

@@ -1,8 +1,9 @@
 """backends: which implementation an op takes on a device: native (C++/CUDA), triton or reference; what is missing, why.
 
-MINITUNE_BACKEND=reference (or native, triton), or `with backends.use("reference")`, overrides the choice for every op
-that has this backend; asking for one that is not available is an error, not a silent change. MINITUNE_CPU_ISA=portable
-(or avx2, avx512) lowers the instruction set of the native backend on a CPU.
+MINITUNE_BACKEND=reference (or native, triton, cudnn), or `with backends.use("reference")`, overrides the choice for
+every op that has this backend; asking for one that is not available is an error, not a silent change. cudnn is
+attention's alone, forward and backward: fast where the documents are long and equally so, not repeatable to the bit.
+MINITUNE_CPU_ISA=portable (or avx2, avx512) lowers the instruction set of the native backend on a CPU.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from torch import Tensor
 
 from minitune.errors import InputError
 
-NAMES = ("native", "triton", "reference")
+NAMES = ("native", "triton", "cudnn", "reference")
 OPS: dict[str, tuple[str, ...]] = {
     "nf4": ("native", "triton"), "rms_norm": ("native", "triton"), "swiglu": ("native", "triton"),
     "rope": ("native", "triton"), "linear_cross_entropy": ("native", "triton"), "softmax": ("native",),
     "few_rows": ("native",), "lora_images": ("triton",), "lora_gradients": ("triton",), "adamw": ("triton",),
-    "sgd": ("triton",), "attention": ("triton",), "lora_matmul": ("triton",)}
+    "sgd": ("triton",), "attention": ("triton", "cudnn"), "lora_matmul": ("triton",)}
 """What each op has beside its reference, the preferred one first."""
 ROWS = ("rms_norm", "swiglu", "rope", "linear_cross_entropy", "softmax", "few_rows")
 """Whose native half is for a CPU alone, and for ROWS_DTYPES (csrc/rows.h)."""
@@ -57,8 +58,8 @@ def _choice(op: str, device: torch.device) -> str:
         taken = choose(op, device)
     except InputError as error:
         return str(error)
-    if op in MEASURED and not _asked() and not missing("triton", device):
-        return "the library; triton where `minitune tune` measured it to be faster"
+    if op in MEASURED and asked() in (None, "cudnn") and not missing("triton", device):
+        return "the library; other ways where `minitune tune` measured them to be faster"
     return taken
 
 
@@ -73,16 +74,18 @@ def use(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def choose(op: str, device: torch.device, measured: str | None = None, dtype: torch.dtype | None = None) -> str:
+def choose(op: str, device: torch.device, measured: str | None = None, dtype: torch.dtype | None = None,
+           but: tuple[str, ...] = ()) -> str:
     """The backend of `op` on `device`: the one asked for if the op has it, else the first that is there; its absence is
     said once. `measured`: the fastest for an op of MEASURED, which may be a way of its own; None: nothing is known.
-    `dtype`: of the values, where a backend does not take all."""
-    asked = _asked()
-    if asked == "reference" or (asked and _has(op, asked, device, dtype)):
-        reason = missing(asked, device)
+    `dtype`: of the values, where a backend does not take all; `but`: those that do not take these values."""
+    told = asked()
+    if told == "reference" or (told and _has(op, told, device, dtype)):
+        reason = missing(told, device)
         if reason:
-            raise InputError(f"the backend {asked!r} was asked for, but on {device.type}: {reason}")
-        return asked
+            raise InputError(f"the backend {told!r} was asked for, but on {device.type}: {reason}")
+        if told not in but:
+            return told
     if op in MEASURED:
         return "reference" if measured is None or (measured in NAMES and missing(measured, device)) else measured
     reasons = []
@@ -100,16 +103,19 @@ def choose(op: str, device: torch.device, measured: str | None = None, dtype: to
 
 def _has(op: str, name: str, device: torch.device, dtype: torch.dtype | None) -> bool:
     """Whether the op has this backend for such values, be it there or not."""
+    if name == "cudnn":     # by being asked for, or measured, alone
+        return name in OPS[op]
     if name == "native" and op in ROWS:
         return device.type == "cpu" and (dtype is None or dtype in ROWS_DTYPES)
     return name in OPS[op] and not (name == "triton" and dtype == torch.float64)
 
 
-def _asked() -> str | None:
-    asked = _forced[-1] if _forced else os.environ.get("MINITUNE_BACKEND")
-    if asked:
-        _check_name(asked, "MINITUNE_BACKEND")
-    return asked or None
+def asked() -> str | None:
+    """The backend that is asked for by name, if one is."""
+    name = _forced[-1] if _forced else os.environ.get("MINITUNE_BACKEND")
+    if name:
+        _check_name(name, "MINITUNE_BACKEND")
+    return name or None
 
 
 def by_rows(op: str, x: Tensor) -> bool:
@@ -127,11 +133,21 @@ def missing(name: str, device: torch.device) -> str | None:
         return None
     if name == "native":
         return _native(device.type)
+    if name == "cudnn":
+        return _no_cudnn(device)
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton kernels need a GPU"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "Triton kernels need a GPU of sm_80 or newer"
     return _no_triton()
+
+
+def _no_cudnn(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "cuDNN needs a GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "cuDNN's attention needs a GPU of sm_80 or newer"
+    return None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,11 +13,13 @@ from torch import Tensor
 class Documents:
     """cu_seqlens int32 [n + 1] on the device; ``lengths`` (n ints) on the host, so attention never asks the device.
 
-    A document may be empty: a batch whose number of documents is fixed is padded with such.
+    A document may be empty: a batch whose number of documents is fixed is padded with such. Where ``exact`` is False
+    the lengths are only bounds, and what holds is on the device alone.
     """
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
+    exact: bool = True
 
     @staticmethod
     def from_cu_seqlens(cu_seqlens: Tensor) -> Documents:
@@ -37,6 +39,12 @@ class Documents:
     @property
     def max_seqlen(self) -> int:
         return max(self.lengths)
+
+    @functools.cached_property
+    def n_equal(self) -> int | None:
+        """How many documents there are, if the host knows that all but the empty ones are equally long; else None."""
+        lengths = [length for length in self.lengths if length]
+        return len(lengths) if self.exact and len(set(lengths)) == 1 else None
 
     @functools.cached_property
     def spans(self) -> tuple[Tensor, Tensor]:

@@ -129,7 +129,7 @@ _define("rope(Tensor x, Tensor cos, Tensor sin, bool back=False) -> Tensor", _ro
 _differentiable("rope", _rope_setup, lambda ctx, dy: (OPS.rope(dy, *ctx.saved_tensors, not ctx.back), None, None, None))
 
 
-# ---- attention: the output and its log-sum-exp, which is empty where no kernel of ours ran ---------------------------
+# ---- attention: the output and its log-sum-exp, which is empty where none is kept ------------------------------------
 def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: list[int],
                window: int | None = None) -> tuple[Tensor, Tensor]:
     _one_dtype("attention", q=q, k=k, v=v)
@@ -147,7 +147,7 @@ def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
     _one_dtype("attention_backward", dout=dout, q=q, k=k, v=v, out=out)
     dout, q, k, v, out = _operands("attention_backward", dout=dout, q=q, k=k, v=v, out=out)
     saved = attention.Saved(q, k, v, Documents(cu_seqlens, tuple(lengths)), window, None, out, lse)
-    if not lse.numel():     # the library's way keeps a graph, which no op can return
+    if not lse.numel():     # a way that keeps a graph, which no op can return, or a CPU's, which keeps nothing
         saved = attention.forward(q, k, v, saved.documents, window)[1]
     gradient = _side_by_side(q, k)
     attention.backward(dout, saved, gradient)
@@ -160,8 +160,9 @@ def _side_by_side(q: Tensor, k: Tensor) -> Tensor:
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: list[int],
                     window: int | None = None) -> tuple[Tensor, Tensor]:
-    ours = attention.backend(q, k, max(lengths), window) == "triton"
-    return _like(q), q.new_empty((q.shape[1], len(q)) if ours else 0, dtype=torch.float32)
+    way = attention.forward_way(q, k, Documents(cu_seqlens, tuple(lengths)), window)
+    kept = way in ("triton", "flash", "cudnn")
+    return _like(q), q.new_empty((q.shape[1], len(q)) if kept else 0, dtype=torch.float32)
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -41,14 +41,16 @@ def forced(**ways: str) -> Iterator[None]:
         _forced.update(before)
 
 
-def way(op: str, shape: Shape, device: torch.device, dtype: torch.dtype, quantized: bool = False) -> str | None:
+def way(op: str, shape: Shape, device: torch.device, dtype: torch.dtype, quantized: bool = False,
+        without: tuple[str, ...] = ()) -> str | None:
     """The fastest way of `op` at `shape` on `device`, or None where nothing was measured. quantized: its weight lies in
-    NF4 and is decoded for each product, which was measured for itself."""
+    NF4 and is decoded for each product, which was measured for itself. without: ways that cannot be taken."""
     if _forced and op.replace(" ", "_") in _forced:
-        return _forced[op.replace(" ", "_")]
+        told = _forced[op.replace(" ", "_")]
+        return None if told in without else told
     if device.type != "cuda":
         return None
-    return _nearest(name_of(op, dtype, quantized), shape, _indexed(device))
+    return _nearest(name_of(op, dtype, quantized), shape, _indexed(device), without)
 
 
 def ways(op: str, start: Shape, device: torch.device, dtype: torch.dtype, quantized: bool = False) -> set[str]:
@@ -71,9 +73,10 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 @functools.lru_cache(maxsize=4096)
-def _nearest(op: str, shape: Shape, device: torch.device) -> str | None:
-    measured = table(device).get(op, {})
-    near = [known for known in measured if known[:-1] == shape[:-1]]
+def _nearest(op: str, shape: Shape, device: torch.device, without: tuple[str, ...]) -> str | None:
+    measured = {known: {way: time for way, time in ms.items() if way not in without}
+                for known, ms in table(device).get(op, {}).items()}
+    near = [known for known, ms in measured.items() if ms and known[:-1] == shape[:-1]]
     if not near:
         return None
     return _fastest(measured[min(near, key=lambda known: abs(math.log(known[-1] / max(1, shape[-1]))))])

@@ -5,36 +5,40 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
-from minitune.ops import attention, backends, lora_matmul, nf4, tuned
+from minitune.ops import attention, backends, lora_matmul, nf4, rms_norm, tuned
 from minitune.ops.augmented import Augmented
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
 from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4
 from minitune.ops.tuned import Shape, Table
 
-Runs = dict[str, Callable[[], object]]
+Results = Tensor | tuple[Tensor | None, ...]
+Runs = dict[str, Callable[[], Results]]
 ROUNDS = 9
 """Each way runs so many times, in turns with the others; the median counts."""
+AGREE = 0.02
+"""How far a way may be from the first one, norm of the difference over norm. In bf16 two right ones are 0.002 to 0.01
+apart; a mistaken unit of the log-sum-exp, or columns left out, are a tenth or more."""
 
 
-def measure(products: dict[str, tuple[int, int, int]], heads: tuple[int, int, int], tokens: int, longest: int,
-            dtype: torch.dtype, device: torch.device) -> Table:
-    """products: name -> (N, K, summed rank) of each fused projection; heads: (heads, kv_heads, head_dim). `tokens` T
-    of a micro-batch in documents of `longest` -> what `tuned` keeps."""
+def measure(products: dict[str, tuple[int, int, int]], normed: Collection[str], heads: tuple[int, int, int],
+            tokens: int, longest: int, dtype: torch.dtype, device: torch.device) -> Table:
+    """products: name -> (N, K, summed rank) of each fused projection, `normed` those whose input a norm gives; heads:
+    (heads, kv_heads, head_dim). `tokens` T of a micro-batch in documents of `longest` -> what `tuned` keeps."""
     found: Table = {}
     for n, k, rank in set(products.values()):
         for quantized in (False, True):
             for step, ms in product_times(n, k, rank, tokens, dtype, device, quantized).items():
                 name = tuned.name_of(f"lora_matmul {step}", dtype, quantized)
                 found.setdefault(name, {})[n, k, rank, tokens] = ms
-    times = attention_times(heads, tokens, longest, dtype, device)
-    found[tuned.name_of("attention", dtype)] = {(*heads, longest): times}
-    return found
+    norms = {(products[name][1], products[name][2], tokens) for name in normed}
+    found[tuned.name_of("rms_norm s", dtype)] = {shape: norm_times(*shape, dtype, device) for shape in norms}
+    return found | attention_table(heads, tokens, longest, dtype, device)
 
 
 def product_times(n: int, k: int, rank: int, tokens: int, dtype: torch.dtype, device: torch.device,
@@ -70,31 +74,56 @@ def product_times(n: int, k: int, rank: int, tokens: int, dtype: torch.dtype, de
     return {step: in_turns("lora_matmul", step, runs, device) for step, runs in steps.items()}
 
 
-def attention_times(heads: tuple[int, int, int], tokens: int, longest: int, dtype: torch.dtype,
-                    device: torch.device) -> dict[str, float]:
-    """way -> milliseconds of forward and backward together, documents of length `longest`."""
+def norm_times(d: int, rank: int, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """way -> milliseconds of a norm with the sum before it and the thin product behind it."""
+    x, branch = (torch.randn(tokens, d, dtype=dtype, device=device) for _ in range(2))
+    weight, a = torch.rand(d, device=device).to(dtype), torch.randn(rank, d, dtype=dtype, device=device) * d**-0.5
+
+    def run() -> Results:
+        y, _, total, s = rms_norm.forward_s(x, weight, 1e-5, branch, a)
+        return y, total, y @ a.mT if s is None else s
+
+    return in_turns("rms_norm", "s", dict.fromkeys(("reference", "triton"), run), device)
+
+
+def attention_table(heads: tuple[int, int, int], tokens: int, longest: int, dtype: torch.dtype,
+                    device: torch.device) -> Table:
+    """What `tuned` keeps of attention's forward and backward, documents of length `longest`."""
     n_heads, kv_heads, head_dim = heads
     lengths = (longest,) * (tokens // longest) or (tokens,)
     documents = Documents.from_lengths(lengths, device)
     qkv = torch.randn(sum(lengths), n_heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)
     q, k, v = qkv.split((n_heads, kv_heads, kv_heads), dim=1)
     gradient, dout = torch.empty_like(qkv), torch.randn_like(q)
+    with tuned.forced(attention_forward="reference"):
+        saved = attention.forward(q, k, v, documents)[1]
 
-    def run() -> None:
-        attention.backward(dout, attention.forward(q, k, v, documents)[1], gradient)
+    def forward() -> Tensor:
+        return attention.forward(q, k, v, documents)[0]
 
-    return in_turns("attention", "", {"reference": run, "triton": run}, device)
+    def backward() -> Tensor:       # into one buffer, as the layer wants it
+        attention.backward(dout, saved, gradient, keep_graph=True)
+        return gradient
+
+    ways = ["reference", "triton"] if saved.lse is not None else ["reference"]
+    steps: dict[str, Runs] = {"forward": dict.fromkeys(("reference", "triton", "cudnn"), forward),
+                              "backward": dict.fromkeys(ways, backward)}
+    return {tuned.name_of(f"attention {step}", dtype): {(*heads, longest): in_turns("attention", step, runs, device)}
+            for step, runs in steps.items()}
 
 
 def in_turns(op: str, step: str, runs: Runs, device: torch.device) -> dict[str, float]:
-    """way -> median milliseconds; a way that is not there, or does not run at this shape, is left out."""
-    name = f"{op}_{step}" if step else op
+    """way -> median milliseconds; a way that is not there, does not run at this shape, or gives another result than the
+    first one, is left out."""
     runs = {way: run for way, run in runs.items() if way not in backends.NAMES or not backends.missing(way, device)}
     samples: dict[str, list[float]] = {way: [] for way in runs}
+    expected: list[Tensor] = []
     for turn in range(ROUNDS + 2):      # the first two compile and warm up
         for way, run in list(runs.items()):
             try:
-                with tuned.forced(**{name: way}):
+                with tuned.forced(**{f"{op}_{step}": way}):
+                    if turn == 0:
+                        _compare(run(), expected)
                     ms = _milliseconds(run, device)
             except getattr(torch, "AcceleratorError", ()):      # the device is lost: nothing more can be measured
                 raise
@@ -105,6 +134,19 @@ def in_turns(op: str, step: str, runs: Runs, device: torch.device) -> dict[str, 
             if turn >= 2:
                 samples[way].append(ms)
     return {way: statistics.median(samples[way]) for way in runs}
+
+
+def _compare(results: Results, expected: list[Tensor]) -> None:
+    """Keep the first way's results in `expected`; ValueError where another's differ from them."""
+    values = [x for x in (results if isinstance(results, tuple) else (results,)) if x is not None]
+    if not expected:
+        expected += [value.clone() for value in values]
+        return
+    for value, right in zip(values, expected, strict=True):
+        off = float(torch.linalg.vector_norm(value - right, dtype=torch.float32)
+                    / torch.linalg.vector_norm(right, dtype=torch.float32))
+        if not off <= AGREE:
+            raise ValueError(f"its result is {off:.3g} off the first way's, relative to that")
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:

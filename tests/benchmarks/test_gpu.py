@@ -237,7 +237,7 @@ def test_each_process_of_the_tests_is_told_its_threads(monkeypatch: pytest.Monke
 
 
 PAGES = {"ops": ("rms_norm with the sum", "torch fused", "ms of its two products alone", "| linear_cross_entropy "),
-         "tune": ("lora_matmul forward bfloat16 nf4", "augmented", "attention bfloat16"),
+         "tune": ("lora_matmul forward bfloat16 nf4", "augmented", "attention forward bfloat16"),
          "layer": ("2 x 16, nf4-dq", "ms, forward"), "step": ("nf4-dq, 2 x 16, memory auto", "peak GB")}
 
 

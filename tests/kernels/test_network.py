@@ -8,7 +8,7 @@ import torch
 from minitune.config import LoRA, ModelConfig
 from minitune.model.init import init_weights
 from minitune.model.llama import Llama
-from minitune.ops import attention, attention_library, backends, tuned
+from minitune.ops import attention, attention_library, backends, rms_norm, tuned
 from minitune.ops.documents import Documents
 from tests.tolerance import relative
 
@@ -54,11 +54,13 @@ def test_a_step_by_our_kernels_equals_the_references(shape, policy, device):
         assert relative(value, e) < 1e-5
 
 
-def test_the_kernels_write_into_the_augmented_products_rows(device):
+def test_the_kernels_write_into_the_augmented_products_rows(device, monkeypatch):
+    monkeypatch.setattr(rms_norm, "MIN_ROWS", 1)
     network = _network(SHAPES["llama"], device)
     with backends.use("reference"):
         expected = _step(network, "keep", device)
-    with tuned.forced(**dict.fromkeys(("lora_matmul_forward", "lora_matmul_input"), "augmented"), attention="triton"):
+    ways = dict.fromkeys(("lora_matmul_forward", "lora_matmul_input"), "augmented")
+    with tuned.forced(**ways, **dict.fromkeys(("attention_forward", "attention_backward", "rms_norm_s"), "triton")):
         for projection in network.projections():
             projection.lay_out()
         with _triton_where_it_is_not_measured():
@@ -72,7 +74,7 @@ def _triton_where_it_is_not_measured():
     """What a GPU takes by itself; the interpreter has to be asked."""
     choose = backends.choose
 
-    def chosen(op, device, measured=None, dtype=None):
+    def chosen(op, device, measured=None, dtype=None, but=()):
         return measured or "reference" if op in backends.MEASURED else "reference" if op == "nf4" else "triton"
 
     backends.choose = chosen

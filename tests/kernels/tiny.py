@@ -32,9 +32,9 @@ class Tiny:
 @contextlib.contextmanager
 def as_on_a_gpu(monkeypatch):
     """Our kernels wherever a GPU takes them by itself, attention among them; the library's matrix products."""
-    def chosen(op, device, measured=None, dtype=None):
+    def chosen(op, device, measured=None, dtype=None, but=()):
         return measured or "reference" if op in backends.MEASURED else "triton"
 
-    with monkeypatch.context() as patched, tuned.forced(attention="triton"):
+    with monkeypatch.context() as patched, tuned.forced(attention_forward="triton", attention_backward="triton"):
         patched.setattr(backends, "choose", chosen)
         yield

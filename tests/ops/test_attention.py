@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from minitune.ops import attention, attention_library
+import minitune as mt
+from minitune.ops import attention, attention_library, backends, tuned
 from minitune.ops.documents import Documents
 from tests.tolerance import check, relative
 
@@ -82,25 +83,114 @@ def test_determinism_is_more_than_a_wish_and_is_put_back():
     assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_the_kernel_of_ours_takes_what_flash_attention_does_not(monkeypatch):
-    q, k = torch.empty(4, 8, 64, device="meta"), torch.empty(4, 2, 64, device="meta")
-    asked = []
-    monkeypatch.setattr(attention.backends, "choose", lambda op, device, measured, dtype: asked.append(measured))
+class OnGpu:
+    """As much of q as the choice of a way asks for."""
 
-    class OnGpu:
-        shape, device, dtype = q.shape, torch.device("cuda"), torch.float32
+    shape, device, dtype = (4, 8, 64), torch.device("cuda"), torch.bfloat16
 
-    monkeypatch.setattr(attention.tuned, "way", lambda *_: None)
-    attention.backend(OnGpu, k, 100, None)
-    monkeypatch.setattr(attention_library, "flash", lambda q, window: True)
-    attention.backend(OnGpu, k, 100, None)
-    assert asked == ["triton", None]
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Every backend is there, FlashAttention takes 16 bits, cuDNN these and no window."""
+    monkeypatch.setattr(attention.backends, "missing", lambda name, device: None)
+    monkeypatch.setattr(attention_library, "flash", lambda q, window: q.dtype == torch.bfloat16)
+    monkeypatch.setattr(attention_library, "cudnn", lambda q, longest, window: q.dtype == torch.bfloat16 and not window)
+    ways = {}
+
+    def way(op, *_, without):
+        return None if ways.get(op) in without else ways.get(op)
+
+    monkeypatch.setattr(attention.tuned, "way", way)
+    return ways
+
+
+K = torch.empty(4, 2, 64, device="meta")
+EQUAL, RAGGED = Documents.from_lengths((50, 50, 0)), Documents.from_lengths((60, 40))
+BOUNDS = Documents(EQUAL.cu_seqlens, (100, 0, 0), exact=False)
+
+
+def test_the_kernel_of_ours_takes_what_flash_attention_does_not(as_on_a_gpu, monkeypatch):
+    assert attention.forward_way(OnGpu, K, RAGGED, None) == attention.backward_way(OnGpu, K, 60, None) == "flash"
+    monkeypatch.setattr(OnGpu, "dtype", torch.float32)
+    assert attention.forward_way(OnGpu, K, RAGGED, None) == attention.backward_way(OnGpu, K, 60, None) == "triton"
+
+
+def test_forward_and_backward_are_chosen_each_by_itself(as_on_a_gpu):
+    as_on_a_gpu["attention backward"] = "triton"
+    assert (attention.forward_way(OnGpu, K, RAGGED, None), attention.backward_way(OnGpu, K, 60, None)) == (
+        "flash", "triton")
+
+
+def test_cudnns_forward_is_for_documents_known_to_be_equally_long(as_on_a_gpu):
+    as_on_a_gpu["attention forward"] = "cudnn"
+    assert attention.forward_way(OnGpu, K, EQUAL, None) == "cudnn"
+    for documents, window in ((RAGGED, None), (BOUNDS, None), (EQUAL, 7)):
+        assert attention.forward_way(OnGpu, K, documents, window) == "flash"
+    assert not attention.reads_lengths(OnGpu, K, 100, None)
+
+
+def test_cudnns_backward_is_for_whoever_asks_for_it(as_on_a_gpu, monkeypatch):
+    with backends.use("cudnn"):
+        assert attention.forward_way(OnGpu, K, EQUAL, None) == "cudnn, both"
+        assert attention.forward_way(OnGpu, K, RAGGED, None) == "cudnn, both"
+        assert attention.forward_way(OnGpu, K, BOUNDS, None) == attention.forward_way(OnGpu, K, EQUAL, 7) == "flash"
+        assert backends.choose("rms_norm", OnGpu.device) == "triton"        # which knows no cuDNN
+        monkeypatch.setattr(OnGpu, "dtype", torch.float32)
+        assert attention.forward_way(OnGpu, K, EQUAL, None) == "triton"
+
+
+def test_cudnn_without_a_gpu_is_refused():
+    q, k, v, _ = _inputs((4,), 2, 1, torch.float32)
+    with backends.use("cudnn"), pytest.raises(mt.InputError, match="'cudnn' was asked for, but on cpu: cuDNN needs a"):
+        attention.forward(q, k, v, Documents.from_lengths((4,)))
+
+
+def test_documents_know_whether_they_are_equally_long():
+    assert (EQUAL.n_equal, RAGGED.n_equal, BOUNDS.n_equal) == (2, None, None)
 
 
 def test_reference_gradcheck():
     documents = Documents.from_lengths((3, 4))
     q, k, v = (x.double().requires_grad_() for x in _inputs((3, 4), 2, 1, torch.float32, d=4)[:3])
     assert torch.autograd.gradcheck(lambda q, k, v: attention.reference(q, k, v, documents, 2), (q, k, v))
+
+
+WAYS = [("reference", "reference"), ("triton", "triton"), ("reference", "triton"), ("triton", "reference"),
+        ("cudnn", "reference"), ("cudnn", "triton")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(8, 8, 128), (8, 2, 128), (4, 2, 64), (4, 1, 80)], ids=str)
+@pytest.mark.parametrize("ways", WAYS, ids=" then ".join)
+def test_any_forward_goes_with_any_backward(ways, heads):
+    """What one leaves, the log-sum-exp above all, is what another reads."""
+    n_heads, kv_heads, d = heads
+    for lengths in ((700,) * 4, (1000, 24, 500)):
+        documents = Documents.from_lengths(lengths, "cuda")
+        inputs = [x.cuda() for x in _inputs(lengths, n_heads, kv_heads, torch.bfloat16, d=d)]
+        truth = _run(attention.reference, *(x.double() for x in inputs), documents, None)
+        plain = _run(attention.reference, *inputs, documents, None)
+        with tuned.forced(attention_forward=ways[0], attention_backward=ways[1]):
+            taken = attention.forward_way(inputs[0], inputs[1], documents, None)
+            results = [_run(attention.differentiable, *inputs, documents, None) for _ in range(2)]
+        assert taken == (ways[0] if ways[0] == "triton" or (ways[0] == "cudnn" and lengths[0] == 700) else "flash")
+        for name, value, p, t in zip(("out", "dq", "dk", "dv"), results[0], plain, truth, strict=True):
+            check(f"{name}, {lengths}", value, p, t)
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "two runs differ"
+
+
+@pytest.mark.gpu
+def test_cudnn_both_ways_is_right_though_it_need_not_repeat():
+    for lengths in ((700,) * 4, (1000, 24, 500)):
+        documents = Documents.from_lengths(lengths, "cuda")
+        inputs = [x.cuda() for x in _inputs(lengths, 8, 2, torch.bfloat16, d=128)]
+        truth = _run(attention.reference, *(x.double() for x in inputs), documents, None)
+        plain = _run(attention.reference, *inputs, documents, None)
+        with backends.use("cudnn"):
+            assert attention.forward_way(inputs[0], inputs[1], documents, None) == "cudnn, both"
+            found = _run(attention.differentiable, *inputs, documents, None)
+        for name, value, p, t in zip(("out", "dq", "dk", "dv"), found, plain, truth, strict=True):
+            check(f"{name}, {lengths}", value, p, t)
 
 
 @pytest.mark.gpu

@@ -58,7 +58,7 @@ def test_asking_for_what_is_missing_is_an_error(no_extension, monkeypatch):
 
 
 def test_an_unknown_name_is_an_error(monkeypatch):
-    with pytest.raises(mt.InputError, match="must be one of native, triton, reference"), backends.use("cuda"):
+    with pytest.raises(mt.InputError, match="must be one of native, triton, cudnn, reference"), backends.use("cuda"):
         pass
     monkeypatch.setenv("MINITUNE_BACKEND", "fast")
     with pytest.raises(mt.InputError, match="MINITUNE_BACKEND is 'fast'"):

@@ -35,6 +35,16 @@ def test_the_nearest_measured_shape_counts(table):
     assert tuned.ways("attention", (32, 8), GPU, BF16) == {"triton", "reference"}
 
 
+def test_a_way_that_cannot_be_taken_leaves_the_next_one(table):
+    _write(table, {"attention bfloat16": [
+        {"shape": [8, 8, 64, 2048], "ms": {"cudnn": 1.0, "triton": 2.0, "reference": 3}},
+        {"shape": [8, 8, 64, 4096], "ms": {"cudnn": 1.0}}]})
+    assert tuned.way("attention", (8, 8, 64, 4000), GPU, BF16) == "cudnn"
+    assert tuned.way("attention", (8, 8, 64, 4000), GPU, BF16, without=("cudnn",)) == "triton"
+    with tuned.forced(attention="cudnn"):
+        assert tuned.way("attention", (8, 8, 64, 4000), GPU, BF16, without=("cudnn",)) is None
+
+
 def test_without_a_table_or_a_gpu_nothing_is_known(table):
     assert tuned.way("attention", (32, 8, 128, 2048), GPU, BF16) is None
     assert tuned.way("attention", (32, 8, 128, 2048), torch.device("cpu"), BF16) is None
