@@ -8,7 +8,7 @@ from benchmarks.aot import ROWS
 from benchmarks.aot.compile import Row, compile_for, faults
 
 RARE = ("16384", "apply", "without h", "fp16", "any length", "first scaled", "nf4_dequantize fp32", "fp32 4096", "x 80",
-        "rank behind", "x80", "R 48 bias", "dB R 48", "forward_s 4096, R 32")
+        "rank behind", "x80", "R 48 bias", "dB R 48", "forward_s 4096, R 32", "forward_s 4096, R 128")
 """Second shapes of a configuration that another row compiles already: too long for CI, `make test-all` has them."""
 
 
