@@ -25,6 +25,7 @@ from minitune.api.resume import about, check_out, check_position, saved_in
 from minitune.config import MemoryPolicy, Training, check_names, check_whole, short
 from minitune.data.account import overlap
 from minitune.data.batch import Batch
+from minitune.data.samples import are_samples
 from minitune.data.stream import Stream, stream
 from minitune.errors import InputError
 from minitune.model.memory import choose_policy
@@ -40,19 +41,21 @@ from minitune.training.loop import fit
 from minitune.training.machine import matrix_rate
 from minitune.training.run import Observer, Run, tell
 
-Files = str | Path | Sequence[str | Path] | Mapping[str | Path, float]
-"""What `mt.data.stream` reads: a file, several, or {file: how often each of its samples is seen in an epoch}."""
+Files = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]] | Mapping[str | Path, float]
+"""What `mt.data.stream` reads: a file, several, {file: how often each of its samples is seen in an epoch}, or the
+samples themselves."""
 
 
-def train(model: Model, data: Files | Iterable[Batch], *, valid: str | Path | Iterable[Batch] | None = None,
+def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterable[Batch] | None = None,
           training: Training | None = None, out: str | Path | None = None, ask: Sequence[Question] | None = None,
           max_new_tokens: int = 128, quiet: bool | None = None, config: Mapping[str, Any] | None = None,
           observers: Sequence[Observer] = (), resume: bool = False, **settings: Any) -> Run:
-    """Fine-tune `model` on a data file or on batches -> Run, the record of every step and evaluation.
+    """Fine-tune `model` on a data file, on samples or on batches -> Run, the record of every step and evaluation.
 
-    `settings` are fields of Training (lr=1e-4, tokens=4096, …), or give a whole `training`. A path is tokenised and
-    packed by `mt.data.stream`; batches are taken as they come. valid: held-out data, a path or batches, whose loss is
-    measured before training, every ``evaluate_every`` steps and at the end.
+    `settings` are fields of Training (lr=1e-4, tokens=4096, …), or give a whole `training`. A path, and samples (a list
+    of dicts, as the lines of a file), are tokenised and packed by `mt.data.stream`; batches are taken as they come.
+    valid: held-out data, any of these, whose loss is measured before training, every ``evaluate_every`` steps and at
+    the end.
 
     out: a folder, new or empty, for all that a run leaves: config.json (with what `config` adds), environment.json,
     ledger.json, metrics.jsonl, answers.jsonl, loss.png, adapter/ (the last one) and adapter-best/ (that of the lowest
@@ -168,17 +171,18 @@ def _training(training: Training | None, settings: Mapping[str, Any]) -> Trainin
 
 def _batches(name: str, data: Any, model: Model, training: Training) -> Iterable[Batch]:
     """The batches of `data`: read, where it names files, else itself."""
-    if _is_files(data):
+    if _is_files(data) or are_samples(data):
         shuffled = name == "data"
         return stream(data, model.tokenizer, tokens=training.tokens, epochs=training.epochs if shuffled else 1,
                       seed=training.seed, shuffle=shuffled)
     if not isinstance(data, Iterable):
-        raise InputError(f"train: {name} is {short(data)}; give the path of a data file, or batches")
+        raise InputError(f"train: {name} is {short(data)}; give the path of a data file, a list of samples (dicts), or "
+                         "batches")
     if isinstance(data, Sequence):
         wrong = next((place for place, each in enumerate(data) if not isinstance(each, Batch)), None)
         if wrong is not None:
-            raise InputError(f"train: {name}[{wrong}] is {short(data[wrong])}; give a file, with a sample a "
-                             "line, or batches as mt.data.stream and mt.data.pack make them")
+            raise InputError(f"train: {name}[{wrong}] is {short(data[wrong])}; give a file, with a sample a line, a "
+                             "list of samples (dicts), or batches as mt.data.stream and mt.data.pack make them")
     if isinstance(data, Stream) and name == "data" and data.epochs not in (1, training.epochs):
         raise InputError(f"train: the stream has epochs={data.epochs}, the training epochs={training.epochs}; set "
                          "epochs in one place")
@@ -222,6 +226,8 @@ def _name(data: Any) -> Any:
     """What config.json says of the data: its files, or what kind of object gave the batches."""
     if isinstance(data, Stream):
         return [{"file": part.corpus.path, "share": part.share, "samples": part.samples} for part in data.parts]
+    if are_samples(data):
+        return f"{len(data)} samples in memory"
     return data if _is_files(data) else f"batches of a {type(data).__name__}"
 
 

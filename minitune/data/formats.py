@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,9 +104,15 @@ def _sample(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] | N
 
 def read_samples(path: str | Path, field_map: Mapping[str, str] | None = None) -> Iterator[Sample]:
     """Yields the Sample of each row of a file (`read_rows`), in the file's order. See `to_sample`."""
+    return to_samples(read_rows(path), field_map)
+
+
+def to_samples(rows: Iterable[tuple[str, dict[str, Any]]],
+               field_map: Mapping[str, str] | None = None) -> Iterator[Sample]:
+    """Yields the Sample of each (where, row). See `to_sample`."""
     if field_map:
         check_field_map(field_map)
-    for where, row in read_rows(path):
+    for where, row in rows:
         yield _sample(row, where, field_map)
 
 

@@ -1,4 +1,4 @@
-"""read_corpus: a data file as a Corpus, out of the cache where it was encoded before."""
+"""read_corpus: a data file, or rows in memory, as a Corpus; a file's out of the cache where it was encoded before."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minitune.data import cache as store
 from minitune.data.corpus import Builder, Corpus
 from minitune.data.encode import Encoded, chunks, encode
-from minitune.data.formats import Sample, read_samples
+from minitune.data.formats import Sample, read_samples, to_samples
+from minitune.data.samples import NAME, rows_of
 from minitune.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,17 +43,28 @@ def read_corpus(path: str | Path, tokenizer: Tokenizer, field_map: Mapping[str, 
     corpus = store.load(entry, str(path), tokenizer.vocab_size) if entry is not None else None
     if corpus is not None:
         return corpus
-    builder = Builder(str(path), tokenizer.eos_ids)
     samples = read_samples(path, dict(field_map) if field_map else None)
+    corpus = _encoded(str(path), samples, tokenizer, progress)
+    if entry is not None and _state(path) == before:        # else it was not these bytes that the entry's name tells of
+        store.store(entry, corpus)
+    return corpus
+
+
+def corpus_of(rows: Any, tokenizer: Tokenizer, field_map: Mapping[str, str] | None = None,
+              progress: Progress | None = None) -> Corpus:
+    """The encoded samples of rows in memory (`minitune.data.samples`). InputError for whatever is wrong with one."""
+    samples = to_samples(rows_of(rows), dict(field_map) if field_map else None)
+    return _encoded(NAME, samples, tokenizer, progress)
+
+
+def _encoded(name: str, samples: Iterable[Sample], tokenizer: Tokenizer, progress: Progress | None) -> Corpus:
+    builder = Builder(name, tokenizer.eos_ids)
     with _undisturbed:
         for encoded in _ahead(lambda chunk: encode(chunk, tokenizer), chunks(samples)):
             builder.add(encoded)
             if progress is not None:
                 progress(builder.path, builder.n_samples, builder.n_tokens)
-    corpus = builder.finish()
-    if entry is not None and _state(path) == before:        # else it was not these bytes that the entry's name tells of
-        store.store(entry, corpus)
-    return corpus
+    return builder.finish()
 
 
 class _Undisturbed:
@@ -112,4 +124,4 @@ def _state(path: Path) -> tuple[int, int, int] | None:
     return (found.st_size, found.st_mtime_ns, found.st_ino) if path.is_file() else None
 
 
-__all__ = ["Progress", "read_corpus"]
+__all__ = ["Progress", "corpus_of", "read_corpus"]

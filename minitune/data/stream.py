@@ -21,7 +21,8 @@ from minitune.data.document import Document
 from minitune.data.ledger import Epoch, Ledger
 from minitune.data.packing import Piece, best_fit, check_row, make_batch
 from minitune.data.pieces import cut
-from minitune.data.read import Progress, read_corpus
+from minitune.data.read import Progress, corpus_of, read_corpus
+from minitune.data.samples import are_samples
 from minitune.errors import InputError
 
 if TYPE_CHECKING:
@@ -187,13 +188,14 @@ class Stream:
 
 
 @answers_names
-def stream(path: str | Path | Sequence[str | Path] | Mapping[Any, float], tokenizer: Tokenizer, *, tokens: int,
+def stream(path: str | Path | Sequence[Any] | Mapping[Any, float], tokenizer: Tokenizer, *, tokens: int,
            epochs: int = 1, seed: int = 0, shuffle: bool = True, field_map: Mapping[str, str] | None = None,
            long: Long = "refuse", cache: bool | None = None, progress: Progress | None = None) -> Stream:
     """Reads and encodes data files (formats: `minitune.data.formats`) and gives their packed batches.
 
     `path`: a file, a list of files, or {file: share}, where share is how often each of its samples is seen in an epoch:
-    1 once, 2 twice, 0.5 one half of them in the first epoch and the other in the second, drawn by seed.
+    1 once, 2 twice, 0.5 one half of them in the first epoch and the other in the second, drawn by seed. Or the samples
+    themselves, as a list of dicts (or a table such as a datasets.Dataset), each what a line of such a file would be.
     Each Batch has exactly `tokens` positions. `long`: what is done with a sample that has more: "refuse", "split" into
     pieces that do not see each other, or "truncate". `field_map`: {our field: your field}. `cache`: see
     `minitune.data.cache`; None caches files above 1 MB, False none. `progress`(file, samples, tokens) is called now and
@@ -214,8 +216,9 @@ def stream(path: str | Path | Sequence[str | Path] | Mapping[Any, float], tokeni
 def read_parts(path: Any, tokenizer: Tokenizer, field_map: Mapping[str, str] | None = None, cache: bool | None = None,
                progress: Progress | None = None) -> list[Part]:
     """The files of a stream, encoded; arguments as those of `stream`. InputError if none has a sample to train on."""
-    parts = [Part.whole(read_corpus(name, tokenizer, field_map, cache, progress), share)
-             for name, share in _files(path).items()]
+    parts = [Part.whole(corpus_of(path, tokenizer, field_map, progress), 1.0)] if are_samples(path) else [
+        Part.whole(read_corpus(name, tokenizer, field_map, cache, progress), share)
+        for name, share in _files(path).items()]
     if not any(len(part.corpus) for part in parts):
         raise InputError(f"{parts[0].corpus.path}: none of its samples is used, so there is nothing to train on")
     return parts
@@ -228,8 +231,8 @@ def _files(path: Any) -> dict[str, float]:
     items = list(path.items()) if isinstance(path, Mapping) else (
         [(each, 1) for each in path] if isinstance(path, Sequence) else [])
     if not items or not all(isinstance(name, str | os.PathLike) for name, _ in items):
-        raise InputError(f"stream: path is {short(path)}; give the path of a data file, a list of them, or "
-                         "{path: share}")
+        raise InputError(f"stream: path is {short(path)}; give the path of a data file, a list of them, "
+                         "{path: share}, or samples as a list of dicts")
     found: dict[str, float] = {}
     for name, share in items:
         check_share("stream", name, share)

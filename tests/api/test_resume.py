@@ -118,7 +118,8 @@ def test_what_came_after_the_checkpoint_of_a_killed_run_is_done_again(tiny, data
 def test_lists_of_batches_and_streams_go_on_too(tiny, data, tmp_path):
     tokenizer = model(tiny).tokenizer
     for name, make in (("list", lambda: list(mt.data.stream(data, tokenizer, tokens=64))),
-                       ("stream", lambda: mt.data.stream({data: 0.5}, tokenizer, tokens=64, epochs=3))):
+                       ("stream", lambda: mt.data.stream({data: 0.5}, tokenizer, tokens=64, epochs=3)),
+                       ("samples", lambda: records(data))):
         expected = train(tiny, make(), tmp_path / f"a-{name}")
         train(tiny, make(), tmp_path / f"b-{name}", stop=4)
         run = train(tiny, make(), tmp_path / f"b-{name}", resume=True)

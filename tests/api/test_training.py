@@ -248,7 +248,7 @@ def test_on_a_cpu_no_step_works_for_much_filler(tiny, data, monkeypatch):
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda m, d: mt.train("base", d), "model is 'base'; give what mt.load returns"),
-    (lambda m, d: mt.train(m, [{"prompt": "a", "completion": " b"}]), r"data\[0\] is .*; give a file, with a sample"),
+    (lambda m, d: mt.train(m, [["prompt", "completion"]]), r"data\[0\] is .*; give a file, with a sample"),
     (lambda m, d: mt.train(m, d, observers=print), "observers is .*; give a list of objects"),
     (lambda m, d: mt.train(m, d, observers=[print]), "observers is .*; give a list of objects"),
     (lambda m, d: mt.train(m, d, learning_rate=1), r"no setting is named learning_rate.*; there are tokens, "),
@@ -263,3 +263,16 @@ def test_a_stream_says_how_long_its_rows_are(tiny, data, tmp_path):
     trained = model(tiny)
     mt.train(trained, mt.data.stream(data, trained.tokenizer, tokens=128), max_steps=1, out=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["tokens"] == 128
+
+
+def test_samples_in_memory_train_as_a_file_of_them_does_and_go_on(tiny, data, tmp_path):
+    rows, held = records(data), [{"prompt": "Number 90 is", "completion": " even"}]
+    by_file = mt.train(model(tiny), data, tokens=64, epochs=2, lr=1e-2)
+    by_rows = mt.train(model(tiny), rows, valid=held, out=tmp_path / "run", tokens=64, epochs=2, lr=1e-2)
+    assert by_rows.losses == by_file.losses and by_rows.best is not None
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == "20 samples in memory"
+    broken = [*rows[:3], {"prompt": "a"}]
+    with pytest.raises(mt.InputError, match="samples: row 4: "):
+        mt.train(model(tiny), broken, tokens=64)
+    with pytest.raises(mt.InputError, match=r"train: data\[0\] is 3; give .* a list of samples"):
+        mt.train(model(tiny), [3, 4], tokens=64)
