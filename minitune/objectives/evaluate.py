@@ -18,6 +18,7 @@ from minitune.errors import InputError
 
 CHUNK_BYTES = 64 << 20
 """Room for the fp32 logits of one chunk of tokens."""
+GIVE = "give a list of batches, or mt.data.stream(file or samples, model.tokenizer, tokens=…)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +45,14 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:
     a time. InputError where no token is trained.
     """
     if isinstance(batches, str | os.PathLike | Batch):
-        raise InputError(f"evaluate: batches is {short(batches)}; give a list of batches, or mt.data.stream(file, "
-                         "model.tokenizer, tokens=…)")
+        raise InputError(f"evaluate: batches is {short(batches)}; {GIVE}")
     was_training = model.training
     model.eval()
     sums, n_tokens = torch.zeros(2, dtype=torch.float64, device=model.device), 0
     try:
         for batch in batches:
+            if not isinstance(batch, Batch):
+                raise InputError(f"evaluate: batches holds {short(batch)}; {GIVE}")
             if batch.n_trained:
                 sums += _sums(model, batch.trimmed() if model.device.type == "cpu" else batch.to(model.device))
                 n_tokens += batch.n_trained

@@ -104,6 +104,8 @@ def test_entries_of_other_trainers_are_answered_with_ours():
 
 
 def test_evaluate_takes_batches(tiny):
+    with pytest.raises(mt.InputError, match=r"evaluate: batches holds \{'text': 'a'\}; give a list of batches, or"):
+        mt.evaluate(mt.load(tiny), [{"text": "a"}])
     with pytest.raises(mt.InputError, match=r"evaluate: batches is 'a\.jsonl'; give a list of batches, or mt\.data"):
         mt.evaluate(mt.load(tiny), "a.jsonl")
 
