@@ -23,8 +23,6 @@ CONFIGS = {
     "forward_s": {80: Config({"BT": 64, "BK": 64}, num_warps=4, num_stages=2, registers=168, shared=41 << 10)},
     "forward_s_fp32": {80: Config({"BT": 16, "BK": 32}, num_warps=4, registers=168, shared=20 << 10)},
 }
-MAX_RANK = 128
-"""The widest thin product: more sums than a program's registers hold."""
 
 
 def row_tiles(config: Config, d: int) -> tuple[dict[str, int], dict[str, Any]]:
@@ -112,7 +110,8 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, total: Tensor |
 def rms_norm_forward_s(x, residual, weight, a, total, y, rstd, s, rows, x_pitch, residual_pitch, y_pitch, eps,
                        D: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
     """BT rows, BK columns at a time: the squares first, then what they scale, which meets its columns of a [R, D] as it
-    is made. The second look at a row is for the L2 cache."""
+    is made. What is read a second time is in the L2 cache only where few rows are at work; else this saves a launch and
+    no traffic."""
     EVEN: tl.constexpr = D % BK == 0
     row, lane, rank = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, RANK)
     inside = (row < rows)[:, None]
@@ -151,7 +150,7 @@ def rms_norm_forward_s(x, residual, weight, a, total, y, rstd, s, rows, x_pitch,
 
 def forward_s(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, a: Tensor, *, out: Tensor | None = None,
               config: Config | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """`forward` of x [T, d], and with a [R, d] of one dtype S = y·aᵀ [T, R], R <= MAX_RANK -> (y, rstd, total, S).
+    """`forward` of x [T, d], and with a [R, d] of one dtype S = y·aᵀ [T, R], R <= 128 -> (y, rstd, total, S).
 
     y has not the bits of `forward`, for the squares are added in another order. The rows of `a` lie side by side; `out`
     must be neither x nor the residual.

@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     **{f"memory {memory}": {"memory": memory} for memory in ("keep", "pointwise", "full", "offload")},
     "nf4": {"quant": "nf4"}, "nf4-dq, full": {"quant": "nf4-dq", "memory": "full"}, "fp32": {"dtype": "float32"}}
 WAYS = ({"attention_forward": "triton"}, {"attention_backward": "triton"},
-        {"attention_forward": "triton", "attention_backward": "triton"}, {"rms_norm_s": "triton"},
+        {"attention_forward": "triton", "attention_backward": "triton"},
         *({f"lora_matmul_{step}": way} for step in ("forward", "input", "adapters")
                                    for way in ("triton", "augmented")))
 
@@ -104,6 +104,7 @@ def steps(folder: Path) -> None:
         report(f"train {train}", step, train=train)
     for forced in WAYS:
         report(f"forced {forced}", step, "llama-2-gqa", forced=forced)
+    report("norms give S", step, "llama-2-gqa", forced={"rms_norm_s": "triton"}, lengths=(8300,))
     equal = functools.partial(step, "llama-2-gqa", lengths=(300,) * 4)
     report("cudnn forward", equal, forced={"attention_forward": "cudnn"})
     report("cudnn forward, whole layer", equal, forced={"attention_forward": "cudnn"}, memory="full")

@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import torch.utils.deterministic
 from benchmarks.fake_gpu import device as fake
 from benchmarks.gpu import run_bounded
 from minitune.config import ModelConfig, Rope
-from minitune.ops import backends, checks
+from minitune.ops import backends, checks, rms_norm, tuned
 
 ROOT = Path(__file__).parents[1]
 BIG = {"n_layers": 32, "head_dim": 128}
@@ -70,7 +71,11 @@ def _chosen(way, device):
     reason = backends.missing(way, device)
     if reason:
         pytest.skip(reason)
-    return backends.use(way)
+    stack = contextlib.ExitStack()
+    stack.enter_context(backends.use(way))
+    stack.enter_context(tuned.forced(rms_norm_s=way))       # the kernel that gives the thin product too, at any size
+    stack.enter_context(mock.patch.object(rms_norm, "MIN_ROWS", 1))
+    return stack
 
 
 def _ops_of(backend, device):

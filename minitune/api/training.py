@@ -25,7 +25,7 @@ from minitune.api.resume import about, check_out, check_position, saved_in
 from minitune.config import MemoryPolicy, Training, check_names, check_whole, short
 from minitune.data.account import overlap
 from minitune.data.batch import Batch
-from minitune.data.samples import are_samples
+from minitune.data.samples import are_samples, how_to_give
 from minitune.data.stream import Stream, stream
 from minitune.errors import InputError
 from minitune.model.memory import choose_policy
@@ -175,6 +175,8 @@ def _batches(name: str, data: Any, model: Model, training: Training) -> Iterable
         shuffled = name == "data"
         return stream(data, model.tokenizer, tokens=training.tokens, epochs=training.epochs if shuffled else 1,
                       seed=training.seed, shuffle=shuffled)
+    if advice := how_to_give(data):
+        raise InputError(f"train: {name} is {short(data)}; {advice}")
     if not isinstance(data, Iterable):
         raise InputError(f"train: {name} is {short(data)}; give the path of a data file, a list of samples (dicts), or "
                          "batches")

@@ -25,6 +25,16 @@ def are_samples(value: Any) -> bool:
         return False
 
 
+def how_to_give(value: Any) -> str:
+    """What to write in the place of a table that is not taken as it is; empty for anything else."""
+    if isinstance(value, Mapping):
+        name = next((name for name, table in value.items() if are_samples(table)), None)
+        return "" if name is None else f"give one of its tables, such as data[{name!r}]"
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):
+        return 'give data.to_dict("records")'
+    return ""
+
+
 def rows_of(samples: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (where, row) for each sample, in order; ``where`` is "samples: row 3", counted from 1.
 
@@ -53,4 +63,4 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-__all__ = ["NAME", "are_samples", "rows_of"]
+__all__ = ["NAME", "are_samples", "how_to_give", "rows_of"]

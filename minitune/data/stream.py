@@ -22,7 +22,7 @@ from minitune.data.ledger import Epoch, Ledger
 from minitune.data.packing import Piece, best_fit, check_row, make_batch
 from minitune.data.pieces import cut
 from minitune.data.read import Progress, corpus_of, read_corpus
-from minitune.data.samples import are_samples
+from minitune.data.samples import are_samples, how_to_give
 from minitune.errors import InputError
 
 if TYPE_CHECKING:
@@ -226,6 +226,8 @@ def read_parts(path: Any, tokenizer: Tokenizer, field_map: Mapping[str, str] | N
 
 def _files(path: Any) -> dict[str, float]:
     """{file: share} of what `stream` takes as its path."""
+    if advice := how_to_give(path):
+        raise InputError(f"stream: path is {short(path)}; {advice}")
     if isinstance(path, str | os.PathLike):
         path = [path]
     items = list(path.items()) if isinstance(path, Mapping) else (

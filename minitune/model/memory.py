@@ -11,9 +11,11 @@ import torch
 
 from minitune.config import MemoryPolicy, ModelConfig
 
-SHARES = {"cuda": 0.85, "cpu": 0.6}
-"""Share of the free memory that a step may fill before `auto` turns to the next cheaper policy: a GPU's is one
-program's, of a CPU's others take some."""
+SHARE, OWN_SHARE = 0.6, 0.85
+"""Share of the free memory that a step may fill before `auto` turns to the next cheaper policy; of a GPU, which is one
+program's, where adapters are trained, whose gradients and moments are small."""
+PROCESSORS = 132
+"""Of an H100, by which FlashAttention's deterministic backward splits its sums."""
 
 
 def kept_bytes(config: ModelConfig, tokens: int, policy: MemoryPolicy, element_size: int) -> int:
@@ -25,6 +27,14 @@ def kept_bytes(config: ModelConfig, tokens: int, policy: MemoryPolicy, element_s
     keep = pointwise + 2 * d + config.d_ff                      # both norms' outputs, SwiGLU's product
     values = {"offload": 0, "full": d, "pointwise": pointwise, "keep": keep}[policy]
     return values * config.n_layers * tokens * element_size
+
+
+def at_work_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+    """About what one layer's backward takes beside what was kept: a layer's own tensors once more, and on a GPU the
+    fp32 sums of attention's dq, as many as FlashAttention splits one document's keys into."""
+    layer = kept_bytes(config, tokens, "keep", dtype.itemsize) // config.n_layers
+    splits = -(-PROCESSORS // config.n_heads) if device.type == "cuda" else 0
+    return layer + splits * tokens * config.n_heads * config.head_dim * 4
 
 
 COMPOSED = 3
@@ -71,12 +81,12 @@ def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype:
     """
     if memory != "auto":
         return memory
-    at_work = kept_bytes(config, tokens, "keep", dtype.itemsize) // config.n_layers     # more than a backward takes
-    room = free_bytes(device) * SHARES.get(device.type, SHARES["cpu"]) - at_work
+    own = device.type == "cuda" and not composed
+    room = free_bytes(device) * (OWN_SHARE if own else SHARE) - at_work_bytes(config, tokens, dtype, device)
     policies: tuple[MemoryPolicy, ...] = ("keep", "pointwise")
     for policy in policies[:1] if composed else policies:
         if kept_bytes(config, tokens, policy, dtype.itemsize) * (COMPOSED if composed else 1) <= room:
             return policy
     full = kept_bytes(config, tokens, "full", dtype.itemsize)
     parks = device.type == "cuda" and not composed and full > room
-    return "offload" if parks and full <= free_bytes(torch.device("cpu")) * SHARES["cpu"] else "full"
+    return "offload" if parks and full <= free_bytes(torch.device("cpu")) * SHARE else "full"

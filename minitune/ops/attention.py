@@ -80,7 +80,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
                     attention_library.flash_forward(q, k, v, documents, window))
         return out, Saved(q, k, v, documents, window, None, out, lse)
     if way != "blocks":
-        out, graph = attention_library.forward(q, k, v, documents, window, needs_backward, way == "cudnn, both")
+        out, graph = attention_library.forward(q, k, v, documents, window, needs_backward, way == "cudnn graph")
         return out, Saved(q, k, v, documents, window, graph)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in _groups(documents):
@@ -95,18 +95,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
 
 
 def forward_way(q: Tensor, k: Tensor, documents: Documents, window: int | None) -> str:
-    """What `forward` takes: "blocks" on a CPU; on a GPU "triton", "flash", "cudnn", whose backward another does,
-    "cudnn, both" where it was asked for, or "documents", plain products for each by itself."""
-    cudnn = attention_library.cudnn(q, documents.max_seqlen, window)
-    chosen = _chosen("forward", q, k, documents.max_seqlen, window, cudnn and documents.n_equal is not None)
-    if chosen == "cudnn":
-        return "cudnn" if backends.asked() != "cudnn" else "cudnn, both" if documents.exact else _library(q, window)
+    """What `forward` takes: "blocks" on a CPU; on a GPU "triton"; "flash"; "cudnn", whose backward another does; "cudnn
+    graph", by autograd there and back, where it was asked for; "documents", plain products for each by itself."""
+    fits = attention_library.cudnn(q, documents, window)
+    chosen = _chosen("forward", q, k, documents.max_seqlen, window, but=() if fits else ("cudnn",),
+                     unmeasured=() if fits and documents.n_equal is not None else ("cudnn",))
+    if chosen == "cudnn" and backends.asked() == "cudnn":
+        return "cudnn graph"
     return _library(q, window) if chosen == "reference" else chosen
 
 
 def backward_way(q: Tensor, k: Tensor, longest: int, window: int | None) -> str:
     """What `backward` takes of a forward that gave a log-sum-exp: "triton" or "flash"."""
-    chosen = "reference" if q.device.type == "cpu" else _chosen("backward", q, k, longest, window, False)
+    chosen = "reference" if q.device.type == "cpu" else _chosen("backward", q, k, longest, window, ("cudnn",))
     return "flash" if chosen == "reference" and attention_library.flash(q, window) else "triton"
 
 
@@ -116,15 +117,16 @@ def _library(q: Tensor, window: int | None) -> str:
     return "flash" if attention_library.flash(q, window) else "documents"
 
 
-def _chosen(step: str, q: Tensor, k: Tensor, longest: int, window: int | None, cudnn: bool) -> str:
-    """triton, cudnn where it may be taken, or reference for the library's way: triton where FlashAttention does not
-    take it, else what was measured to be faster with these heads and this longest document, else the library."""
+def _chosen(step: str, q: Tensor, k: Tensor, longest: int, window: int | None, but: tuple[str, ...],
+            unmeasured: tuple[str, ...] = ()) -> str:
+    """triton, cudnn, or reference for the library's way: the one that was asked for, unless it is in `but`; triton
+    where FlashAttention does not take it; what was measured to be faster with these heads and this longest document,
+    unless it is in `unmeasured`; the library."""
     measured = tuned.way(f"attention {step}", (q.shape[1], k.shape[1], q.shape[2], longest), q.device, q.dtype,
-                         without=() if cudnn else ("cudnn",))
+                         without=unmeasured)
     if q.device.type == "cuda" and q.shape[2] <= 256 and not attention_library.flash(q, window):
         measured = "triton"
-    takes = step == "forward" and attention_library.cudnn(q, longest, window)
-    return backends.choose("attention", q.device, measured, q.dtype, but=() if takes else ("cudnn",))
+    return backends.choose("attention", q.device, measured, q.dtype, but)
 
 
 def reads_lengths(q: Tensor, k: Tensor, longest: int, window: int | None) -> bool:

@@ -106,9 +106,16 @@ def _deterministic() -> Iterator[None]:
 
 
 # ---- cuDNN ----------------------------------------------------------------------------------------------------------
-def cudnn(q: Tensor, longest: int, window: int | None) -> bool:
-    """Whether cuDNN takes it: 16 bits, heads of at most 128, no window that hides anything, a GPU of sm_80 or newer."""
-    return _fused(q, 128) and (window is None or window >= longest)
+SHORT = 64
+"""Shorter documents are not for cuDNN: it refuses those of one token, and plain products are as good."""
+
+
+def cudnn(q: Tensor, documents: Documents, window: int | None) -> bool:
+    """Whether cuDNN takes it: 16 bits, heads of at most 128, no window that hides anything, a GPU of sm_80 or newer,
+    lengths that the host knows, not all of them short."""
+    if not documents.exact or documents.max_seqlen < SHORT:
+        return False
+    return _fused(q, 128) and (window is None or window >= documents.max_seqlen)
 
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
@@ -162,7 +169,7 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: i
                 by_cudnn: bool = False) -> Tensor:
     """One SDPA call for each run of equally long documents: any device, any dtype, differentiable. On a GPU by plain
     products, slow and with memory that grows with T², for no fused kernel but FlashAttention has a repeatable backward;
-    or by cuDNN for whoever can do without, where no window hides anything."""
+    or by cuDNN, but for short documents, for whoever can do without; where no window hides anything."""
     outs, start, lengths = [], 0, [length for length in documents.lengths if length]
     while lengths:
         n = next((i for i, length in enumerate(lengths) if length != lengths[0]), len(lengths))
@@ -170,7 +177,7 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: i
         rows = slice(start, start + n * length)
         start = rows.stop
         qs, ks, vs = (_batched(x[rows], n) for x in (q, k, v))
-        if by_cudnn:
+        if by_cudnn and length >= SHORT:
             outs.append(_cudnn(qs, ks, vs)[0].transpose(1, 2).flatten(0, 1))
             continue
         mask = None

@@ -58,7 +58,7 @@ def _choice(op: str, device: torch.device) -> str:
         taken = choose(op, device)
     except InputError as error:
         return str(error)
-    if op in MEASURED and asked() in (None, "cudnn") and not missing("triton", device):
+    if op in MEASURED and taken == "reference" and asked() != "reference" and not missing("triton", device):
         return "the library; other ways where `minitune tune` measured them to be faster"
     return taken
 

@@ -110,7 +110,7 @@ class _Inputs:
             window = self.config.windows[0]
             way = attention.forward_way(q, k, self.documents, window)
             back = attention.backward_way(q, k, self.documents.max_seqlen, window)
-            return f"{way}, backward {back}" if way in ("triton", "flash") and way != back else way
+            return f"{way}, backward {back}" if way in ("triton", "flash", "cudnn") and way != back else way
         if op == "lora_matmul":
             a = self.random(2 * self.rank, self.config.d_model)
             weight = torch.empty(2 * self.config.d_ff, self.config.d_model, device="meta")

@@ -14,7 +14,7 @@ class Documents:
     """cu_seqlens int32 [n + 1] on the device; ``lengths`` (n ints) on the host, so attention never asks the device.
 
     A document may be empty: a batch whose number of documents is fixed is padded with such. Where ``exact`` is False
-    the lengths are only bounds, and what holds is on the device alone.
+    nobody may choose by the lengths, which need not be those on the device: they are only bounds.
     """
 
     cu_seqlens: Tensor

@@ -26,6 +26,9 @@ Table = dict[str, dict[Shape, dict[str, float]]]
 """op -> shape -> way -> milliseconds."""
 
 
+EXACT = ("cudnn",)
+"""Ways that count at measured shapes alone: for every other one the library would first make a plan, for tens of
+milliseconds."""
 _forced: dict[str, str] = {}
 
 
@@ -74,7 +77,8 @@ def _indexed(device: torch.device) -> torch.device:
 
 @functools.lru_cache(maxsize=4096)
 def _nearest(op: str, shape: Shape, device: torch.device, without: tuple[str, ...]) -> str | None:
-    measured = {known: {way: time for way, time in ms.items() if way not in without}
+    measured = {known: {way: time for way, time in ms.items()
+                        if way not in without and (known == shape or way not in EXACT)}
                 for known, ms in table(device).get(op, {}).items()}
     near = [known for known, ms in measured.items() if ms and known[:-1] == shape[:-1]]
     if not near:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 
-from minitune.ops import attention, backends, lora_matmul, nf4, rms_norm, tuned
+from minitune.ops import attention, backends, lora_matmul, nf4, rms_norm, rope, tuned
 from minitune.ops.augmented import Augmented
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
@@ -79,11 +82,12 @@ def norm_times(d: int, rank: int, tokens: int, dtype: torch.dtype, device: torch
     x, branch = (torch.randn(tokens, d, dtype=dtype, device=device) for _ in range(2))
     weight, a = torch.rand(d, device=device).to(dtype), torch.randn(rank, d, dtype=dtype, device=device) * d**-0.5
 
-    def run() -> Results:
+    def run(way: str) -> Results:
         y, _, total, s = rms_norm.forward_s(x, weight, 1e-5, branch, a)
+        _check_taken(way, "reference" if s is None else "triton")
         return y, total, y @ a.mT if s is None else s
 
-    return in_turns("rms_norm", "s", dict.fromkeys(("reference", "triton"), run), device)
+    return in_turns("rms_norm", "s", _each(("reference", "triton"), run), device)
 
 
 def attention_table(heads: tuple[int, int, int], tokens: int, longest: int, dtype: torch.dtype,
@@ -94,22 +98,42 @@ def attention_table(heads: tuple[int, int, int], tokens: int, longest: int, dtyp
     documents = Documents.from_lengths(lengths, device)
     qkv = torch.randn(sum(lengths), n_heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)
     q, k, v = qkv.split((n_heads, kv_heads, kv_heads), dim=1)
-    gradient, dout = torch.empty_like(qkv), torch.randn_like(q)
+    dout = torch.randn_like(q)
+    angle = torch.rand(len(q), head_dim // 2, device=device)
+    cos, sin = angle.cos(), angle.sin()
     with tuned.forced(attention_forward="reference"):
         saved = attention.forward(q, k, v, documents)[1]
 
-    def forward() -> Tensor:
+    def forward(way: str) -> Tensor:
+        taken = attention.forward_way(q, k, documents, None)
+        _check_taken(way, "reference" if taken in ("blocks", "flash", "documents") else taken)
         return attention.forward(q, k, v, documents)[0]
 
-    def backward() -> Tensor:       # into one buffer, as the layer wants it
-        attention.backward(dout, saved, gradient, keep_graph=True)
+    def backward(way: str) -> Tensor:       # and back through the rotation, into one buffer: as the layer wants it
+        apart = attention.backward_apart(dout, saved, keep_graph=True)
+        gradient = torch.empty_like(qkv)
+        if apart is not None:
+            _check_taken(way, "reference")
+            rope.join(*apart, cos, sin, gradient, back=True)
+        else:
+            _check_taken(way, "triton" if saved.lse is not None else "reference")
+            attention.backward(dout, saved, gradient, keep_graph=True)
+            rope.rotate_(gradient[:, : n_heads + kv_heads], cos, sin, back=True)
         return gradient
 
-    ways = ["reference", "triton"] if saved.lse is not None else ["reference"]
-    steps: dict[str, Runs] = {"forward": dict.fromkeys(("reference", "triton", "cudnn"), forward),
-                              "backward": dict.fromkeys(ways, backward)}
+    steps = {"forward": _each(("reference", "triton", "cudnn"), forward),
+             "backward": _each(("reference", "triton"), backward)}
     return {tuned.name_of(f"attention {step}", dtype): {(*heads, longest): in_turns("attention", step, runs, device)}
             for step, runs in steps.items()}
+
+
+def _each(ways: tuple[str, ...], run: Callable[[str], Results]) -> Runs:
+    return {way: functools.partial(run, way) for way in ways}
+
+
+def _check_taken(way: str, taken: str) -> None:
+    if taken != way:
+        raise ValueError(f"{taken} is taken at this shape")
 
 
 def in_turns(op: str, step: str, runs: Runs, device: torch.device) -> dict[str, float]:
@@ -123,17 +147,39 @@ def in_turns(op: str, step: str, runs: Runs, device: torch.device) -> dict[str, 
             try:
                 with tuned.forced(**{f"{op}_{step}": way}):
                     if turn == 0:
-                        _compare(run(), expected)
+                        with _poisoned():
+                            results = run()
+                        _compare(results, expected)
+                        del results
                     ms = _milliseconds(run, device)
             except getattr(torch, "AcceleratorError", ()):      # the device is lost: nothing more can be measured
                 raise
             except Exception as error:      # of the compiler, of the library: whatever it is, this way is no choice
-                warnings.warn(f"{op} {step}: {way} does not run here: {type(error).__name__}: {error}", stacklevel=2)
+                warnings.warn(f"{op} {step}: {way} is left out: {type(error).__name__}: {error}", stacklevel=2)
                 del runs[way]
                 continue
             if turn >= 2:
                 samples[way].append(ms)
     return {way: statistics.median(samples[way]) for way in runs}
+
+
+@contextlib.contextmanager
+def _poisoned() -> Iterator[None]:
+    """Within it new memory holds NaN: what a way leaves unwritten is no right result of the way before.
+
+    torch fills it where its deterministic mode is on; here that only warns, and nobody needs to hear it.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory      # type: ignore[attr-defined]
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True      # type: ignore[attr-defined]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def _compare(results: Results, expected: list[Tensor]) -> None:

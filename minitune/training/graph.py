@@ -51,7 +51,7 @@ def padded(batch: Batch, n_documents: int, n_trained: int) -> Batch:
     bounds = torch.cat((bounds, bounds[-1:].expand(extra)))
     trained = torch.cat((batch.trained, torch.full((n_trained - batch.n_trained,), last)))
     return _with(batch, labels=labels, weights=weights, cu_seqlens=bounds, trained=trained,
-                 documents=Documents(bounds, (*batch.documents.lengths, *[0] * extra)))
+                 documents=Documents(bounds, (*batch.documents.lengths, *[0] * extra), exact=False))
 
 
 def _with(batch: Batch, **changed: Any) -> Batch:

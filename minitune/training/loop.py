@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from minitune.config import Training
+from minitune.config import Training, short
 from minitune.data.batch import Batch
 from minitune.errors import InputError
 from minitune.training.checkpoint import Checkpoints, Position, Saved
@@ -141,6 +141,9 @@ def _endless(batches: Iterable[Batch], skip: int) -> Iterator[Batch]:
         else:
             drawn = iter(batches)
         for batch in drawn:
+            if not isinstance(batch, Batch):
+                raise InputError(f"training: the data gives {short(batch)}; it must give batches, as mt.data.stream "
+                                 "and mt.data.pack make them")
             n_trained += batch.n_trained
             if skip:
                 skip -= 1

@@ -276,3 +276,7 @@ def test_samples_in_memory_train_as_a_file_of_them_does_and_go_on(tiny, data, tm
         mt.train(model(tiny), broken, tokens=64)
     with pytest.raises(mt.InputError, match=r"train: data\[0\] is 3; give .* a list of samples"):
         mt.train(model(tiny), [3, 4], tokens=64)
+    with pytest.raises(mt.InputError, match=r"stream: path is .*; give one of its tables, such as data\['a'\]"):
+        mt.train(model(tiny), {"a": rows}, tokens=64)
+    with pytest.raises(mt.InputError, match=r"training: the data gives \{.*; it must give batches"):
+        mt.train(model(tiny), iter(rows), tokens=64, max_steps=2)

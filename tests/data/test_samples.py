@@ -90,3 +90,26 @@ def test_what_holds_samples() -> None:
     assert are_samples(ROWS) and are_samples(tuple(ROWS)) and are_samples(Table(ROWS))
     for other in ("a.jsonl", Path("a.jsonl"), {"a.jsonl": 1.0}, [], ["a.jsonl"], [[1, 2]], 3, None, iter(ROWS)):
         assert not are_samples(other)
+
+
+class Frame:
+    """As much of a pandas.DataFrame as is asked for: its places are names."""
+
+    columns = ("text",)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, name: str) -> list[str]:
+        return {"text": ["a"]}[name]
+
+    def to_dict(self, kind: str) -> Any:
+        return [{"text": "a"}]
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"train": Table(ROWS)}, r"path is .*; give one of its tables, such as data\['train'\]"),
+    (Frame(), r'path is .*; give data.to_dict\("records"\)'), ([[1, 2]], "path is .*, or samples as a list of dicts")])
+def test_other_tables_are_answered_with_how_to_give_them(given: Any, message: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=message):
+        data.stream(given, tokenizer, tokens=64)

@@ -54,19 +54,51 @@ def test_a_step_by_our_kernels_equals_the_references(shape, policy, device):
         assert relative(value, e) < 1e-5
 
 
-def test_the_kernels_write_into_the_augmented_products_rows(device, monkeypatch):
-    monkeypatch.setattr(rms_norm, "MIN_ROWS", 1)
+def test_the_kernels_write_into_the_augmented_products_rows(device):
     network = _network(SHAPES["llama"], device)
     with backends.use("reference"):
         expected = _step(network, "keep", device)
     ways = dict.fromkeys(("lora_matmul_forward", "lora_matmul_input"), "augmented")
-    with tuned.forced(**ways, **dict.fromkeys(("attention_forward", "attention_backward", "rms_norm_s"), "triton")):
+    with tuned.forced(**ways, **dict.fromkeys(("attention_forward", "attention_backward"), "triton")):
         for projection in network.projections():
             projection.lay_out()
         with _triton_where_it_is_not_measured():
             found = _step(network, "pointwise", device)
     for value, e in zip(found, expected, strict=True):
         assert relative(value, e) < 1e-5
+
+
+@pytest.mark.parametrize("augmented", [False, True], ids=["addmm", "augmented"])
+def test_norms_give_the_thin_products_of_a_step_whatever_is_kept(augmented, device, monkeypatch):
+    """Two a layer, once more where the layer is computed again; the same bits by every policy, and none of them while
+    the adapters are off."""
+    monkeypatch.setattr(rms_norm, "MIN_ROWS", 1)
+    kernel, made = backends.kernel("rms_norm"), []
+    forward_s = kernel.forward_s
+    monkeypatch.setattr(kernel, "forward_s", lambda *a, **how: made.append(1) or forward_s(*a, **how))
+    network = _network(SHAPES["llama"], device)
+    with backends.use("reference"):
+        expected = _step(network, "keep", device)
+    ways = dict.fromkeys(("lora_matmul_forward", "lora_matmul_input"), "augmented") if augmented else {}
+    found = {}
+    with tuned.forced(**ways, rms_norm_s="triton"):
+        for projection in network.projections():
+            projection.lay_out()
+        with _triton_where_it_is_not_measured():
+            for policy in ("keep", "pointwise", "full"):
+                made.clear()
+                found[policy] = _step(network, policy, device)
+                assert len(made) == 2 * len(network.layers) * (2 if policy == "full" else 1)
+            made.clear()
+            with network.adapters_switched(False), torch.no_grad():
+                documents = Documents.from_lengths(LENGTHS, device)
+                network(torch.zeros(sum(LENGTHS), dtype=torch.int64, device=device), documents.positions().to(device),
+                        documents)
+            assert not made
+    for value, e in zip(found["keep"], expected, strict=True):
+        assert relative(value, e) < 1e-5
+    for policy in ("pointwise", "full"):
+        assert all(torch.equal(a, b) for a, b in zip(found["keep"], found[policy], strict=True)), policy
 
 
 @contextlib.contextmanager

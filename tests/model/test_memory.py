@@ -1,5 +1,8 @@
 """memory: the policy that `auto` takes, by sizes and free memory."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ SEVEN_B = ModelConfig(vocab_size=32_000, d_model=4096, n_layers=32, n_heads=32, 
                       d_ff=11_008)
 GPU, CPU, BF16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
 WEIGHTS = 13.6e9
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def _choose(monkeypatch, tokens, free, host=200e9, device=GPU, **options):
@@ -24,13 +28,16 @@ def test_a_7b_model_on_a_card_of_so_many_bytes(monkeypatch, card, tokens, policy
     assert _choose(monkeypatch, tokens, card - WEIGHTS) == policy
 
 
-def test_what_is_chosen_leaves_room_for_one_layer_at_work(monkeypatch):
-    """And a share for gradients, moments and the allocator."""
-    for free in (x * 1e9 for x in range(1, 140)):
-        policy = _choose(monkeypatch, 16_384, free)
-        if policy in ("keep", "pointwise"):
-            kept, layer = (memory.kept_bytes(SEVEN_B, 16_384, which, 2) for which in (policy, "keep"))
-            assert kept + layer / 32 <= 0.85 * free
+def test_a_step_takes_no_more_than_is_reserved_for_it():
+    """By the bytes that were counted (benchmarks/fake_gpu/memory.py)."""
+    newest = max(RESULTS.glob("*-memory*.json"), key=lambda path: json.loads(path.read_text())["when"])
+    rows = [row for row in json.loads(newest.read_text())["rows"]
+            if (row["model"], row["quant"]) == ("Llama-2-7B", None)]
+    assert {row["memory"] for row in rows} == {"keep", "pointwise", "full"}
+    for row in rows:
+        tokens = sum(row["lengths"])
+        kept, taken = memory.kept_bytes(SEVEN_B, tokens, row["memory"], 2), row["peak_bytes"] - row["between_bytes"]
+        assert kept < taken <= kept + memory.at_work_bytes(SEVEN_B, tokens, BF16, GPU), row
 
 
 def test_without_room_on_the_host_nothing_is_parked(monkeypatch):
@@ -47,4 +54,4 @@ def test_a_cpu_leaves_more_to_others(monkeypatch):
 def test_plain_autograd_keeps_more(monkeypatch):
     kept = memory.kept_bytes(SEVEN_B, 2_048, "keep", 2)
     assert _choose(monkeypatch, 2_048, 2 * kept, composed=True) == "full"
-    assert _choose(monkeypatch, 2_048, 4 * kept, composed=True) == "keep"
+    assert _choose(monkeypatch, 2_048, 6 * kept, composed=True) == "keep"

@@ -94,7 +94,7 @@ def as_on_a_gpu(monkeypatch):
     """Every backend is there, FlashAttention takes 16 bits, cuDNN these and no window."""
     monkeypatch.setattr(attention.backends, "missing", lambda name, device: None)
     monkeypatch.setattr(attention_library, "flash", lambda q, window: q.dtype == torch.bfloat16)
-    monkeypatch.setattr(attention_library, "cudnn", lambda q, longest, window: q.dtype == torch.bfloat16 and not window)
+    monkeypatch.setattr(attention_library, "_fused", lambda q, most: q.dtype == torch.bfloat16)
     ways = {}
 
     def way(op, *_, without):
@@ -105,8 +105,9 @@ def as_on_a_gpu(monkeypatch):
 
 
 K = torch.empty(4, 2, 64, device="meta")
-EQUAL, RAGGED = Documents.from_lengths((50, 50, 0)), Documents.from_lengths((60, 40))
-BOUNDS = Documents(EQUAL.cu_seqlens, (100, 0, 0), exact=False)
+EQUAL, RAGGED = Documents.from_lengths((90, 90, 0)), Documents.from_lengths((140, 1, 39))
+BOUNDS = Documents(EQUAL.cu_seqlens, (180, 0, 0), exact=False)
+SHORT = Documents.from_lengths((1,) * 180)
 
 
 def test_the_kernel_of_ours_takes_what_flash_attention_does_not(as_on_a_gpu, monkeypatch):
@@ -124,16 +125,21 @@ def test_forward_and_backward_are_chosen_each_by_itself(as_on_a_gpu):
 def test_cudnns_forward_is_for_documents_known_to_be_equally_long(as_on_a_gpu):
     as_on_a_gpu["attention forward"] = "cudnn"
     assert attention.forward_way(OnGpu, K, EQUAL, None) == "cudnn"
-    for documents, window in ((RAGGED, None), (BOUNDS, None), (EQUAL, 7)):
+    assert attention.forward_way(OnGpu, K, EQUAL, 90) == "cudnn"       # a window that hides nothing
+    for documents, window in ((RAGGED, None), (BOUNDS, None), (SHORT, None), (EQUAL, 7)):
         assert attention.forward_way(OnGpu, K, documents, window) == "flash"
     assert not attention.reads_lengths(OnGpu, K, 100, None)
 
 
 def test_cudnns_backward_is_for_whoever_asks_for_it(as_on_a_gpu, monkeypatch):
     with backends.use("cudnn"):
-        assert attention.forward_way(OnGpu, K, EQUAL, None) == "cudnn, both"
-        assert attention.forward_way(OnGpu, K, RAGGED, None) == "cudnn, both"
-        assert attention.forward_way(OnGpu, K, BOUNDS, None) == attention.forward_way(OnGpu, K, EQUAL, 7) == "flash"
+        assert attention.forward_way(OnGpu, K, EQUAL, None) == "cudnn graph"
+        assert attention.forward_way(OnGpu, K, RAGGED, None) == "cudnn graph"
+        for documents, window in ((BOUNDS, None), (SHORT, None), (EQUAL, 7)):
+            as_on_a_gpu["attention forward"] = None
+            assert attention.forward_way(OnGpu, K, documents, window) == "flash"
+            as_on_a_gpu["attention forward"] = "triton"         # then what was measured counts
+            assert attention.forward_way(OnGpu, K, documents, window) == "triton"
         assert backends.choose("rms_norm", OnGpu.device) == "triton"        # which knows no cuDNN
         monkeypatch.setattr(OnGpu, "dtype", torch.float32)
         assert attention.forward_way(OnGpu, K, EQUAL, None) == "triton"
@@ -146,7 +152,7 @@ def test_cudnn_without_a_gpu_is_refused():
 
 
 def test_documents_know_whether_they_are_equally_long():
-    assert (EQUAL.n_equal, RAGGED.n_equal, BOUNDS.n_equal) == (2, None, None)
+    assert (EQUAL.n_equal, RAGGED.n_equal, BOUNDS.n_equal, SHORT.n_equal) == (2, None, None, 180)
 
 
 def test_reference_gradcheck():
@@ -161,34 +167,61 @@ WAYS = [("reference", "reference"), ("triton", "triton"), ("reference", "triton"
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(8, 2, 128), *(pytest.param(heads, marks=pytest.mark.slow) for heads in (
-    (8, 8, 128), (4, 2, 64), (4, 1, 80)))], ids=str)
+    (8, 8, 128), (4, 2, 64), (4, 1, 80), (4, 2, 256)))], ids=str)
 @pytest.mark.parametrize("ways", WAYS, ids=" then ".join)
 def test_any_forward_goes_with_any_backward(ways, heads):
-    """What one leaves, the log-sum-exp above all, is what another reads."""
+    """What one leaves, the log-sum-exp above all, is what another reads. q, k and v lie side by side, as a layer's."""
     n_heads, kv_heads, d = heads
-    for lengths in ((700,) * 4, (1000, 24, 500)):
+    for lengths, window in (((700,) * 4, None), ((1000, 1, 24, 0, 500), None), ((700, 300), 90)):
         documents = Documents.from_lengths(lengths, "cuda")
-        inputs = [x.cuda() for x in _inputs(lengths, n_heads, kv_heads, torch.bfloat16, d=d)]
-        truth = _run(attention.reference, *(x.double() for x in inputs), documents, None)
-        plain = _run(attention.reference, *inputs, documents, None)
+        *parts, dout = (x.cuda() for x in _inputs(lengths, n_heads, kv_heads, torch.bfloat16, d=d))
+        inputs = [*torch.cat(parts, 1).split((n_heads, kv_heads, kv_heads), dim=1), dout]
+        truth = _run(attention.reference, *(x.double() for x in inputs), documents, window)
+        plain = _run(attention.reference, *inputs, documents, window)
+        fits = lengths[0] == lengths[-1] and d <= 128
         with tuned.forced(attention_forward=ways[0], attention_backward=ways[1]):
-            taken = attention.forward_way(inputs[0], inputs[1], documents, None)
-            results = [_run(attention.differentiable, *inputs, documents, None) for _ in range(2)]
-        assert taken == (ways[0] if ways[0] == "triton" or (ways[0] == "cudnn" and lengths[0] == 700) else "flash")
+            taken = attention.forward_way(inputs[0], inputs[1], documents, window)
+            results = [_side_by_side(*inputs, documents, window) for _ in range(2)]
+        assert taken == (ways[0] if ways[0] == "triton" or (ways[0] == "cudnn" and fits) else "flash")
         for name, value, p, t in zip(("out", "dq", "dk", "dv"), results[0], plain, truth, strict=True):
             check(f"{name}, {lengths}", value, p, t)
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "two runs differ"
 
 
+def _side_by_side(q, k, v, dout, documents, window):
+    """[out, dq, dk, dv] by the op's own functions, which take views as they are and give the gradients in one buffer
+    or apart."""
+    out, saved = attention.forward(q, k, v, documents, window)
+    apart = attention.backward_apart(dout, saved)
+    if apart is None:
+        gradient = q.new_empty(len(q), q.shape[1] + 2 * k.shape[1], q.shape[2])
+        attention.backward(dout, saved, gradient)
+        apart = gradient.split((q.shape[1], k.shape[1], k.shape[1]), dim=1)
+    return [out, *apart]
+
+
+@pytest.mark.gpu
+def test_lengths_that_are_bounds_give_the_bits_of_the_true_ones():
+    """As in a graph that was recorded: to the host the row is one document, the device knows better."""
+    lengths = (600, 300, 100)
+    true = Documents.from_lengths(lengths, "cuda")
+    bounds = Documents(true.cu_seqlens, (1000, 0, 0), exact=False)
+    inputs = [x.cuda() for x in _inputs(lengths, 8, 2, torch.bfloat16, d=128)]
+    for way in ("reference", "triton"):
+        with tuned.forced(attention_forward=way, attention_backward=way):
+            for one, other in zip(*(_side_by_side(*inputs, each, None) for each in (true, bounds)), strict=True):
+                assert torch.equal(one, other), way
+
+
 @pytest.mark.gpu
 def test_cudnn_both_ways_is_right_though_it_need_not_repeat():
-    for lengths in ((700,) * 4, (1000, 24, 500)):
+    for lengths in ((700,) * 4, (1000, 1, 24, 500)):
         documents = Documents.from_lengths(lengths, "cuda")
         inputs = [x.cuda() for x in _inputs(lengths, 8, 2, torch.bfloat16, d=128)]
         truth = _run(attention.reference, *(x.double() for x in inputs), documents, None)
         plain = _run(attention.reference, *inputs, documents, None)
         with backends.use("cudnn"):
-            assert attention.forward_way(inputs[0], inputs[1], documents, None) == "cudnn, both"
+            assert attention.forward_way(inputs[0], inputs[1], documents, None) == "cudnn graph"
             found = _run(attention.differentiable, *inputs, documents, None)
         for name, value, p, t in zip(("out", "dq", "dk", "dv"), found, plain, truth, strict=True):
             check(f"{name}, {lengths}", value, p, t)

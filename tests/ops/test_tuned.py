@@ -39,9 +39,11 @@ def test_a_way_that_cannot_be_taken_leaves_the_next_one(table):
     _write(table, {"attention bfloat16": [
         {"shape": [8, 8, 64, 2048], "ms": {"cudnn": 1.0, "triton": 2.0, "reference": 3}},
         {"shape": [8, 8, 64, 4096], "ms": {"cudnn": 1.0}}]})
-    assert tuned.way("attention", (8, 8, 64, 4000), GPU, BF16) == "cudnn"
-    assert tuned.way("attention", (8, 8, 64, 4000), GPU, BF16, without=("cudnn",)) == "triton"
+    assert tuned.way("attention", (8, 8, 64, 4096), GPU, BF16) == "cudnn"
+    assert tuned.way("attention", (8, 8, 64, 4096), GPU, BF16, without=("cudnn",)) == "triton"
+    assert tuned.way("attention", (8, 8, 64, 4000), GPU, BF16) == "triton"      # there it would make a plan first
     with tuned.forced(attention="cudnn"):
+        assert tuned.way("attention", (8, 8, 64, 4000), GPU, BF16) == "cudnn"
         assert tuned.way("attention", (8, 8, 64, 4000), GPU, BF16, without=("cudnn",)) is None
 
 

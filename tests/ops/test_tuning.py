@@ -30,7 +30,7 @@ def test_a_way_that_does_not_run_is_left_out(monkeypatch):
     def fails():
         raise RuntimeError("out of shared memory")
 
-    with pytest.warns(UserWarning, match="augmented does not run here: RuntimeError: out of shared memory"):
+    with pytest.warns(UserWarning, match="augmented is left out: RuntimeError: out of shared memory"):
         found = tuning.in_turns("lora_matmul", "forward", {"reference": _right, "augmented": fails}, CPU)
     assert set(found) == {"reference"}
 
@@ -44,6 +44,6 @@ def test_a_way_that_gives_something_else_is_left_out(monkeypatch, wrong):
     runs = {"reference": _right, "triton": lambda: (_right()[0] * wrong, None),
             "augmented": lambda: (_right()[0] * 1.004, None)}
     monkeypatch.setattr(tuning.backends, "missing", lambda *_: None)
-    with pytest.warns(UserWarning, match="triton does not run here: ValueError: its result is .* off the first way's"):
+    with pytest.warns(UserWarning, match="triton is left out: ValueError: its result is .* off the first way's"):
         found = tuning.in_turns("lora_matmul", "forward", runs, CPU)
     assert set(found) == {"reference", "augmented"}
