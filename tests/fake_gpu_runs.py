@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.fake_gpu import device
 
@@ -121,7 +122,7 @@ def uses(folder: Path) -> None:
     import torch
 
     import minitune as mt
-    from minitune.ops import checks
+    from minitune.ops import checks, tuning
     from tests.batches import documents, packed
     from tests.oracles import make
 
@@ -135,6 +136,17 @@ def uses(folder: Path) -> None:
             use(model)
             return {"waits": watch.waits}
 
+    def tune() -> dict[str, Any]:
+        """Nothing has a value here, so every result would differ."""
+        with (device.fake_gpu(), mock.patch.object(tuning, "_compare"),
+              mock.patch.object(torch.cuda, "_sleep", create=True)):
+            gpu = torch.device("cuda")
+            tables = [
+                tuning.measure({"qkv": (6144, 4096, 48)}, ("qkv",), (32, 8, 128), 16_384, 2048, torch.bfloat16, gpu),
+                tuning.attention_table((16, 8, 256), 4096, 4096, torch.bfloat16, gpu)]
+            return {"waits": {}, "ways": [[op, *shape, sorted(ms)] for table in tables for op, shapes in table.items()
+                                          for shape, ms in shapes.items()]}
+
     def save(model: Any) -> None:
         model.save_adapter(folder / "adapter")
         model.save_merged(folder / "merged")
@@ -143,6 +155,7 @@ def uses(folder: Path) -> None:
                                                 quiet=True))
     report("train, out", run, lambda model: mt.train(model, batches, tokens=64, out=folder / "run", save_every=2,
                                                      valid=batches[:1], moments="8bit", quiet=True))
+    report("tune", tune)
     report("evaluate", run, lambda model: mt.evaluate(model, batches))
     report("generate", run, lambda model: model.generate([[5, 6, 7], [8]], 9))
     report("sample", run, lambda model: model.generate([[5, 6, 7], [8]], 9, temperature=0.7, top_p=0.9, top_k=5))

@@ -53,6 +53,18 @@ def test_what_a_user_does_runs_and_a_run_waits_only_where_it_must(library):
     assert not {name: row for name, row in found.items() if row.get("error")}
     # Of six steps the last one's loss alone is asked for.
     assert list(found["train"]["waits"].values()) == [1]
+    every = ["augmented", "reference", "triton"]
+    assert found["tune"]["ways"] == [
+        ["lora_matmul forward bfloat16", 6144, 4096, 48, 16_384, every],
+        ["lora_matmul input bfloat16", 6144, 4096, 48, 16_384, every],
+        ["lora_matmul adapters bfloat16", 6144, 4096, 48, 16_384, ["reference", "triton"]],
+        ["lora_matmul forward bfloat16 nf4", 6144, 4096, 48, 16_384, every],
+        ["lora_matmul input bfloat16 nf4", 6144, 4096, 48, 16_384, every],
+        ["rms_norm s bfloat16", 4096, 48, 16_384, ["reference", "triton"]],
+        ["attention forward bfloat16", 32, 8, 128, 2048, ["cudnn", "reference", "triton"]],
+        ["attention backward bfloat16", 32, 8, 128, 2048, ["reference", "triton"]],
+        ["attention forward bfloat16", 16, 8, 256, 4096, ["reference", "triton"]],     # cuDNN knows no such heads
+        ["attention backward bfloat16", 16, 8, 256, 4096, ["reference", "triton"]]]
     assert not any("step.py" in place for row in found.values() for place in row["waits"])
 
 

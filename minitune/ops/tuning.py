@@ -131,9 +131,13 @@ def _each(ways: tuple[str, ...], run: Callable[[str], Results]) -> Runs:
     return {way: functools.partial(run, way) for way in ways}
 
 
+class _NotTaken(Exception):
+    """The way that is asked for is none at this shape; another one would be timed under its name."""
+
+
 def _check_taken(way: str, taken: str) -> None:
     if taken != way:
-        raise ValueError(f"{taken} is taken at this shape")
+        raise _NotTaken
 
 
 def in_turns(op: str, step: str, runs: Runs, device: torch.device) -> dict[str, float]:
@@ -152,6 +156,9 @@ def in_turns(op: str, step: str, runs: Runs, device: torch.device) -> dict[str, 
                         _compare(results, expected)
                         del results
                     ms = _milliseconds(run, device)
+            except _NotTaken:
+                del runs[way]
+                continue
             except getattr(torch, "AcceleratorError", ()):      # the device is lost: nothing more can be measured
                 raise
             except Exception as error:      # of the compiler, of the library: whatever it is, this way is no choice
