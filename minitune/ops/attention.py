@@ -1,8 +1,9 @@
 """attention: causal, grouped-query, within each document of a flat packed stream, optionally in a sliding window.
 
-On a CPU: matrix products over blocks of queries, one pass for each group of documents of about one length. On a GPU:
-torch's own kernels (`attention_library`) or our Triton kernel, for the forward and for the backward whichever was
-measured to be the fastest; what goes from one to the other is the log-sum-exp. `reference` is what all must equal.
+On a CPU one pass for each group of documents of about one length: forward torch's own kernel; backward, and forward
+where a window hides something, matrix products over blocks of queries. On a GPU torch's own kernels
+(`attention_library`) or our Triton kernel, for the forward and for the backward whichever was measured to be the
+fastest; what goes from one to the other is the log-sum-exp. `reference` is what all must equal.
 
 Every backward is repeatable to the bit but one, cuDNN's: it is taken only where "cudnn" is asked for by name
 (MINITUNE_BACKEND=cudnn, `backends.use("cudnn")`).
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -82,16 +84,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
     if way != "blocks":
         out, graph = attention_library.forward(q, k, v, documents, window, needs_backward, way == "cudnn graph")
         return out, Saved(q, k, v, documents, window, graph)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for group in _groups(documents):
-        heads = k.shape[1]
-        qs, ks, vs = _scaled(group.take(q, heads)), group.take(k, heads), group.take(v, heads)
-        result = torch.empty_like(qs)
-        for begin, end, first in _blocks(group.length, window, qs.shape[1]):
-            p = _probabilities(qs, _keys(ks, first, end), begin, first, window)
-            result[:, :, begin:end] = _split_group(torch.bmm(p, _keys(vs, first, end)), qs)
-        group.put(out, result)
-    return out, Saved(q, k, v, documents, window)
+    return _on_cpu(q, k, v, documents, window), Saved(q, k, v, documents, window)
 
 
 def forward_way(q: Tensor, k: Tensor, documents: Documents, window: int | None) -> str:
@@ -192,7 +185,28 @@ def backward(dout: Tensor, saved: Saved, gradient: Tensor, keep_graph: bool = Fa
         qs, ks, vs = _scaled(group.take(q, heads)), group.take(k, heads), group.take(v, heads)
         upstream = group.take(dout, heads, zero_padding=True)
         for whole, part in zip(parts, _backward_group(upstream, qs, ks, vs, group.length, window), strict=True):
-            group.put(whole, part)
+            group.put(whole, group.in_rows(part))
+
+
+# ---- on a CPU -------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
+    """Shapes as in `reference`."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for group in _groups(documents):
+        if window is None or window >= group.length:
+            qs, ks, vs = (group.batched(x) for x in (q, k, v))
+            attended = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            group.put(out, attended.transpose(1, 2).flatten(0, 1))
+            continue
+        heads = k.shape[1]
+        qs, ks, vs = _scaled(group.take(q, heads)), group.take(k, heads), group.take(v, heads)
+        result = torch.empty_like(qs)
+        for begin, end, first in _blocks(group.length, window, qs.shape[1]):
+            p = _probabilities(qs, _keys(ks, first, end), begin, first, window)
+            result[:, :, begin:end] = _split_group(torch.bmm(p, _keys(vs, first, end)), qs)
+        group.put(out, group.in_rows(result))
+    return out
 
 
 def _backward_group(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, length: int,
@@ -302,9 +316,16 @@ class _Group(NamedTuple):
         x = x.unflatten(0, (self.n, -1)).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
         return x.clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
+    def batched(self, x: Tensor) -> Tensor:
+        """[T, heads, d] -> [n, heads, length, d]; a view where the documents lie side by side."""
+        return x[self.rows].unflatten(0, (self.n, -1)).transpose(1, 2)
+
+    def in_rows(self, x: Tensor) -> Tensor:
+        """The way back from `take`: [n·kv_heads, group, length, d] -> [n · length, heads, d]."""
+        return x.unflatten(0, (self.n, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+
     def put(self, target: Tensor, x: Tensor) -> None:
-        """The way back: [n·kv_heads, group, length, d] into the group's rows of target [T, heads, d]."""
-        x = x.unflatten(0, (self.n, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+        """x [n · length, heads, d] into the group's rows of target [T, heads, d]."""
         if self.valid is None or isinstance(self.rows, slice):
             target[self.rows] = x
         else:
