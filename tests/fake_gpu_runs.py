@@ -210,3 +210,4 @@ if __name__ == "__main__":
     device.load(sys.argv[1])
     with tempfile.TemporaryDirectory() as place:
         {"steps": steps, "uses": uses, "faults": faults, "memory": memory}[sys.argv[2]](Path(place))
+    device.leave()

@@ -237,6 +237,7 @@ from tests import gpu_small_ops
 with device.fake_gpu() as watch:
     gpu_small_ops.main([])
 print(json.dumps([*watch.launches, *watch.ops]))
+device.leave()
 """
 
 

@@ -14,13 +14,14 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 TOTAL = 143_771 << 20
@@ -161,6 +162,13 @@ def fake_gpu(native: bool = True) -> Iterator[Any]:
         stack.callback(lambda: [table.cache_clear() for table in tables])
         with watch.fake, watch:
             yield watch
+
+
+def leave() -> NoReturn:
+    """End the process with success, without taking it apart: now and then autograd's thread for a device that is not
+    there outlives what it stands on, and the process would be aborted."""
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _address(watch: Any) -> Callable[[Any], int]:

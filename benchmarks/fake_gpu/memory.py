@@ -119,6 +119,7 @@ def main() -> None:
               f"moments {row['moments']}: {row['peak_bytes'] / 1e9:.2f} GB", flush=True)
         found.append(row)
     print(f"raw figures: {save('memory', {'kind': 'memory', 'device': 'none', 'rows': found}, told.out).name}")
+    device.leave()
 
 
 if __name__ == "__main__":
