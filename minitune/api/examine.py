@@ -117,6 +117,9 @@ def validation_batches(batches: Iterable[Batch]) -> list[Batch]:
     """One epoch of validation data, kept, since it is read at every evaluation. InputError where nothing is trained."""
     epoch = getattr(batches, "epoch", None)
     kept = list(batches if epoch is None else epoch(0))
+    for each in kept:
+        if not isinstance(each, Batch):
+            raise InputError(f"train: valid gives {short(each)}; give a file, a list of samples (dicts), or batches")
     if not any(batch.n_trained for batch in kept):
         raise InputError("train: the validation data has no trained token, so there is no loss to measure on it")
     return kept

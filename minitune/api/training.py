@@ -146,6 +146,8 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
                          "valid=… (held-out data) or ask=… (questions), or leave it out")
     if isinstance(batches, Sequence):
         check_vocabulary("data", batches, model)
+        if not batches:
+            raise InputError("train: data is an empty list; give samples (dicts), batches, or a file")
         if not any(batch.n_trained for batch in batches):
             raise InputError("train: the data has no trained token (no batch, or all labels are -100)")
     elif isinstance(batches, Stream) and not batches.n_trained:

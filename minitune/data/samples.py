@@ -29,7 +29,10 @@ def how_to_give(value: Any) -> str:
     """What to write in the place of a table that is not taken as it is; empty for anything else."""
     if isinstance(value, Mapping):
         name = next((name for name, table in value.items() if are_samples(table)), None)
-        return "" if name is None else f"give one of its tables, such as data[{name!r}]"
+        if name is not None:
+            return f"give one of its tables, such as data[{name!r}]"
+        columns = value and not any(isinstance(share, int | float) for share in value.values())
+        return "give a list of dicts, one a sample" if columns else ""
     if hasattr(value, "to_dict") and hasattr(value, "columns"):
         return 'give data.to_dict("records")'
     return ""

@@ -208,6 +208,9 @@ def stream(path: str | Path | Sequence[Any] | Mapping[Any, float], tokenizer: To
     if not hasattr(tokenizer, "encode_many"):
         raise InputError(f"stream: tokenizer is {short(tokenizer)}; give model.tokenizer, or "
                          "mt.data.load_tokenizer(folder)")
+    if field_map is not None and not isinstance(field_map, Mapping):
+        raise InputError(f"stream: field_map is {short(field_map)}; give {{our field: your field}}, such as "
+                         '{"prompt": "question"}')
     check_whole("stream", "tokens", tokens, low=2)      # the last token of a row is never trained
     return Stream(read_parts(path, tokenizer, field_map, cache, progress), tokens, epochs=epochs, seed=seed,
                   shuffle=shuffle, long=long)

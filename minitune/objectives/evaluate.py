@@ -44,7 +44,9 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:
     The model is in eval mode meanwhile. The device is asked once, at the end. Logits exist for a chunk of positions at
     a time. InputError where no token is trained.
     """
-    if isinstance(batches, str | os.PathLike | Batch):
+    if not hasattr(model, "network"):
+        raise InputError(f"evaluate: model is {short(model)}; give what mt.load returns, then the batches")
+    if isinstance(batches, str | os.PathLike | Batch) or not isinstance(batches, Iterable):
         raise InputError(f"evaluate: batches is {short(batches)}; {GIVE}")
     was_training = model.training
     model.eval()

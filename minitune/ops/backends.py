@@ -40,8 +40,14 @@ _forced: list[str] = []
 
 def backends(device: str | torch.device | None = None) -> dict[str, str]:
     """What there is on `device` (default: CUDA where there is one, else the CPU): for each backend "available", or why
-    it is not; for each op the backend that it takes."""
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    it is not; for each op the backend that it takes. InputError for a device that torch does not know, and for an
+    unknown name in MINITUNE_BACKEND."""
+    asked()
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"backends: device is {device!r}, which torch does not know ({str(error)[:80]}); give \"cpu\" "
+                         'or "cuda"') from None
     found = {}
     for name in NAMES:
         try:
@@ -131,6 +137,8 @@ def missing(name: str, device: torch.device) -> str | None:
     """Why a backend cannot run on a device, or None. InputError for an extension that is there but does not load."""
     if name == "reference":
         return None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no GPU here"
     if name == "native":
         return _native(device.type)
     if name == "cudnn":

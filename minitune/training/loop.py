@@ -143,7 +143,7 @@ def _endless(batches: Iterable[Batch], skip: int) -> Iterator[Batch]:
         for batch in drawn:
             if not isinstance(batch, Batch):
                 raise InputError(f"training: the data gives {short(batch)}; it must give batches, as mt.data.stream "
-                                 "and mt.data.pack make them")
+                                 "and mt.data.pack make them, or be a list of samples (dicts)")
             n_trained += batch.n_trained
             if skip:
                 skip -= 1

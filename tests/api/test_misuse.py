@@ -106,6 +106,11 @@ def test_entries_of_other_trainers_are_answered_with_ours():
 def test_evaluate_takes_batches(tiny):
     with pytest.raises(mt.InputError, match=r"evaluate: batches holds \{'text': 'a'\}; give a list of batches, or"):
         mt.evaluate(mt.load(tiny), [{"text": "a"}])
+    for wrong in (None, 3):
+        with pytest.raises(mt.InputError, match=f"evaluate: batches is {wrong}; give a list of batches"):
+            mt.evaluate(mt.load(tiny), wrong)
+    with pytest.raises(mt.InputError, match=r"evaluate: model is \[\]; give what mt.load returns"):
+        mt.evaluate([], mt.load(tiny))
     with pytest.raises(mt.InputError, match=r"evaluate: batches is 'a\.jsonl'; give a list of batches, or mt\.data"):
         mt.evaluate(mt.load(tiny), "a.jsonl")
 

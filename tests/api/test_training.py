@@ -278,5 +278,9 @@ def test_samples_in_memory_train_as_a_file_of_them_does_and_go_on(tiny, data, tm
         mt.train(model(tiny), [3, 4], tokens=64)
     with pytest.raises(mt.InputError, match=r"stream: path is .*; give one of its tables, such as data\['a'\]"):
         mt.train(model(tiny), {"a": rows}, tokens=64)
+    with pytest.raises(mt.InputError, match=r"train: valid gives \{.*; give a file, a list of samples"):
+        mt.train(model(tiny), rows, valid=(row for row in held), tokens=64)
+    with pytest.raises(mt.InputError, match="train: data is an empty list; give samples"):
+        mt.train(model(tiny), [], tokens=64)
     with pytest.raises(mt.InputError, match=r"training: the data gives \{.*; it must give batches"):
         mt.train(model(tiny), iter(rows), tokens=64, max_steps=2)

@@ -55,6 +55,12 @@ def test_fields_have_other_names(tokenizer: Tokenizer) -> None:
     assert stream.n_documents == 1
 
 
+@pytest.mark.parametrize("field_map", ["prompt=question", ["prompt=question"], 3])
+def test_a_field_map_is_a_mapping(field_map: Any, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"stream: field_map is .*; give .our field: your field., such as"):
+        data.stream(ROWS, tokenizer, tokens=64, field_map=field_map)
+
+
 @pytest.mark.parametrize(("row", "message"), [
     ({"text": {1, 2}}, "samples: row 2: holds what JSON cannot say .*; give texts, numbers, lists and dicts"),
     ({"text": "\ud800"}, "samples: row 2: holds the lone surrogate"),
@@ -109,6 +115,8 @@ class Frame:
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"train": Table(ROWS)}, r"path is .*; give one of its tables, such as data\['train'\]"),
+    ({"text": ["a", "b"]}, "path is .*; give a list of dicts, one a sample"),
+    ({"prompt": "a", "completion": "b"}, "path is .*; give a list of dicts, one a sample"),
     (Frame(), r'path is .*; give data.to_dict\("records"\)'), ([[1, 2]], "path is .*, or samples as a list of dicts")])
 def test_other_tables_are_answered_with_how_to_give_them(given: Any, message: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=message):

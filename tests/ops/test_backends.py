@@ -62,6 +62,8 @@ def test_an_unknown_name_is_an_error(monkeypatch):
         pass
     monkeypatch.setenv("MINITUNE_BACKEND", "fast")
     with pytest.raises(mt.InputError, match="MINITUNE_BACKEND is 'fast'"):
+        mt.backends()
+    with pytest.raises(mt.InputError, match="MINITUNE_BACKEND is 'fast'"):
         backends.choose("nf4", CPU)
 
 
@@ -115,3 +117,10 @@ def test_use_ends_with_its_block():
     with backends.use("reference"):
         assert backends.choose("nf4", CPU) == "reference"
     assert backends.choose("nf4", CPU) == before
+
+
+def test_a_device_that_is_not_there():
+    with pytest.raises(mt.InputError, match="backends: device is 'nonsense', which torch does not know"):
+        mt.backends("nonsense")
+    if not torch.cuda.is_available():
+        assert mt.backends("cuda")["triton"] == mt.backends("cuda")["cudnn"] == "torch finds no GPU here"
