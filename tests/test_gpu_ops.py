@@ -22,6 +22,7 @@ from benchmarks.fake_gpu import device as fake
 from benchmarks.gpu import run_bounded
 from minitune.config import ModelConfig, Rope
 from minitune.ops import backends, checks, rms_norm, tuned
+from minitune.ops.deterministic import deterministic
 
 ROOT = Path(__file__).parents[1]
 BIG = {"n_layers": 32, "head_dim": 128}
@@ -47,19 +48,12 @@ every_case = pytest.mark.parametrize(("config", "tokens", "place", "way"), [
 def poisoned_memory(device):
     """Within it torch.empty and its like give NaN, and the largest number in integers: what was never written shows.
 
-    torch fills new memory where its deterministic mode is on. That only warns here: a product of cuBLAS would ask for
-    a workspace setting. The flag alone: the public switch also imports the compiler and changes its settings.
+    torch fills it in its deterministic mode, which only warns here: a product of cuBLAS would ask for a workspace
+    setting.
     """
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
+    with deterministic(warn_only=True, fill=True):
         assert torch.empty(1000, dtype=torch.bfloat16, device=device).isnan().all(), "new memory is not filled"
         yield
-    finally:
-        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _chosen(way, device):

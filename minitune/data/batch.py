@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -120,7 +120,7 @@ class Batch:
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
             object.__setattr__(moved, name, change(value) if isinstance(value, Tensor) else value)
-        object.__setattr__(moved, "documents", Documents(moved.cu_seqlens, self.documents.lengths))
+        object.__setattr__(moved, "documents", replace(self.documents, cu_seqlens=moved.cu_seqlens))
         return moved
 
     def pin_memory(self) -> Batch:

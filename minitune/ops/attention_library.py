@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torch.utils.deterministic
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minitune.ops.deterministic import deterministic
 from minitune.ops.documents import Documents
 
 _SWITCH = threading.Lock()
@@ -88,21 +88,11 @@ def flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 def _deterministic() -> Iterator[None]:
     """FlashAttention's backward adds in a fixed order only where this flag is set and more than a wish.
 
-    The flag alone: torch's public switch also rewrites the compiler's settings, which are the user's, and fills every
-    new tensor. Around FlashAttention only: the library's products would ask for a workspace setting.
+    Around FlashAttention only: the library's products would ask for a workspace setting. Two GPUs' backwards run in
+    threads of their own, so they take turns at the flag.
     """
-    _SWITCH.acquire()       # two GPUs' backwards run in threads of their own
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory      # type: ignore[attr-defined]
-    torch._C._set_deterministic_algorithms(True, warn_only=False)
-    torch.utils.deterministic.fill_uninitialized_memory = False     # type: ignore[attr-defined]
-    try:
+    with _SWITCH, deterministic(warn_only=False, fill=False):
         yield
-    finally:
-        torch._C._set_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-        _SWITCH.release()
 
 
 # ---- cuDNN ----------------------------------------------------------------------------------------------------------

@@ -27,8 +27,7 @@ Table = dict[str, dict[Shape, dict[str, float]]]
 
 
 EXACT = ("cudnn",)
-"""Ways that count at measured shapes alone: for every other one the library would first make a plan, for tens of
-milliseconds."""
+"""Ways that count at measured shapes alone: for every other one the library would first make a plan."""
 _forced: dict[str, str] = {}
 
 

@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 
 import torch
-import torch.utils.deterministic
 from torch import Tensor
 
 from minitune.ops import attention, backends, lora_matmul, nf4, rms_norm, rope, tuned
 from minitune.ops.augmented import Augmented
+from minitune.ops.deterministic import deterministic
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
 from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4
@@ -25,8 +25,8 @@ Runs = dict[str, Callable[[], Results]]
 ROUNDS = 9
 """Each way runs so many times, in turns with the others; the median counts."""
 AGREE = 0.02
-"""How far a way may be from the first one, norm of the difference over norm. In bf16 two right ones are 0.002 to 0.01
-apart; a mistaken unit of the log-sum-exp, or columns left out, are a tenth or more."""
+"""How far a way may be from the first one, norm of the difference over norm: rounding in 16 bits stays well below it,
+another unit of the log-sum-exp or a part left unwritten does not. Finer faults are for `minitune doctor`."""
 
 
 def measure(products: dict[str, tuple[int, int, int]], normed: Collection[str], heads: tuple[int, int, int],
@@ -174,19 +174,11 @@ def in_turns(op: str, step: str, runs: Runs, device: torch.device) -> dict[str, 
 def _poisoned() -> Iterator[None]:
     """Within it new memory holds NaN: what a way leaves unwritten is no right result of the way before.
 
-    torch fills it where its deterministic mode is on; here that only warns, and nobody needs to hear it.
+    torch fills it in its deterministic mode, which only warns here, and nobody needs to hear it.
     """
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory      # type: ignore[attr-defined]
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True      # type: ignore[attr-defined]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+    with deterministic(warn_only=True, fill=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _compare(results: Results, expected: list[Tensor]) -> None:

@@ -24,6 +24,7 @@ def test_padding_changes_no_loss_and_no_gradient(tmp_path, weighted):
                               weights=torch.rand(batch.n_tokens))
     padded = graph.padded(batch, 9, 33)
     assert len(padded.cu_seqlens) == 10 and len(padded.trained) == 33 and padded.n_trained == batch.n_trained
+    assert not padded.documents.exact and not padded.to("cpu").documents.exact      # nobody chooses a way by them
     results = []
     for each in (batch, padded):
         loss, n = sft(model, each)
