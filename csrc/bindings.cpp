@@ -1,5 +1,6 @@
 // bindings.cpp: the module minitune._C: the schemas of the ops and their CPU half.
 #include "bindings.h"
+#include "cpu_isa.h"
 #include "nf4_cpu.h"
 #include "rows.h"
 
@@ -14,13 +15,6 @@ namespace {
 // About what one thread does in the time that waking another takes.
 constexpr int64_t kValuesPerThread = 131072;
 
-int chosen_isa() {
-  const char* error = "";
-  const int isa = nf4_cpu_isa(&error);
-  if (isa < 0) throw std::runtime_error(error);
-  return isa;
-}
-
 // Fresh memory that is about to be written whole. To touch its pages for the first time costs more than the decoding;
 // of the huge ones there are 512 times fewer. Only pages that lie whole within the tensor are asked for.
 void expect_writes(void* data, int64_t bytes) {
@@ -33,7 +27,7 @@ void expect_writes(void* data, int64_t bytes) {
 }
 
 void launch(const Nf4Dequantize& work, const Tensor&) {
-  const int isa = chosen_isa();
+  const int isa = cpu_isa();
   const int64_t blocks = ceil_div(work.rows * work.columns, int64_t(1) << work.block_shift);
   torch::stable::parallel_for(0, blocks, kValuesPerThread >> work.block_shift, [&](int64_t first, int64_t last) {
     nf4_cpu_dequantize(&work, isa, first, last);
@@ -41,7 +35,7 @@ void launch(const Nf4Dequantize& work, const Tensor&) {
 }
 
 void launch(const Nf4Quantize& work, const Tensor&) {
-  const int isa = chosen_isa();
+  const int isa = cpu_isa();
   const int64_t blocks = ceil_div(work.n, int64_t(1) << work.block_shift);
   torch::stable::parallel_for(0, blocks, kValuesPerThread >> work.block_shift, [&](int64_t first, int64_t last) {
     nf4_cpu_quantize(&work, isa, first, last);
@@ -86,7 +80,7 @@ void nf4_product(const Tensor& packed, const Tensor& absmax, const Optional& nes
   work.dtype = kind;
   if (columns == 0) fail(op, ": x has no elements");
   uint8_t* out = static_cast<uint8_t*>(y.mutable_data_ptr());
-  const int isa = chosen_isa();
+  const int isa = cpu_isa();
   std::vector<float> wide(static_cast<size_t>(columns)), sums(static_cast<size_t>(rows));
   for (int64_t i = 0; i < columns; ++i)
     wide[i] = kind == NF4_F32 ? static_cast<const float*>(given)[i]
@@ -101,16 +95,16 @@ void nf4_product(const Tensor& packed, const Tensor& absmax, const Optional& nes
   });
 }
 
-PyObject* cpu_isa(PyObject*, PyObject*) {
+PyObject* isa_name(PyObject*, PyObject*) {
   const char* error = "";
-  const int isa = nf4_cpu_isa(&error);
-  if (isa >= 0) return PyUnicode_FromString(nf4_cpu_isa_name(isa));
+  const int isa = cpu_isa(&error);
+  if (isa >= 0) return PyUnicode_FromString(cpu_isa_name(isa));
   PyErr_SetString(PyExc_RuntimeError, error);
   return nullptr;
 }
 
 PyMethodDef methods[] = {
-    {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set that the CPU ops would take now: portable, avx2 or avx512."},
+    {"cpu_isa", isa_name, METH_NOARGS, "The instruction set that the CPU ops take now: portable, avx2, avx512 or amx."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 }  // namespace

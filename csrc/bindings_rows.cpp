@@ -1,14 +1,11 @@
 // bindings_rows.cpp: the ops of rows.h under torch's dispatcher. Results go where the caller says, so nothing is made here.
-#include "checks.h"
-#include "nf4.h"
-#include "rows.h"
-
-#include <type_traits>
+#include "checks_rows.h"
+#include "cpu_isa.h"
 
 namespace rows {
 const Path& path_of(int isa) {
 #if defined(__x86_64__)
-  static const Path* const paths[3] = {&kPortable, &kAvx2, &kAvx512};
+  static const Path* const paths[4] = {&kPortable, &kAvx2, &kAvx512, &kAvx512};
   return *paths[isa];
 #else
   return kPortable;
@@ -21,57 +18,6 @@ using namespace rows;
 
 // About what one thread does in the time that waking another takes.
 constexpr int64_t kValuesPerThread = 16384;
-
-const Path& chosen_path() {
-  const char* error = "";
-  const int isa = nf4_cpu_isa(&error);
-  if (isa < 0) throw std::runtime_error(error);
-  return path_of(isa);
-}
-
-// The shape of [tokens, width] or [tokens, inner, width].
-Shape shape_of(const char* op, const char* name, const Tensor& x) {
-  const ScalarType dtype = x.scalar_type();
-  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16)
-    fail(op, ": ", name, " is ", toString(dtype), "; it must be float32 or bfloat16");
-  if (x.dim() != 2 && x.dim() != 3) fail(op, ": ", name, " has ", x.dim(), " dimensions; it must have 2 or 3");
-  return {x.size(0), x.dim() == 3 ? x.size(1) : 1, x.size(x.dim() - 1), dtype == ScalarType::Float ? F32 : BF16};
-}
-
-// Where the rows of x lie, which must have `shape`, heads side by side and values side by side.
-Rows rows_of(const char* op, const char* name, const Tensor& x, const Shape& shape) {
-  const Shape own = shape_of(op, name, x);
-  if (own.tokens != shape.tokens || own.inner != shape.inner || own.width != shape.width || own.dtype != shape.dtype)
-    fail(op, ": ", name, " is ", own.tokens, " x ", own.inner, " x ", own.width, " of ", toString(x.scalar_type()),
-         "; it must be ", shape.tokens, " x ", shape.inner, " x ", shape.width, " of the first argument's dtype");
-  const int64_t row = own.inner * own.width, pitch = own.tokens > 1 ? x.stride(0) : row;
-  const bool heads = x.dim() == 2 || own.inner < 2 || x.stride(1) == own.width;
-  int64_t extent = 0;
-  if ((own.width > 1 && x.stride(x.dim() - 1) != 1) || !heads || pitch < row ||
-      __builtin_mul_overflow(own.tokens - 1, pitch, &extent) || __builtin_add_overflow(extent, row, &extent))
-    fail(op, ": ", name, " has rows that are not contiguous, or overlap");
-  return {const_cast<void*>(address(op, name, x, own.tokens && row ? extent : 0)), pitch};
-}
-
-Rows rows_of(const char* op, const char* name, const Optional& x, const Shape& shape) {
-  return x.has_value() ? rows_of(op, name, *x, shape) : Rows{nullptr, 0};
-}
-
-// The same of what is written to: memory that is shared until then becomes its own.
-template <typename T>
-Rows written(const char* op, const char* name, const T& x, const Shape& shape) {
-  const Rows rows = rows_of(op, name, x, shape);
-  if constexpr (std::is_same_v<T, Tensor>) return rows.data ? Rows{x.mutable_data_ptr(), rows.pitch} : rows;
-  else return rows.data ? Rows{x->mutable_data_ptr(), rows.pitch} : rows;
-}
-
-template <typename T>
-T* vector_of(const char* op, const char* name, const Tensor& x, ScalarType dtype, int64_t numel) {
-  if (x.scalar_type() != dtype) fail(op, ": ", name, " is ", toString(x.scalar_type()), "; it must be ", toString(dtype));
-  if (!x.is_contiguous()) fail(op, ": ", name, " is not contiguous");
-  if (x.numel() != numel) fail(op, ": ", name, " has ", x.numel(), " elements; it must have ", numel);
-  return static_cast<T*>(const_cast<void*>(address(op, name, x, numel)));
-}
 
 const void* weight_of(const char* op, const Tensor& weight, const Shape& shape) {
   return vector_of<void>(op, "weight", weight, shape.dtype == F32 ? ScalarType::Float : ScalarType::BFloat16,
@@ -100,7 +46,7 @@ void rms_norm(const Tensor& x, const Optional& branch, const Tensor& weight, dou
   work.rstd = vector_of<float>(op, "rstd", rstd, ScalarType::Float, work.shape.tokens * work.shape.inner);
   work.eps = float(eps);
   work.stored = stored;
-  run(work, chosen_path().rms_norm);
+  run(work, path_of(cpu_isa()).rms_norm);
 }
 
 void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, const Tensor& weight, const Optional& past,
@@ -113,7 +59,7 @@ void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, co
   work.dx = written(op, "dx", dx, work.shape);
   work.weight = weight_of(op, weight, work.shape);
   work.rstd = vector_of<float>(op, "rstd", rstd, ScalarType::Float, work.shape.tokens * work.shape.inner);
-  run(work, chosen_path().rms_norm_backward);
+  run(work, path_of(cpu_isa()).rms_norm_backward);
 }
 
 Shape twice(const Shape& shape) { return {shape.tokens, shape.inner, 2 * shape.width, shape.dtype}; }
@@ -123,7 +69,7 @@ void swiglu(const Tensor& gate_up, const Tensor& h) {
   Swiglu work{shape_of(op, "h", h)};
   work.h = written(op, "h", h, work.shape);
   work.gate_up = rows_of(op, "gate_up", gate_up, twice(work.shape));
-  run(work, chosen_path().swiglu);
+  run(work, path_of(cpu_isa()).swiglu);
 }
 
 void swiglu_backward(const Tensor& dh, const Tensor& gate_up, const Tensor& gradient, const Optional& h) {
@@ -133,7 +79,7 @@ void swiglu_backward(const Tensor& dh, const Tensor& gate_up, const Tensor& grad
   work.h = written(op, "h", h, work.shape);
   work.gate_up = rows_of(op, "gate_up", gate_up, twice(work.shape));
   work.gradient = written(op, "gradient", gradient, twice(work.shape));
-  run(work, chosen_path().swiglu_backward);
+  run(work, path_of(cpu_isa()).swiglu_backward);
 }
 
 void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back) {
@@ -145,7 +91,7 @@ void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back) {
   work.cos = vector_of<float>(op, "cos", cos, ScalarType::Float, angles);
   work.sin = vector_of<float>(op, "sin", sin, ScalarType::Float, angles);
   work.back = back;
-  run(work, chosen_path().rope);
+  run(work, path_of(cpu_isa()).rope);
 }
 
 void losses(const Tensor& logits, const Tensor& labels, const Tensor& out, double smoothing, bool gradient) {
@@ -160,7 +106,7 @@ void losses(const Tensor& logits, const Tensor& labels, const Tensor& out, doubl
   for (int64_t i = 0; i < work.shape.tokens; ++i)
     if (work.labels[i] < 0 || work.labels[i] >= work.shape.width)
       fail(op, ": label ", i, " is ", work.labels[i], "; it must be from 0 to ", work.shape.width - 1);
-  run(work, chosen_path().losses);
+  run(work, path_of(cpu_isa()).losses);
 }
 
 void softmax(const Tensor& scores, int64_t queries, int64_t begin, int64_t window) {
@@ -175,7 +121,7 @@ void softmax(const Tensor& scores, int64_t queries, int64_t begin, int64_t windo
   work.queries = queries;
   work.begin = begin;
   work.window = window;
-  run(work, chosen_path().softmax);
+  run(work, path_of(cpu_isa()).softmax);
 }
 
 void softmax_backward(const Tensor& dp, const Tensor& p) {
@@ -183,7 +129,7 @@ void softmax_backward(const Tensor& dp, const Tensor& p) {
   SoftmaxBackward work{shape_of(op, "dp", dp)};
   work.dp = written(op, "dp", dp, work.shape);
   work.p = rows_of(op, "p", p, work.shape);
-  run(work, chosen_path().softmax_backward);
+  run(work, path_of(cpu_isa()).softmax_backward);
 }
 
 void product(const Tensor& weight, const Tensor& x, const Tensor& y) {
@@ -196,7 +142,7 @@ void product(const Tensor& weight, const Tensor& x, const Tensor& y) {
   work.x = vector_of<void>(op, "x", x, dtype, work.shape.width);
   vector_of<void>(op, "y", y, dtype, work.shape.tokens);
   work.y = y.mutable_data_ptr();
-  run(work, chosen_path().product);
+  run(work, path_of(cpu_isa()).product);
 }
 }  // namespace
 

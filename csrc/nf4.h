@@ -50,12 +50,8 @@ struct Nf4QuantizeAbsmax {
 };
 
 extern "C" {
-// The CPU path that a call takes now: 0 portable, 1 AVX2, 2 AVX-512. -1 where MINITUNE_CPU_ISA cannot be met, and then
-// *error says why, until the next call on this thread.
-int nf4_cpu_isa(const char** error);
-const char* nf4_cpu_isa_name(int isa);
-
-// Blocks [first, last) of the work: a caller may split it over threads as it likes.
+// Blocks [first, last) of the work, by the instruction set `isa` (cpu_isa.h): a caller may split it over threads as it
+// likes.
 void nf4_cpu_dequantize(const Nf4Dequantize* work, int isa, int64_t first, int64_t last);
 // Flat values [first, last) to out, where value `first` goes; rows and pitch say nothing here.
 void nf4_cpu_decode(const Nf4Dequantize* work, int isa, int64_t first, int64_t last, void* out);

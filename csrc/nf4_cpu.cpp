@@ -1,12 +1,7 @@
-// nf4_cpu.cpp: NF4 on a CPU: the portable path, the choice of a path, and the work of all paths that is not their core.
+// nf4_cpu.cpp: NF4 on a CPU: the portable path, and the work of all paths that is not their core.
 #include "nf4_cpu.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 namespace nf4 {
 namespace {
@@ -76,23 +71,10 @@ constexpr void (*kEncodeLast[3])(const Nf4Quantize&, const float*) = {encode_las
 constexpr int64_t kBytes[3] = {4, 2, 2};
 
 #if defined(__x86_64__)
-const Path* const kPaths[3] = {&kPortable, &kAvx2, &kAvx512};
-
-int best_isa() {
-  unsigned eax, ebx, ecx = 0, edx;
-  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
-  if (!f16c || !__builtin_cpu_supports("avx2")) return 0;
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-             ? 2
-             : 1;
-}
+const Path* const kPaths[4] = {&kPortable, &kAvx2, &kAvx512, &kAvx512};
 #else
-const Path* const kPaths[3] = {&kPortable, &kPortable, &kPortable};
-
-int best_isa() { return 0; }
+const Path* const kPaths[4] = {&kPortable, &kPortable, &kPortable, &kPortable};
 #endif
-constexpr const char* kNames[3] = {"portable", "avx2", "avx512"};
 
 // Values [first, last) of one row, or of the whole where it has no gaps, to out.
 void decode_range(const Nf4Dequantize& work, const Path& path, int64_t first, int64_t last, uint8_t* out) {
@@ -108,27 +90,6 @@ void decode_range(const Nf4Dequantize& work, const Path& path, int64_t first, in
 }  // namespace nf4
 
 using namespace nf4;
-
-// The variable is read at every call, so that a test can go through the paths within one process.
-int nf4_cpu_isa(const char** error) {
-  static const int best = best_isa();
-  thread_local char message[160];
-  const char* asked = std::getenv("MINITUNE_CPU_ISA");
-  if (!asked || !*asked) return best;
-  for (int isa = 0; isa < 3; ++isa) {
-    if (std::strcmp(asked, kNames[isa])) continue;
-    if (isa <= best) return isa;
-    std::snprintf(message, sizeof message, "MINITUNE_CPU_ISA is %s, but this CPU has no more than %s", asked,
-                  kNames[best]);
-    *error = message;
-    return -1;
-  }
-  std::snprintf(message, sizeof message, "MINITUNE_CPU_ISA is '%.40s'; it must be portable, avx2 or avx512", asked);
-  *error = message;
-  return -1;
-}
-
-const char* nf4_cpu_isa_name(int isa) { return kNames[isa]; }
 
 void nf4_cpu_dequantize(const Nf4Dequantize* work, int isa, int64_t first, int64_t last) {
   const int64_t n = work->rows * work->columns;

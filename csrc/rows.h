@@ -94,6 +94,6 @@ struct Path {
   void (*product)(const Product&, int64_t first, int64_t last);
 };
 extern const Path kPortable, kAvx2, kAvx512;
-const Path& path_of(int isa);     // of an instruction set as nf4_cpu_isa counts them
+const Path& path_of(int isa);     // of an instruction set (cpu_isa.h)
 
 }  // namespace rows

@@ -74,8 +74,8 @@ def _chosen(way, device):
 
 def _ops_of(backend, device):
     """All that have it there."""
-    native_rows = backend == "native" and device.type == "cuda"      # those are for a CPU
-    return {op for op, has in backends.OPS.items() if backend in has and not (native_rows and op in backends.ROWS)}
+    of_cpu = (*backends.ROWS, "attention") if backend == "native" and device.type == "cuda" else ()
+    return {op for op, has in backends.OPS.items() if backend in has and op not in of_cpu}
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,8 @@
 MINITUNE_BACKEND=reference (or native, triton, cudnn), or `with backends.use("reference")`, overrides the choice for
 every op that has this backend; asking for one that is not available is an error, not a silent change. cudnn is
 attention's alone, forward and backward: fast where the documents are long and equally so, not repeatable to the bit.
-MINITUNE_CPU_ISA=portable (or avx2, avx512) lowers the instruction set of the native backend on a CPU.
+MINITUNE_CPU_ISA=portable (or avx2, avx512) lowers the instruction set of the native backend on a CPU; attention has a
+native half for amx alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "nf4": ("native", "triton"), "rms_norm": ("native", "triton"), "swiglu": ("native", "triton"),
     "rope": ("native", "triton"), "linear_cross_entropy": ("native", "triton"), "softmax": ("native",),
     "few_rows": ("native",), "lora_images": ("triton",), "lora_gradients": ("triton",), "adamw": ("triton",),
-    "sgd": ("triton",), "attention": ("triton", "cudnn"), "lora_matmul": ("triton",)}
+    "sgd": ("triton",), "attention": ("native", "triton", "cudnn"), "lora_matmul": ("triton",)}
 """What each op has beside its reference, the preferred one first."""
 ROWS = ("rms_norm", "swiglu", "rope", "linear_cross_entropy", "softmax", "few_rows")
 """Whose native half is for a CPU alone, and for ROWS_DTYPES (csrc/rows.h)."""
@@ -92,7 +93,7 @@ def choose(op: str, device: torch.device, measured: str | None = None, dtype: to
             raise InputError(f"the backend {told!r} was asked for, but on {device.type}: {reason}")
         if told not in but:
             return told
-    if op in MEASURED:
+    if op in MEASURED and not _has(op, "native", device, dtype):
         return "reference" if measured is None or (measured in NAMES and missing(measured, device)) else measured
     reasons = []
     for name in OPS[op]:
@@ -113,6 +114,8 @@ def _has(op: str, name: str, device: torch.device, dtype: torch.dtype | None) ->
         return name in OPS[op]
     if name == "native" and op in ROWS:
         return device.type == "cpu" and (dtype is None or dtype in ROWS_DTYPES)
+    if name == "native" and op == "attention":
+        return device.type == "cpu" and dtype in (None, torch.bfloat16) and _has_tiles()
     return name in OPS[op] and not (name == "triton" and dtype == torch.float64)
 
 
@@ -148,6 +151,11 @@ def missing(name: str, device: torch.device) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "Triton kernels need a GPU of sm_80 or newer"
     return _no_triton()
+
+
+def _has_tiles() -> bool:
+    """Whether the extension is there, and takes this CPU's matrix unit for bf16."""
+    return _native("cpu") is None and importlib.import_module("minitune._C").cpu_isa() == "amx"
 
 
 def _no_cudnn(device: torch.device) -> str | None:

@@ -147,7 +147,7 @@ def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
     _one_dtype("attention_backward", dout=dout, q=q, k=k, v=v, out=out)
     dout, q, k, v, out = _operands("attention_backward", dout=dout, q=q, k=k, v=v, out=out)
     saved = attention.Saved(q, k, v, Documents(cu_seqlens, tuple(lengths)), window, None, out, lse)
-    if not lse.numel():     # a way that keeps a graph, which no op can return, or a CPU's, which keeps nothing
+    if not lse.numel():     # a way that keeps a graph, which no op can return, or blocks, which keep nothing
         saved = attention.forward(q, k, v, saved.documents, window)[1]
     gradient = _side_by_side(q, k)
     attention.backward(dout, saved, gradient)
@@ -161,7 +161,7 @@ def _side_by_side(q: Tensor, k: Tensor) -> Tensor:
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: list[int],
                     window: int | None = None) -> tuple[Tensor, Tensor]:
     way = attention.forward_way(q, k, Documents(cu_seqlens, tuple(lengths)), window)
-    kept = way in ("triton", "flash", "cudnn")
+    kept = way in ("native", "triton", "flash", "cudnn")
     return _like(q), q.new_empty((q.shape[1], len(q)) if kept else 0, dtype=torch.float32)
 
 

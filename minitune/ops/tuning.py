@@ -27,6 +27,8 @@ ROUNDS = 9
 AGREE = 0.02
 """How far a way may be from the first one, norm of the difference over norm: rounding in 16 bits stays well below it,
 another unit of the log-sum-exp or a part left unwritten does not. Finer faults are for `minitune doctor`."""
+LIBRARY = ("flash", "documents", "blocks", "native")
+"""Ways of attention that are called "reference" in the table: what is taken where nothing is measured."""
 
 
 def measure(products: dict[str, tuple[int, int, int]], normed: Collection[str], heads: tuple[int, int, int],
@@ -106,7 +108,7 @@ def attention_table(heads: tuple[int, int, int], tokens: int, longest: int, dtyp
 
     def forward(way: str) -> Tensor:
         taken = attention.forward_way(q, k, documents, None)
-        _check_taken(way, "reference" if taken in ("blocks", "flash", "documents") else taken)
+        _check_taken(way, "reference" if taken in LIBRARY else taken)
         return attention.forward(q, k, v, documents)[0]
 
     def backward(way: str) -> Tensor:       # and back through the rotation, into one buffer: as the layer wants it
@@ -116,7 +118,8 @@ def attention_table(heads: tuple[int, int, int], tokens: int, longest: int, dtyp
             _check_taken(way, "reference")
             rope.join(*apart, cos, sin, gradient, back=True)
         else:
-            _check_taken(way, "triton" if saved.lse is not None else "reference")
+            taken = attention.backward_way(q, k, longest, None) if saved.lse is not None else "blocks"
+            _check_taken(way, "reference" if taken in LIBRARY else taken)
             attention.backward(dout, saved, gradient, keep_graph=True)
             rope.rotate_(gradient[:, : n_heads + kv_heads], cos, sin, back=True)
         return gradient

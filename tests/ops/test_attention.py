@@ -34,7 +34,7 @@ def _run(function, q, k, v, dout, documents, window):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("function", [attention.differentiable, attention_library.by_document],
-                         ids=["blocks", "library"])
+                         ids=["dispatch", "library"])
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_backward(case, function, dtype):
     lengths, heads, kv_heads, window = CASES[case]

@@ -106,10 +106,11 @@ def test_a_backend_is_asked_of_the_ops_that_have_it():
 def test_a_measured_op_takes_the_library_until_something_else_was_faster(monkeypatch):
     monkeypatch.delenv("MINITUNE_BACKEND", raising=False)
     monkeypatch.setattr(backends, "missing", lambda name, device: None)
-    assert backends.choose("attention", CPU) == "reference"
-    assert backends.choose("attention", CPU, measured="triton") == "triton"
-    with backends.use("reference"):
-        assert backends.choose("attention", CPU, measured="triton") == "reference"
+    for op, device in (("lora_matmul", CPU), ("attention", torch.device("cuda"))):
+        assert backends.choose(op, device) == "reference"
+        assert backends.choose(op, device, measured="triton") == "triton"
+        with backends.use("reference"):
+            assert backends.choose(op, device, measured="triton") == "reference"
 
 
 def test_use_ends_with_its_block():

@@ -203,6 +203,6 @@ def test_random_arguments_under_sanitizers(tmp_path):
     extension = next((tmp_path / "lib" / "minitune").glob("_C.*.so"))
     environment |= {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1",
                     "UBSAN_OPTIONS": "print_stacktrace=1"}
-    run = subprocess.run([sys.executable, Path(__file__).with_name("fuzz_nf4.py"), extension, "18000"], cwd=tmp_path,
+    run = subprocess.run([sys.executable, Path(__file__).with_name("fuzz_native.py"), extension, "20000"], cwd=tmp_path,
                          env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]

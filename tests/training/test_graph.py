@@ -47,7 +47,7 @@ CASES = {
     "auto": ("llama-2-gqa", {"memory": "auto"}, {}, "cpu", "memory is 'auto'"),
     "offload": ("llama-2-gqa", {"memory": "offload"}, {}, "cpu", "memory is 'offload'"),
     "dynamic RoPE": ("llama-dynamic", {}, {}, "cpu", "dynamic RoPE"),
-    "lengths": ("llama-2-gqa", {}, {}, "cpu", "lengths that the host has to know"),
+    "lengths": ("llama-2-gqa", {"dtype": "float32"}, {}, "cpu", "lengths that the host has to know"),
 }
 
 

@@ -1,4 +1,5 @@
-"""Calls the native NF4 ops with thousands of random arguments, right and wrong: `python fuzz_nf4.py EXTENSION ROUNDS`.
+"""Calls the native ops of NF4 and attention with thousands of random arguments, right and wrong:
+`python fuzz_native.py EXTENSION ROUNDS`.
 
 For an extension that is built with sanitizers (test_nf4_arguments.py builds and runs it). A wrong call must raise
 RuntimeError; a right one is held to a few lines of arithmetic. Nothing of minitune is imported but the file named.
@@ -171,20 +172,55 @@ def quantize_absmax() -> bool:
     return wrong
 
 
+def attention() -> bool:
+    """Forward or backward in tiles; what is behind the CPU's instruction set is refused."""
+    heads, kv_heads = random.choice([(1, 1), (2, 1), (4, 2), (3, 3)])
+    lengths = [random.choice([0, 1, 31, 32, 33, random.randint(2, 90)]) for _ in range(random.randint(1, 3))]
+    tokens, d, window = sum(lengths), random.choice([1, 16, 20, 64, 80]), random.choice([0, 0, 1, 5, 40, 10**12])
+    pitch = heads + 2 * kv_heads + random.choice([0, 1])
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+    def side_by_side() -> list:
+        return list(torch.randn(tokens, pitch, d).bfloat16()[:, : heads + 2 * kv_heads].split(
+            (heads, kv_heads, kv_heads), 1))
+
+    (q, k, v), out = side_by_side(), torch.zeros(tokens, heads, d, dtype=torch.bfloat16)
+    given = [q, k, v, bounds, window, out, torch.zeros(heads, tokens)]
+    backward = random.random() < 0.5
+    if backward:
+        given = [torch.randn(tokens, heads, d).bfloat16(), q, k, v, out, torch.zeros(heads, tokens), bounds, window,
+                 *side_by_side()]
+    wrong = random.random() < 0.7
+    if wrong:
+        at = random.randrange(len(given))
+        if isinstance(given[at], int):
+            given[at] = random.choice([-1, -HUGE[3]])
+        elif given[at] is bounds and random.random() < 0.7:
+            given[at] = torch.randint(-5, tokens + 5, (len(bounds),)).to(torch.int32)
+        else:
+            given[at] = spoil(given[at])
+    op = torch.ops.minitune.attention_amx_backward if backward else torch.ops.minitune.attention_amx
+    op(*given)
+    if not wrong and tokens and not backward:
+        first = [int(bounds[i]) for i in range(len(lengths)) if lengths[i]]      # each sees itself alone
+        assert torch.equal(out[first], v[first].repeat_interleave(heads // kv_heads, 1)), "a wrong value"
+    return wrong
+
+
 def main() -> None:
     path, rounds = sys.argv[1], int(sys.argv[2])
     loader = importlib.machinery.ExtensionFileLoader("_C", path)
     extension = importlib.util.module_from_spec(importlib.util.spec_from_file_location("_C", path, loader=loader))
     loader.exec_module(extension)
     os.environ.pop("MINITUNE_CPU_ISA", None)
-    best, names = extension.cpu_isa(), ["portable", "avx2", "avx512"]
+    best, names = extension.cpu_isa(), ["portable", "avx2", "avx512", "amx"]
     counts = {"right": 0, "wrong, refused": 0, "wrong, harmless": 0}
     for round_ in range(rounds):
         random.seed(round_)
         torch.manual_seed(round_)
         os.environ["MINITUNE_CPU_ISA"] = random.choice(names[: names.index(best) + 1])
         try:
-            wrong = random.choice([dequantize, dequantize, product, quantize, quantize_absmax])()
+            wrong = random.choice([dequantize, dequantize, product, quantize, quantize_absmax, attention, attention])()
             counts["wrong, harmless" if wrong else "right"] += 1
         except (RuntimeError, TypeError):      # TypeError: what no tensor is, in a tensor's place
             counts["wrong, refused"] += 1

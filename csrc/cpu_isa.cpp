@@ -1,0 +1,74 @@
+// cpu_isa.cpp: the instruction sets of this CPU, by name and in order.
+#include "cpu_isa.h"
+
+#include "attention.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+constexpr const char* kNames[4] = {"portable", "avx2", "avx512", "amx"};
+
+#if defined(__x86_64__)
+// Whether there are tiles for bf16, and this process may use them, for which Linux wants to be asked.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr int kPermit = 0x1023, kTileData = 18;      // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx >> 22 & 5u) != 5u) return false;    // BF16 and TILE
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax >> 5 & 1u)) return false;          // AVX512_BF16
+  return attention::kBuilt && syscall(SYS_arch_prctl, kPermit, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+int best_isa() {
+  unsigned eax, ebx, ecx = 0, edx;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+  if (!f16c || !__builtin_cpu_supports("avx2")) return PORTABLE;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return !avx512 ? AVX2 : has_amx() ? AMX : AVX512;
+}
+#else
+int best_isa() { return PORTABLE; }
+#endif
+}  // namespace
+
+// The variable is read at every call, so that a test can go through the paths within one process.
+int cpu_isa(const char** error) {
+  static const int best = best_isa();
+  thread_local char message[160];
+  const char* asked = std::getenv("MINITUNE_CPU_ISA");
+  if (!asked || !*asked) return best;
+  *error = message;
+  for (int isa = PORTABLE; isa <= AMX; ++isa) {
+    if (std::strcmp(asked, kNames[isa])) continue;
+    if (isa <= best) return isa;
+    std::snprintf(message, sizeof message, "MINITUNE_CPU_ISA is %s, but this CPU has no more than %s", asked,
+                  kNames[best]);
+    return -1;
+  }
+  std::snprintf(message, sizeof message, "MINITUNE_CPU_ISA is '%.40s'; it must be portable, avx2, avx512 or amx", asked);
+  return -1;
+}
+
+int cpu_isa() {
+  const char* error = "";
+  const int isa = cpu_isa(&error);
+  if (isa < 0) throw std::runtime_error(error);
+  return isa;
+}
+
+const char* cpu_isa_name(int isa) { return kNames[isa]; }

@@ -1,0 +1,10 @@
+// cpu_isa.h: which instruction set the ops of a CPU take now: the best of this machine, or what MINITUNE_CPU_ISA lowers
+// it to.
+#pragma once
+
+enum CpuIsa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };     // each has all that those before it have
+
+// -1 where MINITUNE_CPU_ISA cannot be met, and then *error says why, until the next call on this thread.
+int cpu_isa(const char** error);
+int cpu_isa();                          // the same, which throws std::runtime_error
+const char* cpu_isa_name(int isa);

@@ -1,0 +1,139 @@
+// tiles.h: matrix products in the tile registers of Intel AMX, and how their operands are laid out.
+//
+// A tile is 16 rows of 64 bytes: 16 x 32 bf16 of a left operand; 16 pairs of rows x 16 columns of a right one, a pair's
+// two values of a column side by side; or 16 x 16 fp32 of a result. Rows are packed by slabs of 32. Operands lie in
+// panels of 16 rows (left) or 16 columns (right), a panel's tiles one behind the other along the axis that is summed.
+// No include guard: the including file has set its target, and a namespace of its own for it.
+
+constexpr int64_t kSlab = 32;         // rows or columns of a product: two tiles by two
+constexpr int64_t kTile = 512;        // bf16 values of a tile
+constexpr int64_t kSquare = 1024;     // fp32 values of a slab of sums, [32, 32]
+
+// Gives all eight registers their full size, for as long as it lives.
+struct Tiles {
+  struct alignas(64) Config {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  Tiles() {
+    const Config config;
+    asm volatile("" : : "r"(&config) : "memory");     // gcc's intrinsics do not say that they read all of what they read
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// Registers 0 to 3 hold 32 x 32 sums.
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+inline void load_sums(const float* sums) {
+  asm volatile("" : : : "memory");
+  _tile_loadd(0, sums, 128);
+  _tile_loadd(1, sums + 16, 128);
+  _tile_loadd(2, sums + 512, 128);
+  _tile_loadd(3, sums + 528, 128);
+}
+
+inline void store_sums(float* sums) {
+  _tile_stored(0, sums, 128);
+  _tile_stored(1, sums + 16, 128);
+  _tile_stored(2, sums + 512, 128);
+  _tile_stored(3, sums + 528, 128);
+  asm volatile("" : : : "memory");
+}
+
+// Adds two panels of `left` times two of `right`, over `steps` tiles; panels of one operand are so many values apart.
+inline void multiply(const uint16_t* left, int64_t left_panel, const uint16_t* right, int64_t right_panel,
+                     int64_t steps) {
+  asm volatile("" : : : "memory");
+  for (int64_t step = 0; step < steps; ++step, left += kTile, right += kTile) {
+    _tile_loadd(4, left, 64);
+    _tile_loadd(6, right, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, right + right_panel, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, left + left_panel, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// rows[i] becomes column i: 16 x 16 values of 32 bits.
+inline void transpose(__m512i rows[16]) {
+  __m512i pairs[16], fours[16];
+  for (int i = 0; i < 8; ++i) {
+    pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+    pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i)
+    for (int half = 0; half < 2; ++half) {
+      fours[4 * i + 2 * half] = _mm512_unpacklo_epi64(pairs[4 * i + half], pairs[4 * i + 2 + half]);
+      fours[4 * i + 2 * half + 1] = _mm512_unpackhi_epi64(pairs[4 * i + half], pairs[4 * i + 2 + half]);
+    }
+  for (int j = 0; j < 4; ++j) {       // lane l of fours[4 i + j]: column 4 l + j of the rows 4 i to 4 i + 3
+    const __m512i even0 = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88);
+    const __m512i odd0 = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xdd);
+    const __m512i even1 = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
+    const __m512i odd1 = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xdd);
+    rows[j] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+    rows[4 + j] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+    rows[8 + j] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+    rows[12 + j] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+  }
+}
+
+inline __m512i load_bits(const void* at) { return _mm512_loadu_si512(at); }
+inline void store_bits(void* at, __m512i bits) { _mm512_storeu_si512(at, bits); }
+
+// a0 b0 a1 b1 …: `half` 0 of the first 16 values of each, 1 of the last 16.
+inline __m512i interleave(__m512i a, __m512i b, int half) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i first = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_or_si512(lanes, _mm512_set1_epi32(32)), 16));
+  return _mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(short(16 * half))), b);
+}
+
+// ---- operands from a slab: 32 rows of `width` values, a multiple of 32, side by side ---------------------------------
+// Slab `i` of the rows of a left operand, which sums along the width.
+inline void rows_as_left(const uint16_t* slab, int64_t width, int64_t i, uint16_t* left) {
+  uint16_t* tile = left + i * kSlab * width;
+  for (int64_t panel = 0; panel < 2; ++panel)
+    for (int64_t step = 0; step < width / 32; ++step, tile += kTile)
+      for (int64_t row = 0; row < 16; ++row)
+        store_bits(tile + 32 * row, load_bits(slab + (16 * panel + row) * width + 32 * step));
+}
+
+// Slab `i` of the columns of a right operand, which sums along the width: the slab's transpose.
+inline void rows_as_right(const uint16_t* slab, int64_t width, int64_t i, uint16_t* right) {
+  uint16_t* tile = right + i * kSlab * width;
+  for (int64_t panel = 0; panel < 2; ++panel)
+    for (int64_t step = 0; step < width / 32; ++step, tile += kTile) {
+      __m512i rows[16];
+      for (int64_t row = 0; row < 16; ++row) rows[row] = load_bits(slab + (16 * panel + row) * width + 32 * step);
+      transpose(rows);
+      for (int64_t row = 0; row < 16; ++row) store_bits(tile + 32 * row, rows[row]);
+    }
+}
+
+// Step `i` of `steps` of operands that sum along the rows, of either or both kinds: a right one with the slab's columns,
+// a left one with its transpose's rows.
+inline void columns(const uint16_t* slab, int64_t width, int64_t i, int64_t steps, uint16_t* right, uint16_t* left) {
+  for (int64_t column = 0; column < width; column += 32)
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t tile = ((column / 16 + half) * steps + i) * kTile;
+      __m512i pairs[16];
+      for (int64_t pair = 0; pair < 16; ++pair)
+        pairs[pair] = interleave(load_bits(slab + 2 * pair * width + column),
+                                 load_bits(slab + (2 * pair + 1) * width + column), int(half));
+      if (right)
+        for (int64_t pair = 0; pair < 16; ++pair) store_bits(right + tile + 32 * pair, pairs[pair]);
+      if (!left) continue;
+      transpose(pairs);
+      for (int64_t row = 0; row < 16; ++row) store_bits(left + tile + 32 * row, pairs[row]);
+    }
+}
