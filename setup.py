@@ -26,6 +26,10 @@ from setuptools.errors import BaseError, CCompilerError
 FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
          "-fvisibility=hidden", "-g0", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
          "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030b0000"]
+TILES = """#include <immintrin.h>
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16")
+void tiles() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); _tile_release(); }
+"""
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 HEADERS = ["setup.py", *(f"csrc/{name}.h" for name in (
@@ -107,6 +111,8 @@ def _prepare(extension):
     except Exception as error:      # a half-installed torch fails in many ways, and the install has to go on
         raise NotBuilt(f"torch cannot be imported ({error}); install it first, then minitune with "
                        "--no-build-isolation") from None
+    if extension is CPU and _takes_tiles():
+        extension.define_macros = [*extension.define_macros, ("MINITUNE_AMX", None)]
     home = Path(torch.__file__).parent
     extension.include_dirs = [str(home / "include")]
     extension.library_dirs = [str(home / "lib")]
@@ -121,6 +127,16 @@ def _prepare(extension):
             raise NotBuilt("MINITUNE_CUDA=0" if asked == "0" else f"torch {torch.__version__} is built without CUDA")
         if torch.version.cuda:
             extension.libraries = [*extension.libraries, "torch_cuda"]
+
+
+def _takes_tiles():
+    """Whether the compiler, and the assembler behind it, know AMX; only then attention in tiles is built."""
+    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()
+    try:
+        return not subprocess.run([*compiler, "-x", "c++", "-c", "-", "-o", os.devnull], input=TILES, text=True,
+                                  capture_output=True).returncode
+    except OSError:
+        return False        # no compiler: the build will say so
 
 
 def _find_nvcc():

@@ -1,18 +1,11 @@
-// attention_amx.h: what the forward and the backward of attention.h in tiles share: a task, its memory, rows in and out,
-// and what is done lane by lane. No include guard, as tiles.h.
+// attention_amx.h: what attention.h's forward and backward in tiles share: a task, its memory, rows in and out, and
+// what is done lane by lane. No include guard, as tiles.h.
 #include "tiles.h"
 
-// ---- what a task works on --------------------------------------------------------------------------------------------
+// ---- what a task works on -----------------------------------------------------------------------------------------
 struct Part {
-  int64_t start, length, slabs, kv_head, group, width, steps;     // width: head_dim, rounded up to `steps` tiles
-
-  Part(const Work& work, int64_t task) {
-    const int64_t document = task / work.kv_heads;
-    start = work.starts[document];
-    kv_head = task % work.kv_heads;
-    size(work, work.starts[document + 1] - start);
-  }
-  Part(const Work& work, int64_t longest, std::nullptr_t) { size(work, longest); }
+  int64_t start, length, slabs, kv_head, first_head, end_head;      // heads: of the queries
+  int64_t width, steps;                                             // head_dim, rounded up to `steps` tiles
 
   // The slabs that a position of slab i may see, and those that may see it: [first, i], [i, last].
   int64_t first_seen(const Work& work, int64_t i) const {
@@ -21,21 +14,24 @@ struct Part {
   int64_t last_seeing(const Work& work, int64_t i) const {
     return std::min(slabs - 1, (kSlab * i + kSlab - 1 + work.window - 1) / kSlab);
   }
-
- private:
-  void size(const Work& work, int64_t tokens) {
-    length = tokens;
-    slabs = (tokens + kSlab - 1) / kSlab;
-    group = work.heads / work.kv_heads;
-    steps = (work.head_dim + 31) / 32;
-    width = 32 * steps;
-  }
 };
 
-int64_t longest(const Work& work) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < work.documents; ++i) found = std::max<int64_t>(found, work.starts[i + 1] - work.starts[i]);
-  return found;
+Part part_of(const Work& work, int64_t task) {
+  const int64_t document = task / (work.kv_heads * work.splits), kv_head = task / work.splits % work.kv_heads;
+  const int64_t split = task % work.splits, group = work.heads / work.kv_heads, head = kv_head * group;
+  const int64_t start = work.starts[document], length = work.starts[document + 1] - start;
+  const int64_t steps = (work.head_dim + 31) / 32;
+  return {start, length, (length + kSlab - 1) / kSlab, kv_head, head + group * split / work.splits,
+          head + group * (split + 1) / work.splits, 32 * steps, steps};
+}
+
+Part longest_part(const Work& work) {
+  Part longest = part_of(work, 0);
+  for (int64_t document = 1; document < work.documents; ++document) {
+    const Part part = part_of(work, document * work.kv_heads * work.splits);
+    if (part.length > longest.length) longest = part;
+  }
+  return longest;
 }
 
 // Pieces of a thread's room, one behind the other; without a room they are only counted.
@@ -51,7 +47,7 @@ struct Pieces {
   }
 };
 
-// ---- in and out ------------------------------------------------------------------------------------------------------
+// ---- in and out ---------------------------------------------------------------------------------------------------
 inline __mmask32 columns_of(const Work& work, int64_t column) {
   const int64_t n = work.head_dim - column;
   return n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1;
@@ -94,7 +90,7 @@ void write_transposed(const Work& work, const Part& part, const Heads& x, int64_
   write_square(work, part, x, head, i, column, turned, factor);
 }
 
-// ---- lane by lane ----------------------------------------------------------------------------------------------------
+// ---- lane by lane -------------------------------------------------------------------------------------------------
 // 2^x within two ulp (the polynomial of Cephes' exp2f); 0 below the smallest normal number.
 inline __m512 power_of_two(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);

@@ -1,9 +1,9 @@
-// attention_amx_backward.cpp: the backward of attention.h in tiles, FlashAttention-2's (Dao, arXiv 2307.08691, algorithm
-// 2). With s = scale · k·q, keys x queries: p = exp(s - lse), dv = Σ p do, dp = v·do, ds = p (dp - do·o),
+// attention_amx_backward.cpp: attention.h's backward in tiles, FlashAttention-2's (Dao, arXiv 2307.08691, alg. 2).
+// With s = scale · k·q, keys x queries: p = exp(s - lse), dv = Σ p do, dp = v·do, ds = p (dp - do·o),
 // dq = scale Σ ds k, dk = scale Σ ds q.
 #include "attention.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#if defined(MINITUNE_AMX)
 #include <immintrin.h>
 
 #include <algorithm>
@@ -18,9 +18,10 @@ namespace {
 constexpr int64_t kBlock = 4;       // slabs of keys and of queries whose probabilities are kept to be multiplied
 
 struct BackwardRoom {
-  uint16_t *keys, *keys_across, *values, *slab;               // left operands, that sum along the head or across keys
+  uint16_t *keys, *keys_across, *values;                      // left operands, that sum along the head or across keys
   uint16_t *query, *query_across, *dout, *dout_across;        // right operands of one head
-  uint16_t *p, *ds, *ds_across;                               // left, left, right: [kBlock keys, kBlock queries]
+  uint16_t *p, *ds, *ds_across;                               // left, left, right: kBlock slabs of keys, of queries
+  uint16_t* slab;                                             // rows as they came
   float *scores, *dp, *dq, *dk, *dv, *lse, *delta;            // sums; lse · log2(e); delta: do·o
 
   BackwardRoom(const Part& part, Pieces pieces, size_t* used = nullptr) {
@@ -41,10 +42,10 @@ void read_head(const Work& work, const Part& part, const BackwardRoom& room, int
   for (int64_t i = 0; i < part.slabs; ++i) {
     read_slab(work, part, work.q, head, i, room.slab);
     rows_as_right(room.slab, part.width, i, room.query);
-    columns(room.slab, part.width, i, part.slabs, room.query_across, nullptr);
+    columns_as_right(room.slab, part.width, i, part.slabs, room.query_across);
     read_slab(work, part, work.dout, head, i, room.slab);
     rows_as_right(room.slab, part.width, i, room.dout);
-    columns(room.slab, part.width, i, part.slabs, room.dout_across, nullptr);
+    columns_as_right(room.slab, part.width, i, part.slabs, room.dout_across);
     for (int64_t row = 0; row < kSlab; ++row) {
       const int64_t token = kSlab * i + row;
       room.lse[token] = room.delta[token] = 0.0f;
@@ -90,12 +91,12 @@ void form_gradients(const Work& work, const BackwardRoom& room, int64_t i, int64
   }
 }
 
-// What the queries of the slabs from i0 on and the keys of those from j0 on, up to kBlock of each, add to the gradients.
+// What the queries of the slabs from i0 on and the keys of those from j0 on, kBlock of each, add to the gradients.
 void backward_block(const Work& work, const Part& part, const BackwardRoom& room, int64_t i0, int64_t j0) {
   const int64_t i1 = std::min(i0 + kBlock, part.slabs), j1 = std::min(j0 + kBlock, part.slabs);
   const int64_t head_panel = part.steps * kTile, slab_panel = part.slabs * kTile, block_panel = kBlock * kTile;
-  const auto add = [&](float* sums, const uint16_t* left, int64_t left_panel, const uint16_t* right, int64_t right_panel,
-                       int64_t steps) {
+  const auto add = [](float* sums, const uint16_t* left, int64_t left_panel, const uint16_t* right,
+                      int64_t right_panel, int64_t steps) {
     load_sums(sums);
     multiply(left, left_panel, right, right_panel, steps);
     store_sums(sums);
@@ -130,33 +131,35 @@ void backward_block(const Work& work, const Part& part, const BackwardRoom& room
 
 size_t room_backward(const Work& work) {
   size_t used = 0;
-  BackwardRoom(Part(work, longest(work), nullptr), {nullptr}, &used);
+  BackwardRoom(longest_part(work), {nullptr}, &used);
   return used;
 }
 
 void backward(const Work& work, int64_t task, void* memory) {
   const Tiles tiles;
-  const Part part(work, task);
+  const Part part = part_of(work, task);
   const BackwardRoom room(part, {static_cast<uint8_t*>(memory)});
   const size_t sums = size_t(part.slabs * part.steps * kSquare) * sizeof(float);
   for (int64_t i = 0; i < part.slabs; ++i) {
     read_slab(work, part, work.k, part.kv_head, i, room.slab);
     rows_as_left(room.slab, part.width, i, room.keys);
-    columns(room.slab, part.width, i, part.slabs, nullptr, room.keys_across);
+    columns_as_left(room.slab, part.width, i, part.slabs, room.keys_across);
     read_slab(work, part, work.v, part.kv_head, i, room.slab);
     rows_as_left(room.slab, part.width, i, room.values);
   }
   std::memset(room.dk, 0, sums);
   std::memset(room.dv, 0, sums);
-  for (int64_t head = part.kv_head * part.group; head < (part.kv_head + 1) * part.group; ++head) {
+  for (int64_t head = part.first_head; head < part.end_head; ++head) {
     read_head(work, part, room, head);
     std::memset(room.dq, 0, sums);
     for (int64_t i = 0; i < part.slabs; i += kBlock)
       for (int64_t j = part.first_seen(work, i) / kBlock * kBlock; j <= i; j += kBlock)
         backward_block(work, part, room, i, j);
     for (int64_t i = 0; i < part.slabs; ++i)
-      for (int64_t step = 0; step < part.steps; ++step)
-        write_transposed(work, part, work.dq, head, i, 32 * step, room.dq + (i * part.steps + step) * kSquare, work.scale);
+      for (int64_t step = 0; step < part.steps; ++step) {
+        const float* square = room.dq + (i * part.steps + step) * kSquare;
+        write_transposed(work, part, work.dq, head, i, 32 * step, square, work.scale);
+      }
   }
   for (int64_t i = 0; i < part.slabs; ++i)
     for (int64_t step = 0; step < part.steps; ++step) {

@@ -1,9 +1,9 @@
-// attention_amx_forward.cpp: the forward of attention.h in tiles, FlashAttention's (Dao et al., arXiv 2205.14135,
-// algorithm 1). Scores are formed transposed, keys x queries: all that a softmax does over the keys is done lane by lane,
-// and the probabilities are the right operand of the product that follows as they come.
+// attention_amx_forward.cpp: attention.h's forward in tiles, FlashAttention's (Dao et al., arXiv 2205.14135, alg. 1).
+// Scores are formed transposed, keys x queries: all that a softmax does over the keys is done lane by lane, and the
+// probabilities are the right operand of the product that follows as they come.
 #include "attention.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#if defined(MINITUNE_AMX)
 #include <immintrin.h>
 
 #include <algorithm>
@@ -18,8 +18,10 @@ namespace {
 constexpr int64_t kChunk = 8;       // slabs of keys between two looks at the largest score of a query
 
 struct ForwardRoom {
-  uint16_t *keys, *values, *query, *p, *slab;     // left operands, a right one, a right one
-  float *scores, *sums;                           // [kChunk keys, queries], [width, queries]
+  uint16_t *keys, *values;            // left operands, that sum along the head and along the keys
+  uint16_t *query, *p;                // right operands of one slab of queries
+  uint16_t* slab;                     // rows as they came
+  float *scores, *sums;               // [kChunk slabs of keys, queries], [width, queries]
 
   ForwardRoom(const Part& part, Pieces pieces, size_t* used = nullptr) {
     keys = pieces.take<uint16_t>(part.slabs * kSlab * part.width);
@@ -39,7 +41,8 @@ void form_scores(const Work& work, const Part& part, const ForwardRoom& room, in
   for (int64_t j = 0; j < count; ++j) {
     float* scores = room.scores + j * kSquare;
     zero_sums();
-    multiply(room.keys + (first + j) * kSlab * part.width, part.steps * kTile, room.query, part.steps * kTile, part.steps);
+    const int64_t panel = part.steps * kTile;
+    multiply(room.keys + 2 * (first + j) * panel, panel, room.query, panel, part.steps);
     store_sums(scores);
     if (!hides(work, i, first + j)) continue;
     for (int64_t key = 0; key < kSlab; ++key)
@@ -65,13 +68,14 @@ __m512 exponentials(const ForwardRoom& room, int64_t half, int64_t count, float 
   for (int64_t key = 0; key < kSlab * count; ++key) peak = _mm512_max_ps(peak, _mm512_loadu_ps(scores + 32 * key));
   const __mmask16 any = _mm512_cmp_ps_mask(peak, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
   const __m512 base = _mm512_maskz_mov_ps(any, peak);
-  const auto p_of = [&](__m512 score) {       // the difference first: it is exact where it matters, however large both are
+  const auto p_of = [&](__m512 score) {       // the difference first: exact where it matters, however large both are
     return power_of_two(_mm512_mul_ps(_mm512_sub_ps(score, base), times));
   };
   const __m512 past = p_of(seen.peak);
   __m512 total = _mm512_mul_ps(seen.total, past);
   for (int64_t pair = 0; pair < kSlab * count / 2; ++pair) {
-    const __m512 even = p_of(_mm512_loadu_ps(scores + 64 * pair)), odd = p_of(_mm512_loadu_ps(scores + 64 * pair + 32));
+    const __m512 even = p_of(_mm512_loadu_ps(scores + 64 * pair));
+    const __m512 odd = p_of(_mm512_loadu_ps(scores + 64 * pair + 32));
     total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
     const __m512i both = __m512i(_mm512_cvtne2ps_pbh(odd, even));
     store_bits(room.p + half * kChunk * kTile + 32 * pair, interleave(both, _mm512_alignr_epi64(both, both, 4), 0));
@@ -104,7 +108,8 @@ void forward_slab(const Work& work, const Part& part, const ForwardRoom& room, i
     for (int64_t step = 0; step < part.steps; ++step) {
       if (first > begin) load_sums(room.sums + step * kSquare);
       else zero_sums();
-      multiply(room.values + (2 * step * part.slabs + first) * kTile, part.slabs * kTile, room.p, kChunk * kTile, count);
+      const uint16_t* values = room.values + (2 * step * part.slabs + first) * kTile;
+      multiply(values, part.slabs * kTile, room.p, kChunk * kTile, count);
       store_sums(room.sums + step * kSquare);
     }
   }
@@ -128,21 +133,21 @@ const bool kBuilt = true;
 
 size_t room_forward(const Work& work) {
   size_t used = 0;
-  ForwardRoom(Part(work, longest(work), nullptr), {nullptr}, &used);
+  ForwardRoom(longest_part(work), {nullptr}, &used);
   return used;
 }
 
 void forward(const Work& work, int64_t task, void* memory) {
   const Tiles tiles;
-  const Part part(work, task);
+  const Part part = part_of(work, task);
   const ForwardRoom room(part, {static_cast<uint8_t*>(memory)});
   for (int64_t i = 0; i < part.slabs; ++i) {
     read_slab(work, part, work.k, part.kv_head, i, room.slab);
     rows_as_left(room.slab, part.width, i, room.keys);
     read_slab(work, part, work.v, part.kv_head, i, room.slab);
-    columns(room.slab, part.width, i, part.slabs, nullptr, room.values);
+    columns_as_left(room.slab, part.width, i, part.slabs, room.values);
   }
-  for (int64_t head = part.kv_head * part.group; head < (part.kv_head + 1) * part.group; ++head)
+  for (int64_t head = part.first_head; head < part.end_head; ++head)
     for (int64_t i = 0; i < part.slabs; ++i) forward_slab(work, part, room, head, i);
 }
 

@@ -17,20 +17,24 @@ Heads heads_of(const Rows& rows) { return {static_cast<uint16_t*>(rows.data), ro
 
 // Shapes and documents; q, k and v.
 Work operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, int64_t window) {
-  if (cpu_isa() != AMX) fail(op, ": this CPU has no AMX, or MINITUNE_CPU_ISA lowers its instruction set");
+  if (cpu_isa() != ISA_AMX)
+    fail(op, ": no AMX here: the CPU, its kernel or the compiler has none, or MINITUNE_CPU_ISA lowers it");
   Work work{};
   const Shape queries = shape_of(op, "q", q), keys = shape_of(op, "k", k);
-  if (queries.dtype != BF16) fail(op, ": q is ", toString(q.scalar_type()), "; it must be bfloat16");
+  if (queries.dtype != BF16 || keys.dtype != BF16)
+    fail(op, ": q is ", toString(q.scalar_type()), ", k ", toString(k.scalar_type()), "; both must be bfloat16");
   if (q.dim() != 3 || k.dim() != 3) fail(op, ": q and k have ", q.dim(), " and ", k.dim(), " dimensions, not 3 each");
   if (keys.tokens != queries.tokens || keys.width != queries.width)
     fail(op, ": k is ", keys.tokens, " x ", keys.inner, " x ", keys.width, " beside q, ", queries.tokens, " x ",
          queries.inner, " x ", queries.width, "; tokens and head_dim must be the same");
   if (keys.inner == 0 || queries.inner % keys.inner)
     fail(op, ": q has ", queries.inner, " heads, k ", keys.inner, "; the first must be a multiple of the second");
+  if (queries.width == 0) fail(op, ": q has heads without values");
   work.tokens = queries.tokens;
   work.heads = queries.inner;
   work.kv_heads = keys.inner;
   work.head_dim = queries.width;
+  work.splits = 1;
   work.scale = 1.0f / std::sqrt(float(work.head_dim));
   if (window < 0) fail(op, ": window is ", window, "; it must not be negative");
   work.window = window == 0 || window > work.tokens ? std::max(work.tokens, int64_t(1)) : window;
@@ -46,23 +50,24 @@ Work operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   return work;
 }
 
-// Every task, on as many threads as there are, the longest documents first. Whoever is free takes the next one: which
-// thread that is changes no result.
-void run(const Work& work, size_t room, void (*function)(const Work&, int64_t, void*), const Tensor& beside) {
-  if (work.tokens == 0 || work.head_dim == 0) return;
+// Every task, the longest documents first. Whichever thread is free takes the next one, which changes no result.
+void run(const Work& work, size_t (*room_of)(const Work&), void (*function)(const Work&, int64_t, void*),
+         const Tensor& beside) {
+  if (work.tokens == 0) return;
+  const int64_t room = int64_t(room_of(work));
   std::vector<int64_t> documents(size_t(work.documents));
   std::iota(documents.begin(), documents.end(), 0);
   const auto length = [&](int64_t document) { return work.starts[document + 1] - work.starts[document]; };
   std::stable_sort(documents.begin(), documents.end(), [&](int64_t a, int64_t b) { return length(a) > length(b); });
-  const int64_t tasks = work.documents * work.kv_heads;
+  const int64_t of_each = work.kv_heads * work.splits, tasks = work.documents * of_each;
   const int64_t workers = std::min(tasks, int64_t(torch::stable::get_num_threads()));
-  const Tensor rooms = torch::stable::new_empty(beside, {workers, int64_t(room)}, ScalarType::Byte);
+  const Tensor rooms = torch::stable::new_empty(beside, {workers, room}, ScalarType::Byte);
   uint8_t* first_room = static_cast<uint8_t*>(rooms.mutable_data_ptr());
   std::atomic<int64_t> next_room{0}, next_task{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    uint8_t* own = first_room + next_room++ * int64_t(room);
+    uint8_t* own = first_room + next_room++ * room;
     for (int64_t task = next_task++; task < tasks; task = next_task++)
-      function(work, documents[size_t(task / work.kv_heads)] * work.kv_heads + task % work.kv_heads, own);
+      function(work, documents[size_t(task / of_each)] * of_each + task % of_each, own);
   });
 }
 
@@ -73,7 +78,9 @@ void attention_amx(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   work.out = heads_of(written(op, "out", out, shape_of(op, "q", q)));
   vector_of<float>(op, "lse", lse, ScalarType::Float, work.heads * work.tokens);
   work.lse = static_cast<float*>(lse.mutable_data_ptr());
-  run(work, attention::room_forward(work), attention::forward, q);
+  const int64_t pairs = std::max(int64_t(1), work.documents * work.kv_heads);
+  work.splits = std::min(work.heads / work.kv_heads, ceil_div(int64_t(torch::stable::get_num_threads()), pairs));
+  run(work, attention::room_forward, attention::forward, q);
 }
 
 void attention_amx_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
@@ -88,15 +95,15 @@ void attention_amx_backward(const Tensor& dout, const Tensor& q, const Tensor& k
   work.dq = heads_of(written(op, "dq", dq, queries));
   work.dk = heads_of(written(op, "dk", dk, keys));
   work.dv = heads_of(written(op, "dv", dv, keys));
-  run(work, attention::room_backward(work), attention::backward, q);
+  run(work, attention::room_backward, attention::backward, q);
 }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minitune, library) {
   library.def("attention_amx(Tensor q, Tensor k, Tensor v, Tensor starts, int window, Tensor(a!) out, Tensor(b!) lse)"
               " -> ()");
-  library.def("attention_amx_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
-              "int window, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+  library.def("attention_amx_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts,"
+              " int window, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minitune, CPU, library) {

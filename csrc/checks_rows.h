@@ -49,7 +49,8 @@ Rows written(const char* op, const char* name, const T& x, const Shape& shape) {
 
 template <typename T>
 T* vector_of(const char* op, const char* name, const Tensor& x, ScalarType dtype, int64_t numel) {
-  if (x.scalar_type() != dtype) fail(op, ": ", name, " is ", toString(x.scalar_type()), "; it must be ", toString(dtype));
+  if (x.scalar_type() != dtype)
+    fail(op, ": ", name, " is ", toString(x.scalar_type()), "; it must be ", toString(dtype));
   if (!x.is_contiguous()) fail(op, ": ", name, " is not contiguous");
   if (x.numel() != numel) fail(op, ": ", name, " has ", x.numel(), " elements; it must have ", numel);
   return static_cast<T*>(const_cast<void*>(address(op, name, x, numel)));

@@ -20,7 +20,7 @@ namespace {
 constexpr const char* kNames[4] = {"portable", "avx2", "avx512", "amx"};
 
 #if defined(__x86_64__)
-// Whether there are tiles for bf16, and this process may use them, for which Linux wants to be asked.
+// Whether there are tiles for bf16, and this process may use them: Linux wants to be asked, once and for all.
 bool has_amx() {
 #if defined(__linux__)
   constexpr int kPermit = 0x1023, kTileData = 18;      // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -33,34 +33,43 @@ bool has_amx() {
 #endif
 }
 
+// Without tiles: who asks for less gets by without that permission.
 int best_isa() {
   unsigned eax, ebx, ecx = 0, edx;
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
-  if (!f16c || !__builtin_cpu_supports("avx2")) return PORTABLE;
+  if (!f16c || !__builtin_cpu_supports("avx2")) return ISA_PORTABLE;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return !avx512 ? AVX2 : has_amx() ? AMX : AVX512;
+  return avx512 ? ISA_AVX512 : ISA_AVX2;
 }
 #else
-int best_isa() { return PORTABLE; }
+bool has_amx() { return false; }
+
+int best_isa() { return ISA_PORTABLE; }
 #endif
 }  // namespace
 
 // The variable is read at every call, so that a test can go through the paths within one process.
 int cpu_isa(const char** error) {
-  static const int best = best_isa();
+  static const int plain = best_isa();
   thread_local char message[160];
   const char* asked = std::getenv("MINITUNE_CPU_ISA");
-  if (!asked || !*asked) return best;
-  *error = message;
-  for (int isa = PORTABLE; isa <= AMX; ++isa) {
-    if (std::strcmp(asked, kNames[isa])) continue;
-    if (isa <= best) return isa;
-    std::snprintf(message, sizeof message, "MINITUNE_CPU_ISA is %s, but this CPU has no more than %s", asked,
-                  kNames[best]);
-    return -1;
+  int isa = ISA_AMX;
+  if (asked && *asked)
+    for (isa = ISA_PORTABLE; isa <= ISA_AMX && std::strcmp(asked, kNames[isa]);) ++isa;
+  if (isa <= plain) return isa;
+  if (isa == ISA_AMX) {
+    static const bool tiles = plain == ISA_AVX512 && has_amx();
+    if (tiles) return isa;
+    if (!asked || !*asked) return plain;
   }
-  std::snprintf(message, sizeof message, "MINITUNE_CPU_ISA is '%.40s'; it must be portable, avx2, avx512 or amx", asked);
+  *error = message;
+  if (isa <= ISA_AMX)
+    std::snprintf(message, sizeof message, "MINITUNE_CPU_ISA is %s, but no more than %s can be used here", asked,
+                  kNames[plain]);
+  else
+    std::snprintf(message, sizeof message, "MINITUNE_CPU_ISA is '%.40s'; it must be portable, avx2, avx512 or amx",
+                  asked);
   return -1;
 }
 

@@ -2,7 +2,7 @@
 // it to.
 #pragma once
 
-enum CpuIsa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };     // each has all that those before it have
+enum CpuIsa : int { ISA_PORTABLE, ISA_AVX2, ISA_AVX512, ISA_AMX };      // each has all that those before it have
 
 // -1 where MINITUNE_CPU_ISA cannot be met, and then *error says why, until the next call on this thread.
 int cpu_isa(const char** error);

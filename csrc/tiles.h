@@ -18,8 +18,9 @@ struct Tiles {
   };
   Tiles() {
     const Config config;
-    asm volatile("" : : "r"(&config) : "memory");     // gcc's intrinsics do not say that they read all of what they read
+    asm volatile("" : : "r"(&config) : "memory");     // gcc's intrinsics do not say all that they read
     _tile_loadconfig(&config);
+    asm volatile("" : : "r"(&config) : "memory");
   }
   ~Tiles() { _tile_release(); }
 };
@@ -98,7 +99,7 @@ inline __m512i interleave(__m512i a, __m512i b, int half) {
   return _mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(short(16 * half))), b);
 }
 
-// ---- operands from a slab: 32 rows of `width` values, a multiple of 32, side by side ---------------------------------
+// ---- operands from a slab: 32 rows of `width` values, a multiple of 32, side by side ------------------------------
 // Slab `i` of the rows of a left operand, which sums along the width.
 inline void rows_as_left(const uint16_t* slab, int64_t width, int64_t i, uint16_t* left) {
   uint16_t* tile = left + i * kSlab * width;
@@ -120,20 +121,25 @@ inline void rows_as_right(const uint16_t* slab, int64_t width, int64_t i, uint16
     }
 }
 
-// Step `i` of `steps` of operands that sum along the rows, of either or both kinds: a right one with the slab's columns,
-// a left one with its transpose's rows.
-inline void columns(const uint16_t* slab, int64_t width, int64_t i, int64_t steps, uint16_t* right, uint16_t* left) {
-  for (int64_t column = 0; column < width; column += 32)
-    for (int64_t half = 0; half < 2; ++half) {
-      const int64_t tile = ((column / 16 + half) * steps + i) * kTile;
-      __m512i pairs[16];
-      for (int64_t pair = 0; pair < 16; ++pair)
-        pairs[pair] = interleave(load_bits(slab + 2 * pair * width + column),
-                                 load_bits(slab + (2 * pair + 1) * width + column), int(half));
-      if (right)
-        for (int64_t pair = 0; pair < 16; ++pair) store_bits(right + tile + 32 * pair, pairs[pair]);
-      if (!left) continue;
-      transpose(pairs);
-      for (int64_t row = 0; row < 16; ++row) store_bits(left + tile + 32 * row, pairs[row]);
-    }
+// Two rows of the slab, a pair's two values of a column side by side: 16 columns from `column` on.
+inline __m512i row_pair(const uint16_t* slab, int64_t width, int64_t pair, int64_t column) {
+  const uint16_t* even = slab + 2 * pair * width + column / 32 * 32;
+  return interleave(load_bits(even), load_bits(even + width), int(column / 16 % 2));
+}
+
+// Step `i` of `steps` of a right operand, which sums along the rows.
+inline void columns_as_right(const uint16_t* slab, int64_t width, int64_t i, int64_t steps, uint16_t* right) {
+  for (int64_t panel = 0; panel < width / 16; ++panel)
+    for (int64_t pair = 0; pair < 16; ++pair)
+      store_bits(right + (panel * steps + i) * kTile + 32 * pair, row_pair(slab, width, pair, 16 * panel));
+}
+
+// Step `i` of `steps` of a left operand, which sums along the rows: the slab's transpose.
+inline void columns_as_left(const uint16_t* slab, int64_t width, int64_t i, int64_t steps, uint16_t* left) {
+  for (int64_t panel = 0; panel < width / 16; ++panel) {
+    __m512i pairs[16];
+    for (int64_t pair = 0; pair < 16; ++pair) pairs[pair] = row_pair(slab, width, pair, 16 * panel);
+    transpose(pairs);
+    for (int64_t row = 0; row < 16; ++row) store_bits(left + (panel * steps + i) * kTile + 32 * row, pairs[row]);
+  }
 }

@@ -31,7 +31,8 @@ TAIL = """\
 | `MINITUNE_BACKEND` | `native`, `triton`, `cudnn`, `reference` | Every op that has this backend takes it. `cudnn`: \
 attention on a GPU by cuDNN, forward and backward, which is fast where documents are long and of one length; its \
 gradients differ in the last bits from run to run, and each new length costs a moment of planning. Unset, an op takes \
-its fastest backend; attention and the LoRA products what `minitune tune` measured to be the fastest, else torch's. \
+its fastest backend; on a GPU attention and the LoRA products what `minitune tune` measured to be the fastest, else \
+torch's. \
 All of these repeat to the bit. |
 | `MINITUNE_TUNED` | a file | The table that `minitune tune` writes and ops choose by; unset, one for each kind of GPU \
 and torch in the user's cache folder. |

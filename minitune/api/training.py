@@ -30,6 +30,7 @@ from minitune.data.stream import Stream, stream
 from minitune.errors import InputError
 from minitune.model.memory import choose_policy
 from minitune.objectives import sft
+from minitune.ops import backends
 from minitune.report.claim import claimed
 from minitune.report.folder import run_folder
 from minitune.report.glued import with_glued
@@ -78,6 +79,9 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
         training = replace(training, tokens=data.tokens)
     folder = None if out is None else as_path("train", "out", out)
     _check_observers(observers)
+    if quiet is not None and not isinstance(quiet, bool):
+        raise InputError(f"train: quiet is {short(quiet)}; it must be True, False or None (by where it runs)")
+    backends.asked()        # an unknown name in MINITUNE_BACKEND is told before anything is read
     with contextlib.ExitStack() as claim:
         check_out(folder, resume)
         if resume and folder is not None:       # from here on nobody else goes on with it

@@ -30,11 +30,13 @@ def kept_bytes(config: ModelConfig, tokens: int, policy: MemoryPolicy, element_s
 
 
 def at_work_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
-    """About what one layer's backward takes beside what was kept: a layer's own tensors once more, and on a GPU the
-    fp32 sums of attention's dq, as many as FlashAttention splits one document's keys into."""
+    """About what one layer's backward takes beside what was kept: a layer's own tensors once more, and attention's sums
+    and operands: on a GPU dq in fp32, as often as FlashAttention splits one document's keys; on a CPU what each thread
+    lays out of a document in tiles (seven operands of 16 bits, three sums of 32)."""
     layer = kept_bytes(config, tokens, "keep", dtype.itemsize) // config.n_layers
-    splits = -(-PROCESSORS // config.n_heads) if device.type == "cuda" else 0
-    return layer + splits * tokens * config.n_heads * config.head_dim * 4
+    if device.type == "cuda":
+        return layer + -(-PROCESSORS // config.n_heads) * tokens * config.n_heads * config.head_dim * 4
+    return layer + min(torch.get_num_threads(), config.n_kv_heads) * tokens * config.head_dim * (7 * 2 + 3 * 4)
 
 
 COMPOSED = 3

@@ -45,7 +45,8 @@ def backward_tiles(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 
 def _in_rows(x: Tensor) -> Tensor:
     """x, copied if its heads or their values do not lie side by side."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) >= x[0].numel() else x.contiguous()
+    together = x.stride(2) == 1 and x.stride(1) == x.shape[2] and (len(x) < 2 or x.stride(0) >= x[0].numel())
+    return x if together else x.contiguous()
 
 
 # ---- in blocks ------------------------------------------------------------------------------------------------------

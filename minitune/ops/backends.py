@@ -34,7 +34,8 @@ ROWS = ("rms_norm", "swiglu", "rope", "linear_cross_entropy", "softmax", "few_ro
 """Whose native half is for a CPU alone, and for ROWS_DTYPES (csrc/rows.h)."""
 ROWS_DTYPES = (torch.float32, torch.bfloat16)
 MEASURED = ("attention", "lora_matmul")
-"""Where the library is strong: another way is taken only at shapes where it was measured to be faster (`ops/tuned`)."""
+"""Where the library is strong: another way is taken only at shapes where it was measured to be faster (`ops/tuned`). Of
+attention on a CPU with tiles nothing is measured: the native half is taken."""
 _forced: list[str] = []
 """What `use` asks for, innermost last; for the whole process, since autograd runs a GPU's backward in other threads."""
 
@@ -84,7 +85,8 @@ def use(name: str) -> Iterator[None]:
 def choose(op: str, device: torch.device, measured: str | None = None, dtype: torch.dtype | None = None,
            but: tuple[str, ...] = ()) -> str:
     """The backend of `op` on `device`: the one asked for if the op has it, else the first that is there; its absence is
-    said once. `measured`: the fastest for an op of MEASURED, which may be a way of its own; None: nothing is known.
+    said once. `measured`: the fastest for an op of MEASURED, which may be a way of its own; None: nothing is known; it
+    says nothing where the op has a native half.
     `dtype`: of the values, where a backend does not take all; `but`: those that do not take these values."""
     told = asked()
     if told == "reference" or (told and _has(op, told, device, dtype)):
@@ -115,7 +117,7 @@ def _has(op: str, name: str, device: torch.device, dtype: torch.dtype | None) ->
     if name == "native" and op in ROWS:
         return device.type == "cpu" and (dtype is None or dtype in ROWS_DTYPES)
     if name == "native" and op == "attention":
-        return device.type == "cpu" and dtype in (None, torch.bfloat16) and _has_tiles()
+        return device.type == "cpu" and dtype in (None, torch.bfloat16) and _may_have_tiles()
     return name in OPS[op] and not (name == "triton" and dtype == torch.float64)
 
 
@@ -153,9 +155,15 @@ def missing(name: str, device: torch.device) -> str | None:
     return _no_triton()
 
 
-def _has_tiles() -> bool:
-    """Whether the extension is there, and takes this CPU's matrix unit for bf16."""
-    return _native("cpu") is None and importlib.import_module("minitune._C").cpu_isa() == "amx"
+def _may_have_tiles() -> bool:
+    """Whether the extension takes this CPU's matrix unit for bf16; True where it is not there to be asked."""
+    if _native("cpu") is not None:
+        return True
+    try:
+        taken: str = importlib.import_module("minitune._C").cpu_isa()
+    except RuntimeError as error:
+        raise InputError(str(error)) from None
+    return taken == "amx"
 
 
 def _no_cudnn(device: torch.device) -> str | None:

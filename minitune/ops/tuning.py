@@ -27,7 +27,7 @@ ROUNDS = 9
 AGREE = 0.02
 """How far a way may be from the first one, norm of the difference over norm: rounding in 16 bits stays well below it,
 another unit of the log-sum-exp or a part left unwritten does not. Finer faults are for `minitune doctor`."""
-LIBRARY = ("flash", "documents", "blocks", "native")
+UNMEASURED = ("flash", "documents", "blocks", "native")
 """Ways of attention that are called "reference" in the table: what is taken where nothing is measured."""
 
 
@@ -108,7 +108,7 @@ def attention_table(heads: tuple[int, int, int], tokens: int, longest: int, dtyp
 
     def forward(way: str) -> Tensor:
         taken = attention.forward_way(q, k, documents, None)
-        _check_taken(way, "reference" if taken in LIBRARY else taken)
+        _check_taken(way, "reference" if taken in UNMEASURED else taken)
         return attention.forward(q, k, v, documents)[0]
 
     def backward(way: str) -> Tensor:       # and back through the rotation, into one buffer: as the layer wants it
@@ -119,7 +119,7 @@ def attention_table(heads: tuple[int, int, int], tokens: int, longest: int, dtyp
             rope.join(*apart, cos, sin, gradient, back=True)
         else:
             taken = attention.backward_way(q, k, longest, None) if saved.lse is not None else "blocks"
-            _check_taken(way, "reference" if taken in LIBRARY else taken)
+            _check_taken(way, "reference" if taken in UNMEASURED else taken)
             attention.backward(dout, saved, gradient, keep_graph=True)
             rope.rotate_(gradient[:, : n_heads + kv_heads], cos, sin, back=True)
         return gradient

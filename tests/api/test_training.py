@@ -251,9 +251,10 @@ def test_on_a_cpu_no_step_works_for_much_filler(tiny, data, monkeypatch):
     (lambda m, d: mt.train(m, [["prompt", "completion"]]), r"data\[0\] is .*; give a file, with a sample"),
     (lambda m, d: mt.train(m, d, observers=print), "observers is .*; give a list of objects"),
     (lambda m, d: mt.train(m, d, observers=[print]), "observers is .*; give a list of objects"),
+    (lambda m, d: mt.train(m, d, quiet="yes"), "quiet is .yes.; it must be True, False or None"),
     (lambda m, d: mt.train(m, d, learning_rate=1), r"no setting is named learning_rate.*; there are tokens, "),
     (lambda m, d: mt.train(m, mt.data.stream(d, m.tokenizer, tokens=128), tokens=64), "rows of 128 tokens"),
-], ids=["model", "rows", "observer", "observers", "name", "tokens"])
+], ids=["model", "rows", "observer", "observers", "quiet", "name", "tokens"])
 def test_arguments_of_the_wrong_kind_get_one_message(tiny, data, call, message):
     with pytest.raises(mt.InputError, match=message):
         call(model(tiny), data)

@@ -1,5 +1,9 @@
 """attention_cpu: tiles and blocks against the dense reference in fp64; the tiles' operators as torch sees them."""
 
+import ctypes
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,6 +28,7 @@ CASES = {       # lengths, heads, kv_heads, head_dim, window
     "window across blocks": ((530, 300), 2, 1, 64, 100),
     "window of two": ((70, 5), 2, 1, 64, 2),
     "window of slabs": ((200,), 2, 2, 64, 64),
+    "window of many slabs": ((700,), 4, 2, 64, 300),
 }
 
 
@@ -97,14 +102,16 @@ def test_scores_beyond_the_precision_of_their_sum(size):
 
 
 @needs_tiles
-def test_neither_threads_nor_what_lay_in_memory_before_change_a_bit():
-    documents, inputs = Documents.from_lengths((100, 7, 300, 33)), _inputs((100, 7, 300, 33), 6, 3, 80)
+@pytest.mark.parametrize("window", [None, 40, 280])
+@pytest.mark.parametrize(("lengths", "heads"), [((100, 7, 300, 33), (6, 3)), ((300,), (4, 1))], ids=["many", "one"])
+def test_neither_threads_nor_what_lay_in_memory_before_change_a_bit(lengths, heads, window):
+    documents, inputs = Documents.from_lengths(lengths), _inputs(lengths, *heads, 80)
     threads, found = torch.get_num_threads(), []
     try:
         for n, poisoned in ((1, False), (2, True), (3, False)):
             torch.set_num_threads(n)
             torch.use_deterministic_algorithms(poisoned)        # new memory is filled with NaN
-            found.append(_run(*inputs, documents, None))
+            found.append(_run(*inputs, documents, window))
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
@@ -141,6 +148,21 @@ def test_a_forward_goes_with_any_backward(monkeypatch):
             check(name, value, p, t)
 
 
+@pytest.mark.skipif(bool(backends.missing("native", CPU)), reason="no extension")
+def test_a_cpu_with_tiles_is_known_as_one(monkeypatch):
+    """Else every test of them would be skipped, unseen."""
+    from minitune import _C
+
+    monkeypatch.delenv("MINITUNE_CPU_ISA", raising=False)
+    listed = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    known = all(f" {name} " in listed for name in ("amx_tile", "amx_bf16", "avx512_bf16"))
+    gcc = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True).stdout if known else "0"
+    if known and int(gcc.split(".")[0]) < 11:
+        pytest.skip("a compiler that cannot build them")
+    permits = ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0 if known else False       # arch_prctl of x86-64
+    assert (_C.cpu_isa() == "amx") == (known and permits)
+
+
 def test_when_tiles_are_taken(monkeypatch):
     documents = Documents.from_lengths((9,))
     q, k, *_ = _inputs((9,), 2, 1, 64)
@@ -174,7 +196,9 @@ def _arguments(backward=False):
 
 
 WRONG = [
-    ({"q": torch.zeros(13, 4, 16)}, "q is Float; it must be bfloat16"),
+    ({"q": torch.zeros(13, 4, 16)}, "q is Float, k BFloat16; both must be bfloat16"),
+    ({"k": torch.zeros(13, 2, 16), "v": torch.zeros(13, 2, 16)}, "q is BFloat16, k Float; both must be bfloat16"),
+    ({"q": torch.zeros(13, 4, 0, dtype=BF16), "k": torch.zeros(13, 2, 0, dtype=BF16)}, "q has heads without values"),
     ({"q": torch.zeros(13, 64, dtype=BF16)}, "q and k have 2 and 3 dimensions, not 3 each"),
     ({"k": torch.zeros(12, 2, 16, dtype=BF16)}, "tokens and head_dim must be the same"),
     ({"k": torch.zeros(13, 3, 16, dtype=BF16)}, "q has 4 heads, k 3; the first must be a multiple of the second"),
@@ -211,15 +235,17 @@ def test_gradients_of_a_wrong_shape_are_refused():
 @needs_tiles
 def test_a_lower_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("MINITUNE_CPU_ISA", "avx512")
-    with pytest.raises(RuntimeError, match="this CPU has no AMX, or MINITUNE_CPU_ISA lowers its instruction set"):
+    with pytest.raises(RuntimeError, match=r"no AMX here: .* or MINITUNE_CPU_ISA lowers it"):
         torch.ops.minitune.attention_amx(**_arguments())
 
 
 @needs_tiles
-def test_nothing_to_do():
-    empty = _inputs((), 2, 1, 64)
-    out = torch.empty_like(empty[0])
-    torch.ops.minitune.attention_amx(*empty[:3], torch.zeros(1, dtype=torch.int32), 0, out, torch.empty(2, 0))
+@pytest.mark.parametrize("lengths", [(0,), (0, 0)])
+def test_nothing_to_do(lengths):
+    q, k, v, dout = _inputs((), 2, 1, 64)
+    out, saved = attention.forward(q, k, v, Documents.from_lengths(lengths))
+    attention.backward(dout, saved, torch.empty(0, 4, 64, dtype=BF16))
+    assert out.shape == (0, 2, 64) and saved.lse.shape == (2, 0)
 
 
 @needs_tiles
