@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -22,6 +23,23 @@ compiler = pytest.mark.skipif(not (shutil.which("g++") and shutil.which("gcc")),
 NEWER = (r"\b(STABLE_TORCH_ERROR_CODE_CHECK|torch_exception_\w+|torch_library_def_with_tags|torch_\w*set_python_module|"
          r"torch_tag_\w+|torch_\w*generator\w*|torch_stream_native_handle|torch_\w+_stable_ivalue|csrc/stable/generator)")
 CPU_TORCH = pytest.mark.skipif(bool(torch.version.cuda), reason="beside a torch with CUDA that half is built as well")
+
+
+@linux
+@compiler
+def test_attention_in_tiles_is_left_out_where_the_compiler_does_not_know_them(tmp_path):
+    old = tmp_path / "old-g++"      # as with an assembler from before AMX
+    old.write_text("#!/bin/sh\necho 'no such instruction: tileloadd' >&2\nexit 1\n")
+    old.chmod(0o755)
+    code = "import runpy; print(runpy.run_path('setup.py')['_takes_tiles']())"
+    said = [subprocess.run([sys.executable, "-c", code, "-q", "--name"], cwd=ROOT, capture_output=True, text=True,
+                           check=True, env={**os.environ, "CXX": name}).stdout.split()[-1]
+            for name in ("g++", str(old), str(tmp_path / "none"))]
+    version = int(subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True).stdout.split(".")[0])
+    assert said == [str(version >= 11 and platform.machine() == "x86_64"), "False", "False"]
+    for half in ("forward", "backward"):
+        subprocess.run(["g++", "-std=c++17", "-Wall", "-Werror", "-fsyntax-only", f"csrc/attention_amx_{half}.cpp"],
+                       cwd=ROOT, check=True)
 
 
 @pytest.fixture

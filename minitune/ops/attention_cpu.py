@@ -45,8 +45,7 @@ def backward_tiles(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 
 def _in_rows(x: Tensor) -> Tensor:
     """x, copied if its heads or their values do not lie side by side."""
-    together = x.stride(2) == 1 and x.stride(1) == x.shape[2] and (len(x) < 2 or x.stride(0) >= x[0].numel())
-    return x if together else x.contiguous()
+    return x if backends.side_by_side(x) else x.contiguous()
 
 
 # ---- in blocks ------------------------------------------------------------------------------------------------------

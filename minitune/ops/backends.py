@@ -132,7 +132,12 @@ def asked() -> str | None:
 def by_rows(op: str, x: Tensor) -> bool:
     """Whether the extension's row ops take `op` on x: fp32 or bf16 on a CPU, [T, d] or [T, heads, d] with heads and
     values side by side."""
-    if choose(op, x.device, dtype=x.dtype) != "native" or x.stride(-1) != 1 or x.dim() not in (2, 3):
+    return choose(op, x.device, dtype=x.dtype) == "native" and side_by_side(x)
+
+
+def side_by_side(x: Tensor) -> bool:
+    """Whether x is [T, d] or [T, heads, d] whose heads, and their values, lie side by side; rows may lie apart."""
+    if x.dim() not in (2, 3) or x.stride(-1) != 1:
         return False
     heads = x.dim() == 2 or x.shape[1] < 2 or x.stride(1) == x.shape[2]
     return heads and (len(x) < 2 or x.stride(0) >= x[0].numel())

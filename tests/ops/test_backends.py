@@ -51,6 +51,8 @@ def test_without_the_extension_the_reference_takes_over_and_says_why_once(no_ext
 def test_asking_for_what_is_missing_is_an_error(no_extension, monkeypatch):
     with backends.use("native"), pytest.raises(mt.InputError, match="the backend 'native' was asked for"):
         nf4.quantize(torch.randn(2, 64))
+    with backends.use("native"), pytest.raises(mt.InputError, match="the backend 'native' was asked for"):
+        backends.choose("attention", CPU, dtype=torch.bfloat16)
     monkeypatch.setenv("MINITUNE_BACKEND", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(mt.InputError, match="Triton kernels need a GPU"):
