@@ -46,7 +46,9 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     name patterns). With none of the three all is frozen. add_tokens: texts that become tokens of their own; with an
     adapter their rows of embedding and head are trained beside it. memory: what is kept for the backward ("keep",
     "pointwise", "full", "offload"; "auto" decides by free memory). seed: for the adapters' start. On a CPU it also
-    tells malloc to keep freed memory, which saves a step's page faults, and asks Linux for huge pages under weights.
+    tells malloc to keep freed memory, which saves a step's page faults, and asks Linux for huge pages under weights;
+    weights that lie in the files as they are needed are mapped there: replace such a file while a model of it lives,
+    but do not write into it.
 
     Raises InputError for whatever is wrong with the folder or the arguments.
     """
@@ -208,7 +210,8 @@ def _read_network(folder: Path, dtype: torch.dtype, device: torch.device, memory
 def _fill(checkpoint: Checkpoint, network: Llama, quant: str | None, stored: bool) -> None:
     shapes = network.nf4_shapes()
     slots = Quantized(shapes, network.put_nf4, network.device, network.dtype, quant == "nf4-dq", stored)
-    load_weights(checkpoint, network.hf_weights(), network.config.tied_head, slots if shapes else None)
+    load_weights(checkpoint, network.hf_weights(), network.config.tied_head, slots if shapes else None,
+                 network.homes())
 
 
 def init(name: str, folder: str | Path, *, tokenizer: str | Path | None = None, seed: int = 0) -> None:

@@ -1,10 +1,11 @@
-"""Checkpoint: the tensors of a Hugging Face folder, read as a stream into memory that is already there."""
+"""Checkpoint: the tensors of a Hugging Face folder, read as a stream into memory that is already there, or mapped."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from io import FileIO
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from minitune.checkpoint.files import listing, open_regular, read_json_object, show
 from minitune.checkpoint.folders import CONVERT, PICKLES, SINGLE, no_weights
+from minitune.checkpoint.mapped import LEAST, map_bytes
 from minitune.checkpoint.safetensors_header import Header, TensorInfo, read_header
 from minitune.errors import InputError
 
@@ -103,6 +105,29 @@ class Checkpoint:
                     raise InputError(self._not_finite(name, place, target.dtype))
         torch.autograd.graph.increment_version(out)  # a write through a raw pointer does not
 
+    def mapped(self, names: Sequence[str], dtype: torch.dtype) -> Tensor | None:
+        """The tensors [rows, …] of these names below each other, where they lie in their file: nothing is copied.
+
+        None where they cannot be had so: of another dtype, not side by side in one file, at an odd address, small, or
+        on a system that maps no files. What is written into the tensor reaches no file; `map_bytes` says what becomes
+        of it if the file changes. Raises InputError for NaN and infinity.
+        """
+        infos, path = [self.info(name) for name in names], self._paths[names[0]]
+        begin, end = infos[0].begin, infos[-1].end
+        joined = all(self._paths[after.name] == path and before.end == after.begin
+                     for before, after in itertools.pairwise(infos))
+        if not joined or end - begin < LEAST or begin % dtype.itemsize or any(info.dtype != dtype for info in infos):
+            return None
+        found = map_bytes(self._file(path), begin, end)
+        if found is None:
+            return None
+        for info in infos:
+            values = found[info.begin - begin : info.end - begin].view(dtype)
+            for place, piece in enumerate(values.split(STRAIGHT * CHUNK // dtype.itemsize)):
+                if not _finite(piece):
+                    raise InputError(self._not_finite(info.name, info.begin + place * STRAIGHT * CHUNK, dtype))
+        return found.view(dtype).view(-1, *infos[0].shape[1:])
+
     def read_bytes_into(self, name: str, out: Tensor) -> None:
         """Fill ``out`` with a uint8 tensor of the file: same shape, any device. Raises InputError where it shrank."""
         info, path = self.info(name), self._paths[name]
@@ -170,10 +195,7 @@ class Checkpoint:
 
     def _fill(self, path: Path, place: int, out: Tensor, n_bytes: int) -> None:
         """Read ``n_bytes`` at byte ``place`` of the file into the contiguous host tensor ``out``."""
-        if self._open is None or self._open[0] != path:
-            self._release()
-            self._open = (path, open_regular(path))
-        file = self._open[1]
+        file = self._file(path)
         if not n_bytes:
             return
         memory = memoryview((ctypes.c_char * n_bytes).from_address(out.data_ptr())).cast("B")
@@ -193,6 +215,12 @@ class Checkpoint:
             raise
         for part in parts:
             part.result()
+
+    def _file(self, path: Path) -> FileIO:
+        if self._open is None or self._open[0] != path:
+            self._release()
+            self._open = (path, open_regular(path))
+        return self._open[1]
 
     def _release(self) -> None:
         if self._open:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minitune.checkpoint import prequantized
 from minitune.checkpoint.files import json_bytes, listing, show, staged
 from minitune.checkpoint.reader import FLOATS, INDEX, SINGLE, Checkpoint
 from minitune.checkpoint.writer import LazyTensor, write_safetensors
 from minitune.errors import InputError
-from minitune.ops import nf4
+from minitune.ops import huge_pages, nf4
 from minitune.ops.nf4 import NF4Weight
 
 HEAD = "lm_head.weight"
@@ -37,22 +37,29 @@ class Quantized(NamedTuple):
     """Leave in 16 bits what the checkpoint has so: it says itself what is quantised."""
 
 
+Homes = Iterable[tuple[list[str], nn.Parameter]]
+"""Hugging Face names, and the Parameter that is those tensors' rows, below each other."""
+
+
 def load_weights(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: bool,
-                 quantized: Quantized | None = None) -> list[str]:
+                 quantized: Quantized | None = None, homes: Homes = ()) -> list[str]:
     """Fill every tensor of ``destination`` (Hugging Face name -> view) and return the extras that were tolerated.
+
+    On a CPU a Parameter of ``homes`` that a file has as it is moves there and is not copied (`Checkpoint.mapped`): the
+    views of its names in ``destination`` then stay as they were.
 
     Tolerated: ``*.rotary_emb.inv_freq``, which config.json already says, and with ``tied_head`` an ``lm_head.weight``
     that equals the embedding byte by byte. Every missing, extra, misshapen or wrongly typed tensor comes in ONE
     InputError, before anything is read. Weights that are quantised pass one by one through one buffer on their device.
     """
     try:
-        return _load(checkpoint, destination, tied_head, quantized)
+        return _load(checkpoint, destination, tied_head, quantized, homes)
     finally:
         checkpoint.close()  # it opens again if it is asked again
 
 
 def _load(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: bool,
-          quantized: Quantized | None) -> list[str]:
+          quantized: Quantized | None, homes: Homes) -> list[str]:
     stored = prequantized.find(checkpoint) if quantized and quantized.keep else {}
     if quantized and quantized.keep and not stored:
         raise InputError(f"{_where(checkpoint)}: config.json has a quantization_config, but no tensor is quantised; "
@@ -88,6 +95,7 @@ def _load(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: 
                          f"{_advice(found, destination)}:{listing(faults)}{hint}")
     if any(view.device.type == "meta" for name, view in destination.items() if name not in slots):
         return tolerated      # only the names and shapes were asked about
+    mapped = _map(checkpoint, homes)
     # In the order of the files, so that disks and caches see one stream.
     scratch: dict[torch.dtype, Tensor] = {}
     for name in found:
@@ -96,9 +104,25 @@ def _load(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: 
                 quantized.put(name, prequantized.read(checkpoint, name, slots[name], quantized.device))
             else:
                 quantized.put(name, _read_quantized(checkpoint, name, quantized, scratch))
-        elif name in destination:
+        elif name in destination and name not in mapped:
             checkpoint.read_into(name, destination[name])
     return tolerated
+
+
+def _map(checkpoint: Checkpoint, homes: Homes) -> set[str]:
+    """Move the Parameters that a file has as they are there -> the names of their tensors. The others, which are about
+    to be filled, may have huge pages."""
+    found: set[str] = set()
+    places = {name: place for place, name in enumerate(checkpoint.names())}
+    on_cpu = [(names, home) for names, home in homes if home.device.type == "cpu"]
+    for names, home in sorted(on_cpu, key=lambda pair: places[pair[0][0]]):
+        values = checkpoint.mapped(names, home.dtype)
+        if values is None:
+            huge_pages.ask([home])
+        else:
+            home.data = values
+            found.update(names)
+    return found
 
 
 def _read_quantized(checkpoint: Checkpoint, name: str, quantized: Quantized,

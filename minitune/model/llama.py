@@ -24,7 +24,7 @@ from minitune.model.mlp_half import MlpHalf
 from minitune.model.offload import Parking
 from minitune.model.token_rows import TokenRows
 from minitune.model.turn import Turn
-from minitune.ops import few_rows, huge_pages, rope
+from minitune.ops import few_rows, rope
 from minitune.ops.documents import Documents
 from minitune.ops.lora_images import Images
 from minitune.ops.nf4 import NF4Weight
@@ -73,7 +73,6 @@ class Llama(nn.Module):
         self._policies: dict[int, MemoryPolicy] = {}
         self._images, self._parking = Images(), Parking()
         self.turn, self._at_hand = Turn(), 0
-        huge_pages.ask(self.parameters())
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
@@ -165,6 +164,12 @@ class Llama(nn.Module):
         for projection in self.projections():
             found |= projection.hf_weights()
         return found
+
+    def homes(self) -> list[tuple[list[str], nn.Parameter]]:
+        """(Hugging Face names, the Parameter that is their rows below each other) of every weight but those in NF4."""
+        found = [([name], getattr(owner, attribute)) for name, owner, attribute in self.single_weights()]
+        return found + [([f"{path}.weight" for path in projection.parts], projection.weight)
+                        for projection in self.projections() if projection.buffer is None]
 
     def nf4_shapes(self) -> dict[str, tuple[int, int]]:
         """Hugging Face name -> [rows, K] of every weight that lies in NF4."""
