@@ -11,7 +11,7 @@ from minitune.api.training import policy_of
 from minitune.config import Training
 from minitune.data.stream import Stream
 from minitune.errors import InputError
-from minitune.model.memory import free_bytes, kept_bytes
+from minitune.model.memory import at_work_bytes, free_bytes, kept_bytes
 
 
 def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[tuple[str, str]]:
@@ -19,8 +19,8 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
     the loss of the first batch, for which one forward pass runs. ``done``: steps of a run that is resumed. Nothing is
     written, and the model is not changed.
 
-    The bytes are those of weights, of what is trained (parameter, gradient, moments) and of what the layers keep for
-    the backward; buffers of single ops come on top. Raises InputError if the data trains no token.
+    The bytes are those of weights, of what is trained (parameter, gradient, moments), of what the layers keep for the
+    backward, and about those of the layer that is at work. Raises InputError if the data trains no token.
     """
     first = next((batch for batch in data.epoch(0) if batch.n_trained), None)
     if first is None:
@@ -56,13 +56,15 @@ def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, st
     moments = {"adamw": 2 if training.moments == "8bit" else 8, "sgd": 4 if training.momentum else 0}
     state = _count(model) * (4 + moments[training.optimizer])
     kept = kept_bytes(model.config, tokens, policy, model.network.dtype.itemsize)
-    free = free_bytes(model.device)
-    fits = "" if state + kept <= free else ("; it does not fit: fewer --tokens, a smaller --rank, --moments 8bit or "
+    work = at_work_bytes(model.config, tokens, model.network.dtype, model.device)
+    free, total = free_bytes(model.device), state + kept + work
+    fits = "" if total <= free else ("; it does not fit: fewer --tokens, a smaller --rank, --moments 8bit or "
                                             "--quant nf4-dq take less")
     return [("memory: weights, loaded", _gb(_held(model))),
             ("gradients and moments", _gb(state)),
             (f"kept for the backward ({policy})", _gb(kept)),
-            ("to come, beside free", f"{_gb(state + kept)} of {_gb(free)}{fits}")]
+            ("the layer at work, about", _gb(work)),
+            ("to come, beside free", f"{_gb(total)} of {_gb(free)}{fits}")]
 
 
 def _count(model: Model) -> int:

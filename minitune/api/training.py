@@ -77,6 +77,8 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
             raise InputError(f"train: the stream has rows of {data.tokens} tokens, the training "
                              f"tokens={training.tokens}; set tokens in one place")
         training = replace(training, tokens=data.tokens)
+    if isinstance(data, Stream) and training.epochs == 1 and "epochs" not in settings:
+        training = replace(training, epochs=data.epochs)
     folder = None if out is None else as_path("train", "out", out)
     _check_observers(observers)
     if quiet is not None and not isinstance(quiet, bool):

@@ -102,8 +102,9 @@ def recognise(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] |
                    if (value := _find(row, theirs, where, ours)) is not None}
         mapped = tuple(ours for ours in field_map if ours not in COMMON)
     names = tuple(fields)
-    cheap = len(names) <= 64 and all(isinstance(name, str) and len(name) <= 64 for name in names)
-    kind, fault = (_recognise if cheap else _recognise.__wrapped__)(names, mapped)
+    nulls = tuple(name for name in (*row, *(field_map or ())) if name not in fields and row.get(name) is None)
+    cheap = len(names) + len(nulls) <= 64 and all(isinstance(name, str) and len(name) <= 64 for name in names + nulls)
+    kind, fault = (_recognise if cheap else _recognise.__wrapped__)(names, mapped, nulls)
     if fault:
         raise InputError(f"{where}: {fault}{_holds_samples(fields) if fault.startswith(_UNKNOWN) else ''}")
     if kind == "prompt/completion" and "label" in row and "label" not in used:
@@ -128,8 +129,8 @@ def _find(row: Mapping[str, Any], source: str, where: str, ours: str) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _recognise(names: tuple[Any, ...], mapped: tuple[str, ...]) -> tuple[str, str]:
-    """(format, "") or ("", what is wrong) of a row with such fields."""
+def _recognise(names: tuple[Any, ...], mapped: tuple[str, ...], nulls: tuple[Any, ...]) -> tuple[str, str]:
+    """(format, "") or ("", what is wrong) of a row with such fields, and such that are null."""
     kinds = [kind for kind, form in FORMATS.items() if form.fields.issuperset(mapped)]
     ours = {name for kind in kinds for name in FORMATS[kind].fields}
     present = [name for name in names if name in ours]
@@ -140,24 +141,29 @@ def _recognise(names: tuple[Any, ...], mapped: tuple[str, ...]) -> tuple[str, st
         close = _misspelt(name, ours.union(COMMON).difference(names))
         if close:
             return "", f"unknown field {name!r}; did you mean {close!r}? (a field map reads it as that)"
+    if not present and ours.intersection(nulls):
+        null = next(name for name in nulls if name in ours)
+        return "", f"the field {null!r} is null; give its value, or remove the row"
     if not present:
         return "", (f"{_UNKNOWN}; found the fields: {_listed(others)}; accepted: {ACCEPTED}; a field map reads "
                     "others as these")
     covering = [kind for kind in kinds if FORMATS[kind].fields.issuperset(present)]
     kind = next((kind for kind in covering if set(FORMATS[kind].required).issubset(present)), "")
     if not kind:
-        return "", _incomplete(present, kinds, covering)
+        return "", _incomplete(present, kinds, covering, nulls)
     meant = [] if mapped else [name for name in others if name in MEANINGFUL]
     if meant:
         return "", _unread(meant[0], FORMATS[kind].required[0])
     return kind, ""
 
 
-def _incomplete(present: list[str], kinds: list[str], covering: list[str]) -> str:
+def _incomplete(present: list[str], kinds: list[str], covering: list[str], nulls: tuple[Any, ...]) -> str:
     """What is wrong with fields that make up no format."""
     if covering:
         form = FORMATS[covering[0]]
         missing = next(name for name in form.required if name not in present)
+        if missing in nulls:
+            return f"the field {missing!r} is null beside {present[0]!r}; give its value, or remove the row"
         return (f"the field {missing!r} is missing beside {present[0]!r}; {covering[0]} rows have "
                 f"{', '.join(form.required)}; a field map reads fields of other names as these")
     complete = [FORMATS[kind] for kind in kinds if set(FORMATS[kind].required).issubset(present)]

@@ -4,6 +4,7 @@ file's."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,10 +54,20 @@ def rows_of(samples: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         row = {name: _without_nulls(value) for name, value in sample.items()} if is_table else dict(sample)
         try:
             text = json.dumps(row)
+            if "NaN" in text:
+                _refuse_nan(row, where)
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{where}: holds what JSON cannot say ({error}); give texts, numbers, lists and "
                              "dicts") from None
         yield where, decode_value(text, 0, where)[0]
+
+
+def _refuse_nan(row: Mapping[str, Any], where: str) -> None:
+    """InputError that names the field of a row that is NaN, as data frames say that there is no value."""
+    for name, value in row.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise InputError(f"{where}: the field {short(name)} is NaN; write a number, or None where there is no "
+                             "value (of a pandas data frame: data.astype(object).where(data.notna(), None))")
 
 
 def _without_nulls(value: Any) -> Any:

@@ -238,6 +238,9 @@ def _files(path: Any) -> dict[str, float]:
     if not items or not all(isinstance(name, str | os.PathLike) for name, _ in items):
         raise InputError(f"stream: path is {short(path)}; give the path of a data file, a list of them, "
                          "{path: share}, or samples as a list of dicts")
+    if len(items) > 1 and not any(Path(name).suffix or os.path.exists(name) for name, _ in items):
+        raise InputError(f"stream: path is {short(path)}, and none of these is a file; give texts as samples: "
+                         '[{"text": "…"}, …]')
     found: dict[str, float] = {}
     for name, share in items:
         check_share("stream", name, share)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minitune.config import short
 from minitune.data.batch import Batch
+from minitune.data.stream import Stream
 from minitune.errors import InputError
 
 CHUNK_BYTES = 64 << 20
@@ -39,7 +40,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:
     """The Evaluation of an `mt.Model` over the trained tokens of `batches`, every token counted alike: weights of
-    samples and label smoothing belong to training and take no part.
+    samples and label smoothing belong to training and take no part. Of a stream one epoch is taken.
 
     The model is in eval mode meanwhile. The device is asked once, at the end. Logits exist for a chunk of positions at
     a time. InputError where no token is trained.
@@ -52,7 +53,7 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:
     model.eval()
     sums, n_tokens = torch.zeros(2, dtype=torch.float64, device=model.device), 0
     try:
-        for batch in batches:
+        for batch in batches.epoch(0) if isinstance(batches, Stream) else batches:
             if not isinstance(batch, Batch):
                 raise InputError(f"evaluate: batches holds {short(batch)}; {GIVE}")
             if batch.n_trained:

@@ -37,6 +37,9 @@ def hints(batches: Iterable[Any], training: Training, total_steps: int, device: 
     The number of steps is not questioned where ``max_steps`` says it, nor filler on a CPU, which leaves most of it out.
     """
     found = []
+    if training.max_steps is not None and training.epochs > 1:
+        found.append(f"max_steps {training.max_steps:,} decides how long the run is, and epochs {training.epochs} "
+                     "nothing; leave one of them out")
     if total_steps < FEW_STEPS and training.max_steps is None:
         ways = [*(["fewer micro_batches"] if training.micro_batches > 1 else []), "fewer tokens a row", "more epochs"]
         found.append(f"only {total_steps} optimizer step{'' if total_steps == 1 else 's'}, in which hardly anything is "

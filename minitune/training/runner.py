@@ -122,6 +122,8 @@ class Runner:
             if all(finite):
                 self._save(self.checkpoints)
         self.run.checkpoint = self.checkpoints.step
+        if self.run.checkpoint is not None:
+            error.add_note(f"The run is kept as it was after step {self.run.checkpoint}; resume goes on from there.")
 
     def _is_due(self, step: int, checkpoints: Checkpoints) -> bool:
         """Whether ``save_every`` asks for a checkpoint after this step, and there is none of it yet."""

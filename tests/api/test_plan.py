@@ -59,6 +59,13 @@ def test_the_bytes_are_those_of_weights_and_moments(tiny, data):
     assert sizes["nf4"] < 0.8 * sizes[None]
 
 
+def test_what_is_to_come_is_the_sum(tiny, data):
+    model, batches = _load(tiny, data, Training(tokens=64))
+    rows = dict(plan(model, batches, Training(tokens=64)))
+    parts = [value for what, value in rows.items() if what.startswith(("gradients", "kept for", "the layer at work"))]
+    assert len(parts) == 3 and abs(sum(map(_bytes, parts)) - _bytes(rows["to come, beside free"])) < 2e5
+
+
 def test_what_does_not_fit_is_said(tiny, data, monkeypatch):
     model, batches = _load(tiny, data, Training(tokens=64))
     assert "fit" not in dict(plan(model, batches, Training(tokens=64)))["to come, beside free"]

@@ -97,8 +97,9 @@ def test_ctrl_c_keeps_the_last_adapter(tiny, data, tmp_path):
             self.run = run
 
     trained, observer, out = model(tiny), Impatient(), tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         mt.train(trained, data, out=out, tokens=64, observers=[observer], ask=(), lr=1e-2)
+    assert stopped.value.__notes__ == ["The run is kept as it was after step 3; resume goes on from there."]
     assert observer.run.end == "interrupted" and observer.run.adapter == out / "adapter"
     assert len(records(out / "metrics.jsonl")) == 3
     kept = mt.load(tiny, adapter=out / "adapter", device="cpu", dtype="float32")
@@ -115,6 +116,17 @@ def test_trained_base_weights_are_saved_as_a_model(tiny, data, tmp_path):
     saved = mt.load(run.adapter, device="cpu", dtype="float32")
     assert saved.complete("Number 3 is", 4) == trained.complete("Number 3 is", 4)
     assert len(json.loads((tmp_path / "run" / "config.json").read_text())["trained_weights"]) == 9
+
+
+def test_a_stream_brings_its_epochs(tiny, data):
+    trained = model(tiny)
+    stream = mt.data.stream(data, trained.tokenizer, tokens=64, epochs=2)
+    run = mt.train(trained, stream)
+    assert run.info.training.epochs == 2 and run.info.total_steps == len(stream)
+    with pytest.raises(mt.InputError, match="the stream has epochs=2, the training epochs=3; set epochs in one place"):
+        mt.train(trained, stream, epochs=3)
+    with pytest.raises(mt.InputError, match="the stream has epochs=2, the training epochs=1; set epochs in one place"):
+        mt.train(trained, stream, epochs=1)
 
 
 def test_batches_are_valid_data_too_and_an_iterator_is_read_once(tiny, data):

@@ -121,3 +121,17 @@ class Frame:
 def test_other_tables_are_answered_with_how_to_give_them(given: Any, message: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=message):
         data.stream(given, tokenizer, tokens=64)
+
+
+def test_a_field_that_is_nan_is_named() -> None:
+    with pytest.raises(InputError, match=r"samples: row 2: the field 'note' is NaN; write a number, or None .* pandas"):
+        list(rows_of([{"text": "NaN"}, {"text": "a", "note": float("nan")}]))
+    with pytest.raises(InputError, match="samples: row 1: NaN is no JSON number"):
+        list(rows_of([{"text": "a", "notes": [float("nan")]}]))
+
+
+def test_texts_are_no_files(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"and none of these is a file; give texts as samples: \[\{\"text\": "):
+        data.stream(["number 1", "and so on"], tokenizer, tokens=64)
+    with pytest.raises(InputError, match=r"rows.jsonl: no such file"):
+        data.stream(["rows.jsonl", "and so on"], tokenizer, tokens=64)

@@ -76,3 +76,10 @@ def test_data_without_a_trained_token_is_refused_and_the_mode_put_back(tiny):
 
 def test_a_hopeless_loss_has_a_perplexity_too():
     assert Evaluation(loss=800.0, accuracy=0.0, n_tokens=1).perplexity == math.inf
+
+
+def test_of_a_stream_one_epoch_is_taken(tiny):
+    model = mt.load(tiny, device="cpu", dtype="float32")
+    rows = [{"text": "one two three"}, {"text": "four five"}]
+    once, thrice = (mt.data.stream(rows, model.tokenizer, tokens=32, epochs=epochs) for epochs in (1, 3))
+    assert len(thrice) == 3 * len(once) and evaluate(model, thrice) == evaluate(model, once)
