@@ -47,8 +47,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     adapter their rows of embedding and head are trained beside it. memory: what is kept for the backward ("keep",
     "pointwise", "full", "offload"; "auto" decides by free memory). seed: for the adapters' start. On a CPU it also
     tells malloc to keep freed memory, which saves a step's page faults, and asks Linux for huge pages under weights;
-    weights that lie in the files as they are needed are mapped there: replace such a file while a model of it lives,
-    but do not write into it.
+    of a model with nothing to train it maps those that lie in the files as they are needed: such a file may be
+    replaced while the model lives, but not be written into.
 
     Raises InputError for whatever is wrong with the folder or the arguments.
     """
@@ -63,7 +63,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
                          'version; say dtype="bfloat16" or "float32"')
     if place.type == "cpu":
         reuse_freed_memory()
-    network = _read_network(folder, compute, place, memory, quant)
+    only_used = lora is None and adapter is None and train is None
+    network = _read_network(folder, compute, place, memory, quant, only_used)
     found = None if adapter is None else read_adapter(Path(adapter))
     tokenizer = _tokenizer(folder, adapter, network.config.vocab_size, added)
     model = Model(network, tokenizer, folder)
@@ -191,8 +192,9 @@ def _check_load(quant: Any, lora: Any, adapter: Any, train: Any, memory: Any, se
 
 
 def _read_network(folder: Path, dtype: torch.dtype, device: torch.device, memory: MemoryPolicy,
-                  quant: str | None) -> Llama:
-    """The network of a checkpoint folder; in NF4 where `quant` says so or the checkpoint is."""
+                  quant: str | None, mapped: bool) -> Llama:
+    """The network of a checkpoint folder; in NF4 where `quant` says so or the checkpoint is. mapped: weights may stay
+    in their files."""
     config, stored = read_config(folder), is_prequantized(folder)
     if stored and quant is not None:
         raise InputError(f"load: quant is {quant!r}, but {folder} is quantised already, as its config.json says; leave "
@@ -201,17 +203,17 @@ def _read_network(folder: Path, dtype: torch.dtype, device: torch.device, memory
     with Checkpoint.open(folder) as checkpoint:
         if _too_large(config, checkpoint):      # its missing tensors are named before memory is taken for them
             empty = Llama(config, dtype=dtype, device="meta", quantized=in_4bit)
-            _fill(checkpoint, empty, quant, stored)
+            _fill(checkpoint, empty, quant, stored, mapped=False)
         network = Llama(config, dtype=dtype, device=device, memory=memory, quantized=in_4bit)
-        _fill(checkpoint, network, quant, stored)
+        _fill(checkpoint, network, quant, stored, mapped)
     return network
 
 
-def _fill(checkpoint: Checkpoint, network: Llama, quant: str | None, stored: bool) -> None:
+def _fill(checkpoint: Checkpoint, network: Llama, quant: str | None, stored: bool, mapped: bool) -> None:
     shapes = network.nf4_shapes()
     slots = Quantized(shapes, network.put_nf4, network.device, network.dtype, quant == "nf4-dq", stored)
     load_weights(checkpoint, network.hf_weights(), network.config.tied_head, slots if shapes else None,
-                 network.homes())
+                 network.homes() if mapped else ())
 
 
 def init(name: str, folder: str | Path, *, tokenizer: str | Path | None = None, seed: int = 0) -> None:

@@ -20,7 +20,8 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
     written, and the model is not changed.
 
     The bytes are those of weights, of what is trained (parameter, gradient, moments), of what the layers keep for the
-    backward, and about those of the layer that is at work. Raises InputError if the data trains no token.
+    backward, and about those of the layer that is at work; buffers of single ops, such as a chunk of logits, come on
+    top. Raises InputError if the data trains no token.
     """
     first = next((batch for batch in data.epoch(0) if batch.n_trained), None)
     if first is None:
@@ -59,7 +60,7 @@ def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, st
     work = at_work_bytes(model.config, tokens, model.network.dtype, model.device)
     free, total = free_bytes(model.device), state + kept + work
     fits = "" if total <= free else ("; it does not fit: fewer --tokens, a smaller --rank, --moments 8bit or "
-                                            "--quant nf4-dq take less")
+                                     "--quant nf4-dq take less")
     return [("memory: weights, loaded", _gb(_held(model))),
             ("gradients and moments", _gb(state)),
             (f"kept for the backward ({policy})", _gb(kept)),

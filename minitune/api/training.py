@@ -54,7 +54,8 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
     """Fine-tune `model` on a data file, on samples or on batches -> Run, the record of every step and evaluation.
 
     `settings` are fields of Training (lr=1e-4, tokens=4096, …), or give a whole `training`. A path, and samples (a list
-    of dicts, as the lines of a file), are tokenised and packed by `mt.data.stream`; batches are taken as they come.
+    of dicts, as the lines of a file), are tokenised and packed by `mt.data.stream`; batches are taken as they come, and
+    a stream brings its tokens, and where nothing else is said its epochs.
     valid: held-out data, any of these, whose loss is measured before training, every ``evaluate_every`` steps and at
     the end.
 
@@ -71,13 +72,14 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
     Raises InputError before anything is written, where the data can be looked at before (an iterator cannot);
     TrainingDiverged where the loss is no longer a number.
     """
+    unsaid = training is None and "epochs" not in settings
     training = _training(training, settings)
     if isinstance(data, Stream) and data.tokens != training.tokens:
         if "tokens" in settings:
             raise InputError(f"train: the stream has rows of {data.tokens} tokens, the training "
                              f"tokens={training.tokens}; set tokens in one place")
         training = replace(training, tokens=data.tokens)
-    if isinstance(data, Stream) and training.epochs == 1 and "epochs" not in settings:
+    if isinstance(data, Stream) and unsaid:
         training = replace(training, epochs=data.epochs)
     folder = None if out is None else as_path("train", "out", out)
     _check_observers(observers)

@@ -16,7 +16,7 @@ from minitune.checkpoint.files import json_bytes, listing, show, staged
 from minitune.checkpoint.reader import FLOATS, INDEX, SINGLE, Checkpoint
 from minitune.checkpoint.writer import LazyTensor, write_safetensors
 from minitune.errors import InputError
-from minitune.ops import huge_pages, nf4
+from minitune.ops import nf4
 from minitune.ops.nf4 import NF4Weight
 
 HEAD = "lm_head.weight"
@@ -110,16 +110,13 @@ def _load(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: 
 
 
 def _map(checkpoint: Checkpoint, homes: Homes) -> set[str]:
-    """Move the Parameters that a file has as they are there -> the names of their tensors. The others, which are about
-    to be filled, may have huge pages."""
+    """Move the Parameters that a file has as they are there -> the names of their tensors."""
     found: set[str] = set()
     places = {name: place for place, name in enumerate(checkpoint.names())}
     on_cpu = [(names, home) for names, home in homes if home.device.type == "cpu"]
     for names, home in sorted(on_cpu, key=lambda pair: places[pair[0][0]]):
         values = checkpoint.mapped(names, home.dtype)
-        if values is None:
-            huge_pages.ask([home])
-        else:
+        if values is not None:
             home.data = values
             found.update(names)
     return found

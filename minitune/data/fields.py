@@ -50,6 +50,7 @@ ACCEPTED = " | ".join(", ".join(form.required) for form in FORMATS.values())
 _OWNERS = {name: frozenset(kind for kind, form in FORMATS.items() if name in form.fields)
            for form in FORMATS.values() for name in form.required + form.optional}
 _KNOWN = (*_OWNERS, *COMMON)
+_REQUIRED = frozenset(name for form in FORMATS.values() for name in form.required)
 _MAY_BE_EMPTY = MEANINGFUL | {"tools", "functions", "system"}
 _LONGEST_NAME = 40
 _UNKNOWN = "no known format"
@@ -102,11 +103,11 @@ def recognise(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] |
                    if (value := _find(row, theirs, where, ours)) is not None}
         mapped = tuple(ours for ours in field_map if ours not in COMMON)
     names = tuple(fields)
-    nulls = tuple(name for name in (*row, *(field_map or ())) if name not in fields and row.get(name) is None)
-    cheap = len(names) + len(nulls) <= 64 and all(isinstance(name, str) and len(name) <= 64 for name in names + nulls)
-    kind, fault = (_recognise if cheap else _recognise.__wrapped__)(names, mapped, nulls)
+    cheap = len(names) <= 64 and all(isinstance(name, str) and len(name) <= 64 for name in names)
+    kind, fault = (_recognise if cheap else _recognise.__wrapped__)(names, mapped)
     if fault:
-        raise InputError(f"{where}: {fault}{_holds_samples(fields) if fault.startswith(_UNKNOWN) else ''}")
+        raise InputError(f"{where}: {fault}{_holds_samples(fields) if fault.startswith(_UNKNOWN) else ''}"
+                         f"{_null(row, used)}")
     if kind == "prompt/completion" and "label" in row and "label" not in used:
         raise InputError(f"{where}: label is None; it must be true or false")
     known = FORMATS[kind].fields
@@ -129,8 +130,8 @@ def _find(row: Mapping[str, Any], source: str, where: str, ours: str) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _recognise(names: tuple[Any, ...], mapped: tuple[str, ...], nulls: tuple[Any, ...]) -> tuple[str, str]:
-    """(format, "") or ("", what is wrong) of a row with such fields, and such that are null."""
+def _recognise(names: tuple[Any, ...], mapped: tuple[str, ...]) -> tuple[str, str]:
+    """(format, "") or ("", what is wrong) of a row with such fields."""
     kinds = [kind for kind, form in FORMATS.items() if form.fields.issuperset(mapped)]
     ours = {name for kind in kinds for name in FORMATS[kind].fields}
     present = [name for name in names if name in ours]
@@ -141,39 +142,33 @@ def _recognise(names: tuple[Any, ...], mapped: tuple[str, ...], nulls: tuple[Any
         close = _misspelt(name, ours.union(COMMON).difference(names))
         if close:
             return "", f"unknown field {name!r}; did you mean {close!r}? (a field map reads it as that)"
-    if not present and ours.intersection(nulls):
-        null = next(name for name in nulls if name in ours)
-        return "", f"the field {null!r} is null; give its value, or remove the row"
     if not present:
         return "", (f"{_UNKNOWN}; found the fields: {_listed(others)}; accepted: {ACCEPTED}; a field map reads "
                     "others as these")
     covering = [kind for kind in kinds if FORMATS[kind].fields.issuperset(present)]
     kind = next((kind for kind in covering if set(FORMATS[kind].required).issubset(present)), "")
     if not kind:
-        return "", _incomplete(present, kinds, covering, nulls)
+        return "", _incomplete(present, kinds, covering)
     meant = [] if mapped else [name for name in others if name in MEANINGFUL]
     if meant:
         return "", _unread(meant[0], FORMATS[kind].required[0])
     return kind, ""
 
 
-def _incomplete(present: list[str], kinds: list[str], covering: list[str], nulls: tuple[Any, ...]) -> str:
+def _incomplete(present: list[str], kinds: list[str], covering: list[str]) -> str:
     """What is wrong with fields that make up no format."""
     if covering:
         form = FORMATS[covering[0]]
         missing = next(name for name in form.required if name not in present)
-        if missing in nulls:
-            return f"the field {missing!r} is null beside {present[0]!r}; give its value, or remove the row"
         return (f"the field {missing!r} is missing beside {present[0]!r}; {covering[0]} rows have "
                 f"{', '.join(form.required)}; a field map reads fields of other names as these")
     complete = [FORMATS[kind] for kind in kinds if set(FORMATS[kind].required).issubset(present)]
-    required = {name for form in FORMATS.values() for name in form.required}
     for form in complete:
         extra = [name for name in present if name not in form.fields]
-        if not required.intersection(extra):
+        if not _REQUIRED.intersection(extra):
             return _unread(extra[0], form.required[0])
     strangers = [(one, other) for one in present for other in present
-                 if one in required and other in required and not _OWNERS[one] & _OWNERS[other]]
+                 if one in _REQUIRED and other in _REQUIRED and not _OWNERS[one] & _OWNERS[other]]
     names = strangers[0] if strangers else tuple(present)
     return (f"{' and '.join(map(repr, names))} belong to different formats; keep the fields of one, or name them in a "
             f"field map, as {names[-1]}={names[-1]}; accepted: {ACCEPTED}")
@@ -187,6 +182,12 @@ def _holds_samples(fields: Mapping[str, Any]) -> str:
         return ""
     return (f"; {_listed(lists)} holds a list of objects: if these are the samples, write that list alone into a .json "
             "file")
+
+
+def _null(row: Mapping[str, Any], mapped: Collection[str]) -> str:
+    """Which fields that a format needs, or a field map names, are there and null."""
+    found = [name for name, value in row.items() if value is None and (name in _REQUIRED or name in mapped)]
+    return f"; here {_listed(found)} {'is' if len(found) == 1 else 'are'} null" if found else ""
 
 
 def _unread(name: str, beside: str) -> str:

@@ -24,7 +24,7 @@ from minitune.model.mlp_half import MlpHalf
 from minitune.model.offload import Parking
 from minitune.model.token_rows import TokenRows
 from minitune.model.turn import Turn
-from minitune.ops import few_rows, rope
+from minitune.ops import few_rows, huge_pages, rope
 from minitune.ops.documents import Documents
 from minitune.ops.lora_images import Images
 from minitune.ops.nf4 import NF4Weight
@@ -73,6 +73,7 @@ class Llama(nn.Module):
         self._policies: dict[int, MemoryPolicy] = {}
         self._images, self._parking = Images(), Parking()
         self.turn, self._at_hand = Turn(), 0
+        huge_pages.ask(self.parameters())
 
     # -- forward -----------------------------------------------------------------------------------------------------
 

@@ -50,20 +50,14 @@ def free_bytes(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if not hasattr(os, "sysconf"):
         return sys.maxsize
-    return _free_on_host(Path("/"), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-
-
-def _free_on_host(root: Path, unknown: int) -> int:
-    """Bytes by what Linux tells in the files under `root`; `unknown` where it does not. The kernel counts pages of
-    files as free, which it can read again; those that are mapped are not free to us, for weights are among them."""
-    free, meminfo, group = unknown, root / "proc/meminfo", root / "sys/fs/cgroup"
-    if meminfo.exists():
-        told = {line.split()[0]: 1024 * int(line.split()[1]) for line in meminfo.read_text().splitlines()}
-        free = max(0, told["MemAvailable:"] - told["Mapped:"]) if "MemAvailable:" in told else unknown
-    limit, used = group / "memory.max", group / "memory.current"
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():       # a container's own limit
-        stat = {name: int(count) for name, count in map(str.split, (group / "memory.stat").read_text().splitlines())}
-        cached = max(0, stat.get("inactive_file", 0) - stat.get("file_mapped", 0))
+        stat = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
+        cached = int(stat.get("inactive_file", 0))      # files' pages, which the kernel gives back when asked
         free = min(free, int(limit.read_text()) - int(used.read_text()) + cached)
     return free
 

@@ -38,8 +38,8 @@ def hints(batches: Iterable[Any], training: Training, total_steps: int, device: 
     """
     found = []
     if training.max_steps is not None and training.epochs > 1:
-        found.append(f"max_steps {training.max_steps:,} decides how long the run is, and epochs {training.epochs} "
-                     "nothing; leave one of them out")
+        found.append(f"max_steps {training.max_steps:,} alone decides how long the run is; epochs {training.epochs} is "
+                     "not looked at")
     if total_steps < FEW_STEPS and training.max_steps is None:
         ways = [*(["fewer micro_batches"] if training.micro_batches > 1 else []), "fewer tokens a row", "more epochs"]
         found.append(f"only {total_steps} optimizer step{'' if total_steps == 1 else 's'}, in which hardly anything is "

@@ -1,8 +1,14 @@
 """mapped: weights that a CPU reads where the system has their file; what is copied all the same, what is released."""
 
+import ctypes
+import errno
+import mmap
 import os
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,13 +19,14 @@ from minitune.api import Model
 from minitune.checkpoint import mapped
 from minitune.checkpoint.mapped import LEAST, map_bytes
 from minitune.checkpoint.reader import SINGLE, Checkpoint
+from minitune.checkpoint.weights import save_weights
 from minitune.config import ModelConfig
 from minitune.errors import InputError
 from minitune.model.init import init_weights
 from minitune.model.llama import Llama
-from minitune.ops import lora_matmul
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files are mapped on Linux alone")
+_SYSTEM = mapped._system()
 ROWS = LEAST // 2 // 64     # of 64 values in bf16 make LEAST bytes
 
 
@@ -86,18 +93,30 @@ def test_writing_reaches_no_file_and_a_file_that_is_replaced_stays(tmp_path):
     assert torch.equal(found[1:], before[1:]) and found[0].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("names", [["c"], ["a", "c"], ["b", "a"], ["small"], ["wide"], ["a", "wide"]])
+@pytest.mark.parametrize("names", [
+    ["a", "c"], ["b", "a"], ["c", "b", "a", "c"],       # not side by side, in another order
+    ["small"], ["wide"], ["wide", "a"]])                # wide is fp32, and comes first in the file
 def test_what_does_not_lie_as_it_is_wanted_is_left(tmp_path, names):
-    """Not side by side, in another order, small, of another dtype."""
     wide = _values(ROWS, 64, dtype=torch.float32)
-    tensors = {"a": _values(ROWS, 64), "b": _values(ROWS, 64), "small": _values(2, 64), "wide": wide}
+    tensors = {name: _values(ROWS, 64) for name in "abc"} | {"small": _values(2, 64), "wide": wide}
     checkpoint = _checkpoint(tmp_path, **tensors)
-    if "c" in names:        # in another shard
-        (tmp_path / "more").mkdir()
-        shard = _checkpoint(tmp_path / "more", c=_values(2 if names == ["c"] else ROWS, 64))
-        checkpoint._infos["c"], checkpoint._paths["c"] = shard.info("c"), shard.path("c")
+    assert checkpoint.info("wide").end == checkpoint.info("a").begin
     assert checkpoint.mapped(names, torch.bfloat16) is None
-    assert checkpoint.mapped(["a", "b"], torch.bfloat16) is not None
+    if names == ["wide", "a"]:
+        assert checkpoint.mapped(names, torch.float32) is None
+    found = checkpoint.mapped(["a", "b", "c"], torch.bfloat16)
+    assert found is not None and torch.equal(found, torch.cat([tensors[name] for name in "abc"]))
+
+
+def test_neighbours_by_their_places_may_lie_in_two_files(tmp_path):
+    first = _checkpoint(tmp_path, a=_values(ROWS, 64))
+    (tmp_path / "more").mkdir()
+    second = _checkpoint(tmp_path / "more", filler=_values(ROWS, 64), later=_values(ROWS, 64))
+    later, end = second.info("later"), first.info("a").end
+    # So would the file say it if its header were as much longer as all that stands before.
+    first._infos["b"] = replace(later, name="b", begin=end, end=end + later.n_bytes)
+    first._paths["b"] = second.path("later")
+    assert first.mapped(["a", "b"], torch.bfloat16) is None and first.mapped(["a"], torch.bfloat16) is not None
 
 
 def test_an_odd_address_a_short_file_and_a_system_that_refuses(tmp_path, monkeypatch):
@@ -107,6 +126,12 @@ def test_an_odd_address_a_short_file_and_a_system_that_refuses(tmp_path, monkeyp
         assert map_bytes(file, 0, LEAST + 1) is None
         monkeypatch.setattr(mapped, "_system", lambda: None)
         assert map_bytes(file, 0, LEAST) is None
+        for answer, error in ((-1, errno.EFAULT), (-1, errno.EINVAL), (0, 0)):      # the disk; an old Linux; well
+            system = mock.Mock(wraps=_SYSTEM)
+            system.madvise.side_effect = lambda *of, told=(answer, error): ctypes.set_errno(told[1]) or told[0]
+            monkeypatch.setattr(mapped, "_system", lambda system=system: system)
+            assert (map_bytes(file, 0, LEAST) is None) == (error == errno.EFAULT)
+            assert not _maps(tmp_path / "file")
     monkeypatch.undo()
     raw = b'{"a":{"dtype":"BF16","shape":[%d],"data_offsets":[0,%d]}}' % (LEAST, 2 * LEAST)
     raw += b" " * (1 - len(raw) % 2)
@@ -139,14 +164,34 @@ def test_a_model_reads_its_weights_where_they_lie(base):
     assert torch.equal(model.logits(tokens), mt.load(base, device="cpu", dtype="bfloat16").logits(tokens))
 
 
-def test_a_weight_that_is_laid_out_anew_or_trained_leaves_the_file(base, monkeypatch):
-    path = base / SINGLE
-    plain = mt.load(base, device="cpu", dtype="bfloat16", lora=mt.LoRA(rank=2, targets=("up_proj",)))
-    assert len(_maps(path)) >= 4
-    del plain
-    assert not _maps(path)
-    monkeypatch.setattr(lora_matmul, "_fits_cpu", lambda shape, like: True)
-    model = mt.load(base, device="cpu", dtype="bfloat16", lora=mt.LoRA(rank=2))
-    assert not any(_lies_in(p.weight, path) for p in model.network.projections())
-    full = mt.load(base, device="cpu", dtype="bfloat16", train="full")
-    assert not any(_lies_in(p, path) for p in full.network.parameters() if p.requires_grad)
+@pytest.mark.parametrize("what", [{"lora": mt.LoRA(rank=2, targets=("up_proj",))}, {"train": "norms"}, {"adapter": ""}])
+def test_a_model_that_can_be_trained_depends_on_no_file(base, tmp_path_factory, what):
+    if "adapter" in what:
+        what = {"adapter": tmp_path_factory.mktemp("adapter")}
+        mt.load(base, device="cpu", dtype="bfloat16", lora=mt.LoRA(rank=2)).save_adapter(what["adapter"])
+    model = mt.load(base, device="cpu", dtype="bfloat16", **what)
+    assert not _maps(base / SINGLE) and model.network.embedding.shape == (2048, 512)
+
+
+def test_a_page_behind_a_mapping_may_be_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"\1" * (LEAST + mmap.PAGESIZE))
+    for end in (LEAST, LEAST + 100):
+        with open(tmp_path / "file", "rb", buffering=0) as file:
+            found = map_bytes(file, 0, end)
+        assert found is not None
+        behind = -end % mmap.PAGESIZE
+        beyond = ctypes.string_at(found.data_ptr() + end, behind + mmap.PAGESIZE)
+        assert beyond == b"\1" * behind + bytes(mmap.PAGESIZE)
+
+
+def test_in_4_bits_embedding_and_head_are_mapped_and_shards_as_well(base, tmp_path):
+    model = mt.load(base, device="cpu", dtype="bfloat16", quant="nf4")
+    assert _lies_in(model.network.embedding, base / SINGLE) and len(_maps(base / SINGLE)) == 2
+    whole = mt.load(base, device="cpu", dtype="bfloat16")
+    shutil.copytree(base, tmp_path / "sharded")
+    tensors = {name: weight.clone() for name, weight in whole.network.hf_weights().items()}
+    save_weights(tmp_path / "sharded", tensors, shard_bytes=4e6)
+    sharded = mt.load(tmp_path / "sharded", device="cpu", dtype="bfloat16")
+    assert sum(bool(_maps(path)) for path in (tmp_path / "sharded").glob("model-*")) > 1
+    tokens = torch.arange(9)
+    assert torch.equal(sharded.logits(tokens), whole.logits(tokens))

@@ -55,20 +55,3 @@ def test_plain_autograd_keeps_more(monkeypatch):
     kept = memory.kept_bytes(SEVEN_B, 2_048, "keep", 2)
     assert _choose(monkeypatch, 2_048, 2 * kept, composed=True) == "full"
     assert _choose(monkeypatch, 2_048, 6 * kept, composed=True) == "keep"
-
-
-def test_what_the_system_and_a_container_leave_free(tmp_path):
-    def free(**files):
-        for place, text in files.items():
-            path = tmp_path / place.replace("__", "/").replace("_of_", ".")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return memory._free_on_host(tmp_path, 7)
-
-    assert free() == 7
-    assert free(proc__meminfo="MemTotal: 9 kB\nHugePages_Total:       0\n") == 7
-    assert free(proc__meminfo="MemAvailable:    5000 kB\nMapped:   2000 kB\n") == 3000 * 1024     # weights are mapped
-    group = {"sys__fs__cgroup__memory_of_current": "900000\n",
-             "sys__fs__cgroup__memory_of_stat": "anon 1\ninactive_file 500000\nfile_mapped 300000\n"}
-    assert free(sys__fs__cgroup__memory_of_max="max\n", **group) == 3000 * 1024
-    assert free(sys__fs__cgroup__memory_of_max="1000000\n") == 100_000 + 200_000

@@ -51,7 +51,7 @@ class Notes(Observer):
      "only 9 optimizer steps, in which hardly anything is learned; fewer micro_batches or fewer tokens a row or more "
      "epochs make more (tokens is 64, epochs 2)"),
     (9, {"max_steps": 9, "epochs": 3},
-     "max_steps 9 decides how long the run is, and epochs 3 nothing; leave one of them out"),
+     "max_steps 9 alone decides how long the run is; epochs 3 is not looked at"),
     (10, {}, None), (1, {"max_steps": 1}, None)])
 def test_few_steps_are_said_unless_they_were_asked_for(steps, settings, words):
     assert hints([], Training(**settings), steps, CPU) == ([] if words is None else [words])
