@@ -19,7 +19,9 @@ LEAST = 1 << 20
 """Bytes from which on it is worth a mapping: what is smaller had better be copied to an address that is a multiple of
 64."""
 
+HUGE_PAGE = 2 << 20
 _FAILED, _MAP_FIXED, _MADV_POPULATE_READ = ctypes.c_void_p(-1).value, 0x10, 22      # of Linux's headers
+_ACCESS = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 def map_bytes(file: FileIO, begin: int, end: int) -> Tensor | None:
@@ -36,35 +38,28 @@ def map_bytes(file: FileIO, begin: int, end: int) -> Tensor | None:
     ahead = begin % mmap.ALLOCATIONGRANULARITY
     length = end - begin + ahead
     # Not Python's mmap: that one keeps a file descriptor for each mapping, and a model has hundreds of tensors.
-    address = _mapped(system, file.fileno(), begin - ahead, length)
-    if address is None:
+    reserved = length + HUGE_PAGE + mmap.PAGESIZE
+    base = system.mmap(None, reserved, _ACCESS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if base == _FAILED:
+        return None
+    address = base + (begin - ahead - base) % HUGE_PAGE
+    if not _map_there(system, file.fileno(), begin - ahead, length, address):
+        system.munmap(base, reserved)
         return None
     memory = (ctypes.c_char * length).from_address(address)
-    weakref.finalize(memory, system.munmap, address, length + _room(length)).atexit = False
+    weakref.finalize(memory, system.munmap, base, reserved).atexit = False
     return torch.frombuffer(memory, dtype=torch.uint8, count=end - begin, offset=ahead)
 
 
-def _mapped(system: Any, descriptor: int, begin: int, length: int) -> int | None:
-    """The address of these bytes of a file, read; None where the system maps or reads them not. A page of zeros lies
-    behind them, for a library's product may look a few values beyond its operand."""
-    access, private = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE
-    whole = length + _room(length)
-    address = system.mmap(None, whole, access, private | mmap.MAP_ANONYMOUS, -1, 0)
-    if address == _FAILED:
-        return None
-    there = system.mmap(address, length, access, private | _MAP_FIXED, descriptor, begin) != _FAILED
-    if there:
-        system.madvise(address, length, mmap.MADV_HUGEPAGE)     # a wish: what comes from the disk, in large pieces
-        # Here an error of the disk is an error, and no signal. Linux before 5.14 does not know it.
-        there = system.madvise(address, length, _MADV_POPULATE_READ) == 0 or ctypes.get_errno() == errno.EINVAL
-    if not there:
-        system.munmap(address, whole)
-    return address if there else None
-
-
-def _room(length: int) -> int:
-    """Bytes up to the next whole page, and one page."""
-    return -length % mmap.PAGESIZE + mmap.PAGESIZE
+def _map_there(system: Any, descriptor: int, begin: int, length: int, address: int) -> bool:
+    """Whether these bytes of the file could be mapped and read at the address, within what is reserved. Addresses and
+    bytes agree modulo a huge page, so that the file cache's huge pages may be huge here too; and a page of zeros lies
+    behind, for a library's product may look a few values beyond its operand."""
+    if system.mmap(address, length, _ACCESS, mmap.MAP_PRIVATE | _MAP_FIXED, descriptor, begin) == _FAILED:
+        return False
+    system.madvise(address, length, mmap.MADV_HUGEPAGE)     # a wish: what comes from the disk, in large pieces
+    # Here an error of the disk is an error, and no signal. Linux before 5.14 does not know it.
+    return system.madvise(address, length, _MADV_POPULATE_READ) == 0 or ctypes.get_errno() == errno.EINVAL
 
 
 @functools.cache
