@@ -39,7 +39,8 @@ HEADERS = ["setup.py", *(f"csrc/{name}.h" for name in (
 CPU = Extension(
     "minitune._C", [f"csrc/{name}.cpp" for name in (
         "bindings", "cpu_isa", "nf4_cpu", "nf4_cpu_avx2", "nf4_cpu_avx512", "bindings_rows", "rows_portable",
-        "rows_avx2", "rows_avx512", "bindings_attention", "attention_amx_forward", "attention_amx_backward")],
+        "rows_avx2", "rows_avx512", "bindings_attention", "attention_amx_forward", "attention_amx_backward",
+        "bindings_products")],
     depends=HEADERS, extra_compile_args=FLAGS, libraries=["torch_cpu"], py_limited_api=True, language="c++")
 CUDA = Extension(
     "minitune._C_cuda", ["csrc/bindings_cuda.cpp"], depends=[*HEADERS, "csrc/nf4_cuda.cu"], extra_compile_args=FLAGS,

@@ -29,7 +29,7 @@ template <typename... Parts>
 [[maybe_unused]] int64_t ceil_div(int64_t n, int64_t by) { return n / by + (n % by != 0); }
 
 // The address of a tensor of which elements [0, extent) are used; a storage can be smaller than its tensor says.
-const void* address(const char* op, const char* name, const Tensor& tensor, int64_t extent) {
+[[maybe_unused]] const void* address(const char* op, const char* name, const Tensor& tensor, int64_t extent) {
   if (extent == 0) return nullptr;
   int64_t bytes = 0, end = 0;
   const int64_t size = int64_t(tensor.element_size());

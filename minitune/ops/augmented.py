@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minitune.ops import huge_pages
+from minitune.ops import huge_pages, products
 from minitune.ops.nf4_linear import FusedNF4
 
 ROW_BYTES = 128
@@ -92,10 +92,10 @@ def forward(x: Tensor, whole: Tensor, n_rows: int, bias: Tensor | None, out: Ten
     """x = [x | S] -> [x | S] · [W | s·B]ᵀ + bias [n, N]."""
     right = whole[:n_rows].mT
     if bias is None:
-        return torch.mm(x, right) if out is None else torch.mm(x, right, out=out)
+        return products.mm(x, right, out)
     return torch.addmm(bias, x, right) if out is None else torch.addmm(bias, x, right, out=out)
 
 
 def backward_input(dy: Tensor, whole: Tensor, columns: int) -> Tensor:
     """dy = [dy | dS] -> [dy | dS] · [W over A] [n, K]."""
-    return dy @ whole[:, :columns]
+    return products.mm(dy, whole[:, :columns])

@@ -28,11 +28,13 @@ OPS: dict[str, tuple[str, ...]] = {
     "nf4": ("native", "triton"), "rms_norm": ("native", "triton"), "swiglu": ("native", "triton"),
     "rope": ("native", "triton"), "linear_cross_entropy": ("native", "triton"), "softmax": ("native",),
     "few_rows": ("native",), "lora_images": ("triton",), "lora_gradients": ("triton",), "adamw": ("triton",),
-    "sgd": ("triton",), "attention": ("native", "triton", "cudnn"), "lora_matmul": ("triton",)}
+    "sgd": ("triton",), "attention": ("native", "triton", "cudnn"), "lora_matmul": ("triton",), "products": ("native",)}
 """What each op has beside its reference, the preferred one first."""
 ROWS = ("rms_norm", "swiglu", "rope", "linear_cross_entropy", "softmax", "few_rows")
 """Whose native half is for a CPU alone, and for ROWS_DTYPES (csrc/rows.h)."""
 ROWS_DTYPES = (torch.float32, torch.bfloat16)
+TILES = ("attention", "products")
+"""Whose native half is for a CPU with tiles of bf16 alone."""
 MEASURED = ("attention", "lora_matmul")
 """Where the library is strong: another way is taken only at shapes where it was measured to be faster (`ops/tuned`). Of
 attention on a CPU with tiles nothing is measured: the native half is taken."""
@@ -116,7 +118,7 @@ def _has(op: str, name: str, device: torch.device, dtype: torch.dtype | None) ->
         return name in OPS[op]
     if name == "native" and op in ROWS:
         return device.type == "cpu" and (dtype is None or dtype in ROWS_DTYPES)
-    if name == "native" and op == "attention":
+    if name == "native" and op in TILES:
         return device.type == "cpu" and dtype in (None, torch.bfloat16) and _may_have_tiles()
     return name in OPS[op] and not (name == "triton" and dtype == torch.float64)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minitune.ops import backends
+from minitune.ops import backends, products
 
 
 def pack(weight: Tensor) -> Tensor | None:
@@ -35,13 +35,13 @@ def product(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, packed
         return result
     assert weight is not None
     if out is not None:
-        return torch.mm(x, weight.mT, out=out) if bias is None else torch.addmm(bias, x, weight.mT, out=out)
+        return products.mm(x, weight.mT, out) if bias is None else torch.addmm(bias, x, weight.mT, out=out)
     tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)     # then it needs a gradient
     if len(x) == 1 and x.device.type == "cpu" and not tracked:
         y = x.new_empty(1, len(weight))
         vector_product(weight)(x[0].contiguous(), y[0])
         return y if bias is None else y.add_(bias)
-    return x @ weight.mT if bias is None else torch.addmm(bias, x, weight.mT)
+    return products.mm(x, weight.mT) if bias is None else torch.addmm(bias, x, weight.mT)
 
 
 def vector_product(weight: Tensor) -> Callable[[Tensor, Tensor], object]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minitune.ops import augmented, backends, few_rows, tuned
+from minitune.ops import augmented, backends, few_rows, products, tuned
 from minitune.ops.augmented import Augmented
 from minitune.ops.nf4_linear import FusedNF4, nf4_linear
 
@@ -155,7 +155,7 @@ def backward_input(dy: Tensor, ds: Tensor | None, w: LoraWeights) -> Tensor:
     """dy [T, N] and dS [T, R] -> dx = dy·W + dS·A [T, K]."""
     if ds is None or w.a is None or w.b is None:
         with _dense(w) as weight:
-            return dy @ weight
+            return products.mm(dy, weight)
     around = w.margins()
     behind = None if around is None else augmented.tail(dy, around.room)
     if around is not None and behind is not None:
@@ -165,7 +165,7 @@ def backward_input(dy: Tensor, ds: Tensor | None, w: LoraWeights) -> Tensor:
         if w.way("input", len(dy)) == "triton":
             dx: Tensor = backends.kernel("lora_matmul").backward_input(dy, weight, ds, w.a)
             return dx
-        dx = dy @ weight
+        dx = products.mm(dy, weight)
     return dx.addmm_(ds, w.a)
 
 

@@ -1,5 +1,5 @@
-"""What torch.compile has to know of the extension's row ops (csrc/rows.h) and of its attention (csrc/attention.h): they
-write where they are told to, and give nothing back."""
+"""What torch.compile has to know of the extension's row ops (csrc/rows.h), its attention (csrc/attention.h) and its
+products (csrc/bindings_products.cpp): they write where they are told to, and give nothing back."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-for _name in (*(f"rows_{name}" for name in NAMES), "attention_amx", "attention_amx_backward"):
+for _name in (*(f"rows_{name}" for name in NAMES), "attention_amx", "attention_amx_backward", "product_apart"):
     torch.library.register_fake(f"minitune::{_name}", _nothing)
