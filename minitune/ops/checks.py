@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from minitune.config import ModelConfig
-from minitune.ops import attention, backends, few_rows, linear_cross_entropy, lora_matmul, nf4, rms_norm, rope, swiglu
+from minitune.ops import (
+    attention,
+    backends,
+    few_rows,
+    linear_cross_entropy,
+    lora_matmul,
+    nf4,
+    products,
+    rms_norm,
+    rope,
+    swiglu,
+)
 from minitune.ops.checks_update import Function, Results, Update
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
@@ -75,7 +86,7 @@ def cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.de
                      ("attention", made.attention), ("linear_cross_entropy", made.losses),
                      ("lora_matmul", made.product), ("lora_gradients", update.lora_gradients),
                      ("lora_images", update.lora_images), ("adamw", update.adamw), ("sgd", update.sgd),
-                     ("few_rows", made.row), ("nf4", made.packed_row)):
+                     ("few_rows", made.row), ("products", made.apart), ("nf4", made.packed_row)):
         yield Case(op, made.backend(op), *make())
     yield Case("nf4", made.backend("nf4"), *made.packed(), ("codes", "absmax", "values"))
     yield Case("adamw", made.backend("adamw"), *update.adamw_8bit(), ("8-bit moments",))
@@ -221,6 +232,16 @@ class _Inputs:
 
         n, k = self.config.d_ff, self.config.d_model
         return function, {"x": self.random(1, k), "weight": self.random(n, k, scale=k**-0.5)}
+
+    def apart(self) -> tuple[Function, dict[str, Tensor]]:
+        """A product by parts of its rows, at whatever shape, where there is such a way."""
+        def function(kind: str, t: dict[str, Tensor]) -> Results:
+            if kind != "ours" or backends.choose("products", self.device, dtype=self.dtype) != "native":
+                return {"y": products.reference(t["x"], t["right"])}
+            return {"y": products.apart(t["x"], t["right"], t["x"].new_empty(len(t["x"]), t["right"].shape[1]))}
+
+        k, n = self.config.d_ff, self.config.d_model
+        return function, {"x": self.random(self.tokens, k), "right": self.random(k, n, scale=k**-0.5)}
 
     def packed(self) -> tuple[Function, dict[str, Tensor]]:
         """A weight packed and decoded."""

@@ -27,7 +27,11 @@ def mm(x: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """`reference`, in `out` [T, N] where that is given; autograd does not see it where it goes by parts."""
     if not _apart(x, right):
         return torch.mm(x, right) if out is None else torch.mm(x, right, out=out)
-    out = x.new_empty(len(x), right.shape[1]) if out is None else out
+    return apart(x, right, x.new_empty(len(x), right.shape[1]) if out is None else out)
+
+
+def apart(x: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """`reference` in `out`, by parts; where the backend is native."""
     torch.ops.minitune.product_apart(x.detach(), right.detach(), out)
     return out
 
