@@ -20,7 +20,7 @@ from minitune.ops import backends
 ROWS = (192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 """Of one thread."""
 COLUMNS = (256, 512, 768, 1024, 1152, 1280, 1536, 2048)
-DEPTHS = (768, 2112, 4160)
+DEPTHS = (576, 768, 2112, 4160)
 ROUNDS, SECONDS = 5, 0.03
 
 

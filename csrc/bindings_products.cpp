@@ -7,7 +7,8 @@
 namespace {
 constexpr int64_t kBlock = 32;             // rows of a part are a multiple of it, as the library works on them
 
-// The library's own product; within a parallel loop it takes one thread.
+// The library's own product; within a parallel loop it takes one thread. That thread knows nothing of the caller's grad
+// or inference mode, so operands must be detached, and no tensors of inference mode.
 void multiply(const Tensor& x, const Tensor& right, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(right),
                                     torch::stable::detail::from(out)};

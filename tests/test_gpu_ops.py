@@ -74,7 +74,7 @@ def _chosen(way, device):
 
 def _ops_of(backend, device):
     """All that have it there."""
-    of_cpu = (*backends.ROWS, "attention") if backend == "native" and device.type == "cuda" else ()
+    of_cpu = (*backends.ROWS, *backends.TILES) if backend == "native" and device.type == "cuda" else ()
     return {op for op, has in backends.OPS.items() if backend in has and op not in of_cpu}
 
 

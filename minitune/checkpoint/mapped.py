@@ -28,9 +28,9 @@ def map_bytes(file: FileIO, begin: int, end: int) -> Tensor | None:
     """uint8 [end - begin] over these bytes of an open file, which may then be closed; None where it cannot be had.
 
     The mapping is private: what is written into the tensor reaches no file. It lasts as long as a tensor that shares
-    its memory. All of it is read once before this returns. Later on a file that is replaced by another of its name
-    stays readable here, one that is overwritten in place changes the tensor, and one that is cut off, or whose disk is
-    gone, ends the process ("Bus error"), as with every reader that maps files.
+    its memory. Where Linux can (5.14), all of it is read before this returns. Later on a file that is replaced by
+    another of its name stays readable here, one that is overwritten in place changes the tensor, and one that is cut
+    off, or whose disk is gone, ends the process ("Bus error"), as with every reader that maps files.
     """
     system = _system()
     if system is None or os.fstat(file.fileno()).st_size < end:

@@ -107,7 +107,7 @@ def recognise(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] |
     kind, fault = (_recognise if cheap else _recognise.__wrapped__)(names, mapped)
     if fault:
         raise InputError(f"{where}: {fault}{_holds_samples(fields) if fault.startswith(_UNKNOWN) else ''}"
-                         f"{_null(row, used)}")
+                         f"{_null(row, fault, used)}")
     if kind == "prompt/completion" and "label" in row and "label" not in used:
         raise InputError(f"{where}: label is None; it must be true or false")
     known = FORMATS[kind].fields
@@ -184,9 +184,10 @@ def _holds_samples(fields: Mapping[str, Any]) -> str:
             "file")
 
 
-def _null(row: Mapping[str, Any], mapped: Collection[str]) -> str:
-    """Which fields that a format needs, or a field map names, are there and null."""
-    found = [name for name, value in row.items() if value is None and (name in _REQUIRED or name in mapped)]
+def _null(row: Mapping[str, Any], fault: str, mapped: Collection[str]) -> str:
+    """Which of the fields that the row lacks by `fault`, or that a field map names, are there and null."""
+    lacks = _REQUIRED if fault.startswith(_UNKNOWN) else {name for name in _REQUIRED if f"{name!r} is missing" in fault}
+    found = [name for name, value in row.items() if value is None and (name in lacks or name in mapped)]
     return f"; here {_listed(found)} {'is' if len(found) == 1 else 'are'} null" if found else ""
 
 

@@ -1,8 +1,8 @@
 """products: x·W of a CPU, where the library leaves threads idle: a part of the rows on each thread.
 
-oneDNN (3.11, bf16 in tiles) divides a product among threads by blocks. With a few hundred rows for each thread and a
-narrow result it finds too few blocks, and one thread does all. A product of so many rows is as fast on one thread as
-such a thread ever is, so the rows are divided here, and the library's own product does each part.
+oneDNN (bf16 in tiles) divides a product among threads by blocks. With two threads, a few hundred rows for each and a
+narrow result it finds too few blocks, and one thread does all. So many rows keep a thread as busy as any number, so
+they are divided here, and the library's own product does each part.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from torch import Tensor
 
 from minitune.ops import backends
 
-ROWS = range(320, 769)
-"""Of one thread, and"""
-COLUMNS = range(256, 1153)
-"""of the result: where `benchmarks/bench_products.py` found idle threads; beyond, both ways take the same time."""
+THREADS, ROWS, COLUMNS, LEAST_DEPTH = 2, range(640, 1537), range(256, 1153), 512
+"""Where `benchmarks/bench_products.py` found idle threads, or no loss: rows and columns of the result, x's columns.
+Nobody has measured more threads; the program tells."""
 
 
 def reference(x: Tensor, right: Tensor) -> Tensor:
@@ -37,10 +36,11 @@ def apart(x: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 
 def _apart(x: Tensor, right: Tensor) -> bool:
-    """Whether the library would leave threads idle, and no gradient is asked for."""
-    threads = torch.get_num_threads()
-    if threads == 1 or -(-len(x) // threads) not in ROWS or right.shape[1] not in COLUMNS:
+    """Whether the library would leave a thread idle, and nobody wants a gradient. In inference mode another thread may
+    not write into our tensors."""
+    depth, columns = right.shape
+    if len(x) not in ROWS or columns not in COLUMNS or depth < LEAST_DEPTH or torch.get_num_threads() != THREADS:
         return False
-    if backends.choose("products", x.device, dtype=x.dtype) != "native":
+    if torch.is_inference_mode_enabled() or backends.choose("products", x.device, dtype=x.dtype) != "native":
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or right.requires_grad))

@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+import minitune as mt
+from minitune.api import Model
+from minitune.model.init import init_weights
+from minitune.model.llama import Llama
 from minitune.ops import backends, products
 from tests.tolerance import check
 
@@ -11,7 +15,29 @@ needs_tiles = pytest.mark.skipif(backends.choose("products", CPU, dtype=BF16) !=
 needs_extension = pytest.mark.skipif(bool(backends.missing("native", CPU)), reason="the extension is not built")
 
 
-def operands(rows, columns=256, depth=96, transposed=True, room=0):
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Whatever the rest of the suite has: fewer would make one part of all rows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def by_parts(monkeypatch):
+    """The products that went by parts: their shapes."""
+    seen, op = [], torch.ops.minitune.product_apart
+
+    def spy(x, right, out):
+        seen.append((len(x), *right.shape))
+        op(x, right, out)
+
+    monkeypatch.setattr(torch.ops.minitune, "product_apart", spy)
+    return seen
+
+
+def operands(rows, columns=256, depth=512, transposed=True, room=0):
     x = torch.randn(rows, depth + room).bfloat16()[:, :depth]
     right = torch.randn(columns, depth).bfloat16().mT if transposed else torch.randn(depth, columns).bfloat16()
     return x, right
@@ -39,44 +65,74 @@ def test_by_parts_is_the_product(rows, transposed, room):
 
 
 @needs_extension
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_any_number_of_threads(threads):
-    before = torch.get_num_threads()
-    x, right = operands(200)
-    try:
-        torch.set_num_threads(threads)
-        check("y", apart(x, right), x @ right, x.double() @ right.double())
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    x, right = operands(200, room=32, transposed=False)
+    check("y", apart(x, right), x @ right, x.double() @ right.double())
 
 
 @needs_tiles
-@pytest.mark.parametrize(("rows", "columns", "by_parts"), [
-    (638, 512, False), (639, 512, True), (1536, 512, True), (1537, 512, False),
-    (1024, 255, False), (1024, 256, True), (1024, 1152, True), (1024, 1153, False)])
-def test_where_a_product_goes_by_parts(rows, columns, by_parts, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    x, right = operands(rows, columns, depth=8)
-    assert products._apart(x, right) == by_parts
-    check("y", products.mm(x, right), x @ right, products.reference(x.double(), right.double()))
-    out = torch.empty(rows, columns, dtype=BF16)
-    assert products.mm(x, right, out) is out and torch.equal(out, products.mm(x, right))
-    assert not products._apart(x.float(), right.float())
-    with backends.use("reference"):
-        assert not products._apart(x, right)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert not products._apart(x, right)
+@pytest.mark.parametrize(("rows", "columns", "depth", "taken"), [
+    (639, 512, 512, False), (640, 512, 512, True), (1536, 512, 512, True), (1537, 512, 512, False),
+    (1024, 255, 512, False), (1024, 256, 512, True), (1024, 1152, 512, True), (1024, 1153, 512, False),
+    (1024, 256, 511, False)])
+def test_where_a_product_goes_by_parts(rows, columns, depth, taken, by_parts):
+    x, right = operands(rows, columns, depth)
+    y, out = products.mm(x, right), torch.empty(rows, columns, dtype=BF16)
+    check("y", y, x @ right, products.reference(x.double(), right.double()))
+    assert products.mm(x, right, out) is out and torch.equal(out, y)
+    assert by_parts == [(rows, depth, columns)] * 2 * taken
 
 
 @needs_tiles
-def test_gradients_are_not_lost(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+def test_where_it_does_not(by_parts):
     x, right = operands(700)
-    x.requires_grad_()
+    products.mm(x.float(), right.float())
+    with backends.use("reference"):
+        products.mm(x, right)
+    with torch.inference_mode():        # which the other threads do not know of
+        assert products.mm(x, right).is_inference()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        products.mm(x, right)
+    assert not by_parts
+
+
+@needs_tiles
+@pytest.mark.parametrize("trained", ["x", "right", "both"])
+def test_gradients_are_not_lost(trained, by_parts):
+    x, right = operands(700, transposed=False)
+    x.requires_grad_(trained != "right")
+    right.requires_grad_(trained != "x")
     products.mm(x, right).sum().backward()
-    check("dx", x.grad, torch.ones(700, 256).bfloat16() @ right.mT, torch.ones(700, 256).double() @ right.mT.double())
+    ones = torch.ones(700, 256, dtype=BF16)
+    if trained != "right":
+        check("dx", x.grad, ones @ right.detach().mT, ones.double() @ right.detach().double().mT)
+    if trained != "x":
+        check("dw", right.grad, x.detach().mT @ ones, x.detach().double().mT @ ones.double())
+    assert not by_parts
     with torch.no_grad():
-        assert products._apart(x, right) and torch.equal(products.mm(x, right), apart(x.detach(), right))
+        assert torch.equal(products.mm(x, right), apart(x.detach(), right.detach())) and len(by_parts) == 2
+
+
+@needs_tiles
+def test_a_step_takes_it_in_each_pass_and_memory_policies_agree(by_parts):
+    """Also the products that are formed again are the same, bit for bit."""
+    config = mt.ModelConfig(vocab_size=320, d_model=512, n_layers=2, n_heads=8, n_kv_heads=8, head_dim=64, d_ff=512)
+    tokens = torch.randint(0, 320, (640,))
+    labels = tokens.roll(-1)
+    labels[-1] = -100
+    batch, found = mt.Batch(tokens=tokens, labels=labels, cu_seqlens=torch.tensor([0, 640], dtype=torch.int32)), []
+    for policy in ("keep", "pointwise", "full"):
+        network = Llama(config, dtype=BF16, memory=policy)
+        init_weights(network, 0)
+        network.add_adapters(mt.LoRA(rank=2), 0)
+        by_parts.clear()
+        Model(network, None).loss(batch).backward()
+        found.append([p.grad for p in network.parameters() if p.requires_grad])
+        assert {rows for rows, _, _ in by_parts} == {640} and len(by_parts) >= 2 * 2 * 3
+    assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))
 
 
 @needs_extension
