@@ -3,8 +3,8 @@
 MINITUNE_BACKEND=reference (or native, triton, cudnn), or `with backends.use("reference")`, overrides the choice for
 every op that has this backend; asking for one that is not available is an error, not a silent change. cudnn is
 attention's alone, forward and backward: fast where the documents are long and equally so, not repeatable to the bit.
-MINITUNE_CPU_ISA=portable (or avx2, avx512) lowers the instruction set of the native backend on a CPU; attention has a
-native half for amx alone.
+MINITUNE_CPU_ISA=portable (or avx2, avx512) lowers the instruction set of the native backend on a CPU; attention and
+products have a native half for amx alone.
 """
 
 from __future__ import annotations
