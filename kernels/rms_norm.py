@@ -1,5 +1,5 @@
 """rms_norm: Triton kernels of x / rms(x) · weight with the residual add, and of its backward; one that gives the thin
-product with the adapters too.
+product with the adapters too, one for a weight that is trained.
 
 Bound by memory. A row lies in registers between its one read and its one write, so a result may lie where an operand
 lay (not where the thin product is made as well). Arithmetic is fp32.
@@ -20,9 +20,14 @@ from minitune.kernels.launch import Config, pick
 CONFIGS = {
     "forward": {80: Config({"TILE": 2048}, num_warps=4, registers=48, shared=256)},
     "backward": {80: Config({"TILE": 2048}, num_warps=4, registers=64, shared=256)},
+    "backward_weight": {80: Config({"TILE": 2048}, num_warps=4, registers=56, shared=8 << 10)},
     "forward_s": {80: Config({"BT": 64, "BK": 64}, num_warps=4, num_stages=2, registers=168, shared=41 << 10)},
     "forward_s_fp32": {80: Config({"BT": 16, "BK": 32}, num_warps=4, registers=168, shared=20 << 10)},
 }
+
+
+PROGRAMS = 512
+"""At most so many sum up the weight's gradient, each over rows of its own: as many on every device, for its bits."""
 
 
 def row_tiles(config: Config, d: int) -> tuple[dict[str, int], dict[str, Any]]:
@@ -208,3 +213,33 @@ def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tens
             dy, x, rstd, weight, residual, dx, rows, dy.stride(0), x.stride(0),
             None if residual is None else residual.stride(0), dx.stride(0), HEADS=heads, D=d, **tiles, **options)
     return dx
+
+
+# ---- the weight's gradient ------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["rows", "tiles_each"])
+def rms_norm_backward_weight(dy, x, rstd, partial, rows, tiles_each, dy_pitch, x_pitch, HEADS: tl.constexpr,
+                             D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum over `tiles_each` tiles of ROWS rows, into a row of `partial` fp32 [programs, D]."""
+    program, lane, column = tl.program_id(0), tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    acc = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in range(tiles_each):
+        row = (program * tiles_each + tile) * ROWS + lane
+        live = (row < rows)[:, None] & (column < D)[None, :]
+        gradient = _read(dy + _starts(row, dy_pitch, HEADS, D) + column[None, :], live)
+        wide = _read(x + _starts(row, x_pitch, HEADS, D) + column[None, :], live)
+        acc += gradient * wide * tl.load(rstd + row, mask=row < rows, other=0)[:, None]
+    tl.store(partial + program.to(tl.int64) * D + column, tl.sum(acc, axis=0), mask=column < D)
+
+
+def backward_weight(dy: Tensor, x: Tensor, rstd: Tensor, *, config: Config | None = None) -> Tensor:
+    """dy, x [T, d] or [T, heads, d], rstd fp32 [..., 1], contiguous -> the weight's gradient fp32 [d]: the sum of
+    dy·x·rstd over all rows, always in the same order. Tokens of dy and x may lie apart."""
+    rows, heads, d = _sizes(x)
+    tiles, options = row_tiles(config or pick(CONFIGS["backward_weight"], x.device), d)
+    count = triton.cdiv(rows, tiles["ROWS"])
+    each = max(1, triton.cdiv(count, PROGRAMS))
+    partial = torch.empty(triton.cdiv(count, each), d, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        rms_norm_backward_weight[(len(partial),)](dy, x, rstd, partial, rows, each, dy.stride(0), x.stride(0),
+                                                  HEADS=heads, D=d, **tiles, **options)
+    return partial.sum(0)

@@ -47,6 +47,12 @@ def _norm_backward(name: str, d: int, residual: bool = False, heads: int = 1) ->
                  without, stores=128)
 
 
+def _norm_weight(name: str, d: int, heads: int = 1) -> Row:
+    return _norm("backward_weight", name, d, heads, ("dy", "x"),
+                 _pointers("dy", "x") | {"partial": "*fp32:16", "tiles_each": "i32"}, {},
+                 stores=128 if heads == 1 else None)        # heads: a sum of 32 bits each
+
+
 def _swiglu(key: str, f: int, names: tuple[str, ...], **constants: Any) -> Row:
     config = swiglu.CONFIGS[key][80]
     signature = _pointers(*names) | {f"{name}_pitch": SIZE for name in names}
@@ -84,6 +90,8 @@ ROWS = [
     _norm_backward("residual", 4096, residual=True),
     _norm_backward("residual", 16384, residual=True),
     _norm_backward("heads", 128, heads=32),
+    _norm_weight("rows", 4096),
+    _norm_weight("heads", 128, heads=32),
     _swiglu("forward", 11008, ("gate_up", "h")),
     _swiglu("backward", 18944, ("dh", "gate_up", "gradient", "h")),
     _swiglu("backward", 14336, ("dh", "gate_up", "gradient"), h=None, h_pitch=None),

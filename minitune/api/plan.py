@@ -7,7 +7,6 @@ import math
 import torch
 
 from minitune.api.model import Model
-from minitune.api.training import policy_of
 from minitune.config import Training
 from minitune.data.stream import Stream
 from minitune.errors import InputError
@@ -53,11 +52,12 @@ def n_steps(data: Stream, training: Training) -> int:
 
 
 def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, str]]:
-    policy = policy_of(model, tokens)
+    network = model.network
+    policy, size, base = network.policy_of(tokens), network.dtype.itemsize, network.base_weights()
     moments = {"adamw": 2 if training.moments == "8bit" else 8, "sgd": 4 if training.momentum else 0}
     state = _count(model) * (4 + moments[training.optimizer])
-    kept = kept_bytes(model.config, tokens, policy, model.network.dtype.itemsize)
-    work = at_work_bytes(model.config, tokens, model.network.dtype, model.device)
+    kept = kept_bytes(model.config, tokens, policy, size) + base.kept_bytes(policy, size)
+    work = at_work_bytes(model.config, tokens, network.dtype, model.device) + base.at_work_bytes(size)
     free, total = free_bytes(model.device), state + kept + work
     fits = "" if total <= free else ("; it does not fit: fewer --tokens, a smaller --rank, --moments 8bit or "
                                      "--quant nf4-dq take less")

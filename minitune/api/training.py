@@ -22,13 +22,12 @@ from minitune.api.examine import (
 )
 from minitune.api.model import Model, as_path
 from minitune.api.resume import about, check_out, check_position, saved_in
-from minitune.config import MemoryPolicy, Training, check_names, check_whole, short
+from minitune.config import Training, check_names, check_whole, short
 from minitune.data.account import overlap
 from minitune.data.batch import Batch
 from minitune.data.samples import are_samples, how_to_give
 from minitune.data.stream import Stream, stream
 from minitune.errors import InputError
-from minitune.model.memory import choose_policy
 from minitune.objectives import sft
 from minitune.ops import backends
 from minitune.report.claim import claimed
@@ -262,20 +261,13 @@ def _folder(folder: Path, model: Model, batches: Iterable[Batch], about: Mapping
     longest = _longest_row(batches)
     config = {"model": {"path": model.path, "device": str(model.device), "dtype": str(network.dtype).split(".")[-1],
                         "memory": network.memory,
-                        "memory_taken": None if longest is None else functools.partial(policy_of, model, longest),
+                        "memory_taken": None if longest is None else functools.partial(network.policy_of, longest),
                         "config": asdict(model.config)},
               "lora": None if model.lora is None else asdict(model.lora), "adapter": model.adapter_path,
               "quant": model.quant, "trained_weights": sorted(network.trained_names()),
               "add_tokens": [] if model._tokenizer is None else model._tokenizer.added, **about}
     save = model.save_adapter if adapted else model.save_merged if network.nf4_shapes() else model.save
     return run_folder(folder, save, functools.partial(_sound, model), _what(model), config)
-
-
-def policy_of(model: Model, tokens: int) -> MemoryPolicy:
-    """The memory policy of a step's pass over so many tokens, by what is free now."""
-    network = model.network
-    composed = any(layer.attention.needs_composed or layer.mlp.needs_composed for layer in network.blocks())
-    return choose_policy(model.config, tokens, network.memory, network.dtype, model.device, composed)
 
 
 def _longest_row(batches: Iterable[Batch]) -> int | None:

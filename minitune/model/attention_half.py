@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from minitune.config import ModelConfig
-from minitune.model.half import Context, Kept, Need, Way
+from minitune.model.half import Context, Half, Kept, Need, Way
 from minitune.model.lora import Projection, frozen
 from minitune.ops import attention, lora_matmul, rms_norm, rope
 from minitune.ops.lora_matmul import LoraWeights
 from minitune.ops.nf4_linear import DecodeBuffer
 
 
-class AttentionHalf(nn.Module):
+class AttentionHalf(Half):
     """o(attention(rotate(qkv(norm(x))))). Weight names follow the checkpoint: self_attn.{q,k,v,o}_proj."""
 
     q_norm: nn.Parameter | None
@@ -33,13 +33,11 @@ class AttentionHalf(nn.Module):
             weight = frozen(torch.empty(config.head_dim, dtype=dtype, device=device)) if config.qk_norm else None
             self.register_parameter(name, weight)
 
-    @property
-    def needs_composed(self) -> bool:
-        norms = any(p is not None and p.requires_grad for p in (self.norm, self.q_norm, self.k_norm))
-        return norms or self.qkv.needs_composed or self.o.needs_composed
+    def projections(self) -> tuple[Projection, Projection]:
+        return self.qkv, self.o
 
-    def adapter_parameters(self) -> list[Tensor]:
-        return [*self.qkv.adapter_parameters(), *self.o.adapter_parameters()]
+    def norms(self) -> list[nn.Parameter]:
+        return [weight for weight in (self.q_norm, self.k_norm, self.norm) if weight is not None]
 
     def cheap(self) -> frozenset[str]:
         return frozenset({"normed"})
@@ -85,9 +83,6 @@ class AttentionHalf(nn.Module):
         """Views q [T, heads, head_dim] and k [T, kv_heads, head_dim] of the two together."""
         return qk[:, : self.config.n_heads], qk[:, self.config.n_heads :]
 
-    def operands(self) -> tuple[LoraWeights, LoraWeights]:
-        return self.qkv.operands(), self.o.operands()
-
     def forward_keeping(self, x: Tensor, branch: Tensor | None, weights: tuple[LoraWeights, LoraWeights],
                         context: Context, need: Need = "both") -> tuple[Tensor | None, Kept]:
         kept = self.project(x, branch, weights[0], context)
@@ -103,24 +98,26 @@ class AttentionHalf(nn.Module):
                       context: Context, way: Way) -> tuple[Tensor | None, list[Tensor]]:
         w_qkv, w_o = weights
         ds_o = lora_matmul.backward_s(dy, w_o)
-        gradients_o = self.o.adapter_gradients(dy, kept["attended"], kept["s_o"], ds_o, w_o)
+        gradients_o = self.o.gradients(dy, kept["attended"], kept["s_o"], ds_o, w_o)
         d_out = lora_matmul.backward_input(dy, ds_o, w_o)
-        d_rows = self.backward_through_attention(d_out, kept, context, way, w_qkv)
+        d_rows, d_norms = self.backward_through_attention(d_out, kept, context, way, w_qkv)
         del d_out
         for name in ("qk", "raw_qk", "v", "attended", "lse", "graph"):      # before the last product
             kept.pop(name, None)
         ds = lora_matmul.backward_s(d_rows, w_qkv)
         normed = kept["normed"] if "normed" in kept else rms_norm.apply(kept["x"], kept["rstd"], self.norm)
-        gradients = [*self.qkv.adapter_gradients(d_rows, normed, kept["s_qkv"], ds, w_qkv), *gradients_o]
-        if not way.need_dx:
+        gradients = [*self.qkv.gradients(d_rows, normed, kept["s_qkv"], ds, w_qkv), *gradients_o, *d_norms]
+        if not way.need_dx and not self.norm.requires_grad:
             return None, gradients
         d_normed = lora_matmul.backward_input(d_rows, ds, w_qkv)
+        if self.norm.requires_grad:
+            gradients.append(rms_norm.backward_weight(d_normed, kept["x"], kept["rstd"]))
         return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm, past, out=d_normed), gradients
 
     def backward_through_attention(self, d_out: Tensor, kept: Kept, context: Context, way: Way,
-                                   w_qkv: LoraWeights) -> Tensor:
-        """d_out [T, heads·head_dim] -> the gradient of what the q, k, v product gave, [T, rows], where the backward
-        of that product wants it."""
+                                   w_qkv: LoraWeights) -> tuple[Tensor, list[Tensor]]:
+        """d_out [T, heads·head_dim] -> (the gradient of what the q, k, v product gave, [T, rows], where the backward
+        of that product wants it; those of the heads' norms that are trained)."""
         saved = attention.Saved(*self.halves(kept["qk"]), kept["v"], context.documents, self.window, kept["graph"],
                                 kept["attended"].unflatten(-1, (-1, self.config.head_dim)), kept["lse"])
         d_heads = d_out.unflatten(-1, (-1, self.config.head_dim))
@@ -134,8 +131,11 @@ class AttentionHalf(nn.Module):
         else:
             attention.backward(d_heads, saved, d_qkv, not way.overwrite)
             rope.rotate_(d_qk, context.cos, context.sin, back=True)
+        d_norms: list[Tensor] = []
         if self.q_norm is not None and self.k_norm is not None:
             for d, raw, weight, name in zip(self.halves(d_qk), self.halves(kept["raw_qk"]), (self.q_norm, self.k_norm),
                                             ("q_rstd", "k_rstd"), strict=True):
+                if weight.requires_grad:
+                    d_norms.append(rms_norm.backward_weight(d, raw, kept[name]))
                 rms_norm.backward(d, raw, kept[name], weight, out=d)
-        return rows
+        return rows, d_norms

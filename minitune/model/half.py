@@ -3,15 +3,16 @@ layer's input."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minitune.config import MemoryPolicy
+from minitune.model.lora import Projection
 from minitune.model.offload import Parking
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
@@ -35,34 +36,58 @@ Kept = dict[str, Any]
 """The named list of what a half keeps between forward and backward."""
 
 
-class Half(Protocol):
+class Half(nn.Module, ABC):
     """What `run` asks of a half: branch = f(norm(x)). The next half adds it to x in one pass with its own norm."""
+
+    @abstractmethod
+    def projections(self) -> tuple[Projection, Projection]:
+        """Its two products, in the order of their parameters."""
+
+    @abstractmethod
+    def norms(self) -> list[nn.Parameter]:
+        """The weights of its norms, in the order of their gradients."""
 
     @property
     def needs_composed(self) -> bool:
-        """Whether plain autograd has to take it (dropout, trained base weights)."""
+        """Whether plain autograd has to take it (dropout, DoRA)."""
+        return any(projection.needs_composed for projection in self.projections())
 
-    def composed(self, x: Tensor, context: Context) -> Tensor:
-        """The specification: x [T, d] -> branch [T, d] by reference ops under plain autograd."""
+    def trained_parameters(self) -> list[Tensor]:
+        """fp32 parameters that get a gradient, in a fixed order."""
+        return [p for projection in self.projections() for p in projection.trained_parameters()] + self._trained_norms()
+
+    def base_parameters(self) -> list[Tensor]:
+        """Those of them that are no adapter's. The backward reads them again, so they must not change before it; of
+        adapters it has images."""
+        return [p for projection in self.projections() for p in projection.base_parameters()] + self._trained_norms()
+
+    def _trained_norms(self) -> list[Tensor]:
+        return [weight for weight in self.norms() if weight.requires_grad]
 
     def operands(self) -> tuple[LoraWeights, LoraWeights]:
         """Weights and adapter images of its two products, as they stand now."""
+        first, second = self.projections()
+        return first.operands(), second.operands()
 
+    @abstractmethod
+    def composed(self, x: Tensor, context: Context) -> Tensor:
+        """The specification: x [T, d] -> branch [T, d] by reference ops under plain autograd."""
+
+    @abstractmethod
     def forward_keeping(self, x: Tensor, branch: Tensor | None, weights: tuple[LoraWeights, LoraWeights],
                         context: Context, need: Need = "both") -> tuple[Tensor | None, Kept]:
         """x [T, d] and the branch of the half before -> (branch [T, d], everything that the backward can use, among it
         "x", the sum). With need "kept" the last product is left out, and None comes in the branch's place."""
 
+    @abstractmethod
     def cheap(self) -> frozenset[str]:
         """The kept entries that `backward_from` can do without, at the price of a pointwise pass."""
 
+    @abstractmethod
     def backward_from(self, dy: Tensor, past: Tensor | None, kept: Kept, weights: tuple[LoraWeights, LoraWeights],
                       context: Context, way: Way) -> tuple[Tensor | None, list[Tensor]]:
         """dy [T, d], the gradient of the branch, and `past`, that of the sum -> (dx [T, d] or None, gradients of
-        `adapter_parameters`). Neither is written to; of the dict `kept` what is used up is taken out."""
-
-    def adapter_parameters(self) -> Sequence[Tensor]:
-        """fp32 parameters that get a gradient, in a fixed order."""
+        `trained_parameters`). Neither is written to; of the dict `kept` what is used up is taken out."""
 
 
 class Way(NamedTuple):
@@ -95,7 +120,7 @@ class _Half(torch.autograd.Function):
             kept = {name: value for name, value in kept.items() if name not in half.cheap()}
         tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
         ctx.names = tuple(tensors)
-        ctx.save_for_backward(*tensors.values())
+        ctx.save_for_backward(*tensors.values(), *half.base_parameters())       # autograd tells if those have changed
         ctx.others = {name: value for name, value in kept.items() if name not in tensors}
         ctx.half, ctx.weights, ctx.context = half, weights, context
         ctx.set_materialize_grads(False)
@@ -106,9 +131,9 @@ class _Half(torch.autograd.Function):
     def backward(ctx: Any, past: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         half = ctx.half
         if dy is None:      # nobody asked for the branch
-            return past, past, None, None, *[None] * len(half.adapter_parameters())
+            return past, past, None, None, *[None] * len(half.trained_parameters())
         past, dy = _packed(past), dy.contiguous()
-        kept = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.others
+        kept = dict(zip(ctx.names, ctx.saved_tensors, strict=False)) | ctx.others
         need_branch, last = ctx.needs_input_grad[1], _is_last_backward()
         way = Way(ctx.needs_input_grad[0] or need_branch, overwrite=last)
         dx, gradients = half.backward_from(dy, past, kept, ctx.weights, ctx.context, way)
@@ -118,8 +143,8 @@ class _Half(torch.autograd.Function):
 
 
 class _Layer(torch.autograd.Function):
-    """Both halves, computed again from the layer's input, which alone is kept ("full") or parked ("offload"). Of the
-    second pass the last product is left out."""
+    """Both halves, computed again from the layer's input, which alone is kept ("full") or parked ("offload"), beside
+    the adapters' images. Of the second pass the last product is left out."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor | None, halves: tuple[Half, Half], context: Context,
@@ -130,8 +155,9 @@ class _Layer(torch.autograd.Function):
         kept.clear()    # the memory of one half at a time
         y, kept = halves[1].forward_keeping(total, y, weights[1], context, "branch")
         ctx.ticket = None if context.parking is None else context.parking.park(total)
-        ctx.save_for_backward(*([total] if ctx.ticket is None else []))
-        ctx.halves, ctx.weights, ctx.context = halves, weights, context
+        ctx.save_for_backward(*halves[0].base_parameters(), *halves[1].base_parameters(),
+                              *([total] if ctx.ticket is None else []))
+        ctx.halves, ctx.context, ctx.images = halves, context, [[(w.a, w.b) for w in pair] for pair in weights]
         ctx.set_materialize_grads(False)
         return kept["x"], y
 
@@ -141,27 +167,34 @@ class _Layer(torch.autograd.Function):
         first, second = ctx.halves
         if dy is None:
             raise RuntimeError("a layer's branch got no gradient; only its sum with the stream has a meaning")
-        past, dy = _packed(past), dy.contiguous()
-        x = ctx.saved_tensors[0] if ctx.ticket is None else ctx.context.parking.fetch(ctx.ticket, _is_last_backward())
-        y, kept = first.forward_keeping(x, None, ctx.weights[0], ctx.context)
-        rest = second.forward_keeping(x, y, ctx.weights[1], ctx.context, "kept")[1]
+        past, dy, saved = _packed(past), dy.contiguous(), ctx.saved_tensors
+        x = saved[-1] if ctx.ticket is None else ctx.context.parking.fetch(ctx.ticket, _is_last_backward())
+        weights, w_second = (_with_images(*each) for each in zip(ctx.halves, ctx.images, strict=True))
+        y, kept = first.forward_keeping(x, None, weights, ctx.context)
+        rest = second.forward_keeping(x, y, w_second, ctx.context, "kept")[1]
         del y
-        d, gradients = second.backward_from(dy, past, rest, ctx.weights[1], ctx.context, Way(True, overwrite=True))
-        del rest        # the memory of one half at a time
+        d, gradients = second.backward_from(dy, past, rest, w_second, ctx.context, Way(True, overwrite=True))
+        del rest, w_second      # the memory of one half at a time
         need_branch = ctx.needs_input_grad[1]
         way = Way(ctx.needs_input_grad[0] or need_branch, overwrite=True)
         assert d is not None
-        dx, earlier = first.backward_from(d, d, kept, ctx.weights[0], ctx.context, way)
+        dx, earlier = first.backward_from(d, d, kept, weights, ctx.context, way)
         if _is_last_backward():
-            ctx.weights = None      # images that a loss which is still referenced must not keep alive
+            ctx.images = None       # which a loss which is still referenced must not keep alive
         return dx, dx if need_branch else None, None, None, *earlier, *gradients
+
+
+def _with_images(half: Half, images: list[tuple[Tensor | None, Tensor | None]]) -> tuple[LoraWeights, LoraWeights]:
+    """The half's operands with the images of an earlier forward pass."""
+    (first, second), (one, other) = half.operands(), images
+    return first._replace(a=one[0], b=one[1]), second._replace(a=other[0], b=other[1])
 
 
 def run_layer(first: Half, second: Half, x: Tensor, branch: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
     """x and branch [T, d], whose sum enters the layer -> the same of its output, by the context's memory policy."""
     composed = first.needs_composed or second.needs_composed
     if context.policy in ("full", "offload") and torch.is_grad_enabled() and not composed:
-        parameters = *first.adapter_parameters(), *second.adapter_parameters()
+        parameters = *first.trained_parameters(), *second.trained_parameters()
         out: tuple[Tensor, Tensor] = _Layer.apply(x, branch, (first, second), context, *parameters)
         return out
     return run(second, *run(first, x, branch, context), context)
@@ -175,7 +208,7 @@ def run(half: Half, x: Tensor, branch: Tensor | None, context: Context) -> tuple
         assert y is not None
         return kept["x"], y
     if not half.needs_composed:
-        total, y = _Half.apply(x, branch, half, context, *half.adapter_parameters())
+        total, y = _Half.apply(x, branch, half, context, *half.trained_parameters())
         return total, y
     total = x if branch is None else x + branch
     if context.policy != "keep":       # plain autograd has no cheaper list to keep than none

@@ -19,7 +19,7 @@ from minitune.model.adapter import HEAD, Adapter, check_targets, matches
 from minitune.model.attention_half import AttentionHalf
 from minitune.model.head import Head
 from minitune.model.lora import Projection, frozen
-from minitune.model.memory import choose_policy
+from minitune.model.memory import BaseWeights, choose_policy
 from minitune.model.mlp_half import MlpHalf
 from minitune.model.offload import Parking
 from minitune.model.token_rows import TokenRows
@@ -98,12 +98,21 @@ class Llama(nn.Module):
     def _policy(self, tokens: int) -> MemoryPolicy:
         """The memory policy of a pass over so many tokens, decided at the first one."""
         if tokens not in self._policies and torch.is_grad_enabled():
-            composed = any(layer.attention.needs_composed or layer.mlp.needs_composed for layer in self.blocks())
-            if composed and not self._policies:
-                warnings.warn("dropout, DoRA and trained base weights take plain autograd through the layers, which is "
-                              "slower than the hand-written backward", stacklevel=4)
-            self._policies[tokens] = choose_policy(self.config, tokens, self.memory, self.dtype, self.device, composed)
+            if self.needs_composed and not self._policies:
+                warnings.warn("dropout and DoRA take plain autograd through the layers, which is slower than the "
+                              "hand-written backward", stacklevel=4)
+            self._policies[tokens] = self.policy_of(tokens)
         return self._policies.get(tokens, "keep")
+
+    @property
+    def needs_composed(self) -> bool:
+        """Whether a layer trains under plain autograd."""
+        return any(layer.attention.needs_composed or layer.mlp.needs_composed for layer in self.blocks())
+
+    def policy_of(self, tokens: int) -> MemoryPolicy:
+        """The memory policy of a training pass over so many tokens, by what is free now."""
+        return choose_policy(self.config, tokens, self.memory, self.dtype, self.device, self.needs_composed,
+                             self.base_weights())
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int64 [T] -> [T, d_model] in the compute dtype."""
@@ -270,7 +279,7 @@ class Llama(nn.Module):
         that is still to come keeps the images of its own forward.
         """
         for projection in self.projections():
-            projection.refresh_cast(self.dtype)
+            projection.refresh_cast()
         adapted = [p for p in self.projections() if p.adapters]
         shapes = [shape for projection in adapted for shape in projection.image_shapes()]
         flat = torch.zeros(sum(n * k for n, k in shapes), dtype=self.dtype, device=self.device)
@@ -286,6 +295,12 @@ class Llama(nn.Module):
         self.output.refresh(self.head_weight, self.dtype)
 
     # -- training base weights ----------------------------------------------------------------------------------------
+
+    def base_weights(self) -> BaseWeights:
+        """How much of the layers' own weights is trained."""
+        counts = [sum(p.numel() for half in (layer.attention, layer.mlp) for p in half.base_parameters())
+                  for layer in self.blocks()]
+        return BaseWeights(sum(counts), max(counts))
 
     def unfreeze(self, train: str | list[str] | tuple[str, ...]) -> None:
         """Train base weights too, in fp32: "full", "head", "norms", "embedding", "last:k" (layers), or name patterns.

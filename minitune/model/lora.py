@@ -23,7 +23,7 @@ class Projection(nn.Module):
 
     ``parts`` maps a Hugging Face module path to its number of rows. A frozen weight lies in the compute dtype, or, with
     a ``buffer`` to decode into, in NF4 (`put_nf4`); one that is trained is split into a fp32 Parameter for each part
-    (`unfreeze`), and the composed path joins them.
+    (`unfreeze`), and `copied` into one again, in the compute dtype, for each pass.
     """
 
     def __init__(self, parts: Mapping[str, int], in_features: int, bias: bool, dtype: torch.dtype,
@@ -216,34 +216,47 @@ class Projection(nn.Module):
     def operands(self) -> LoraWeights:
         """What the product reads; without a and b where there is no adapter or it is switched off."""
         a, b = self.images if self.images is not None and self.enabled else (None, None)
-        if self.cast is not None:
-            return LoraWeights(*self.cast, a, b, self.packed)
+        if self.trained:
+            return LoraWeights(*(self.cast or self.copied()), a, b, self.packed)
         weight = self.weight if self.fused is None else self.fused if self.decoded is None else self.decoded
         gain = self.gain()
         return LoraWeights(weight, self.bias, a, b, self.packed, self.laid_out(),
                            None if gain is None else gain.detach())
 
-    def adapter_parameters(self) -> list[Tensor]:
-        """A and B of each adapter, in the order of `adapter_gradients`; none while they are switched off."""
-        if not self.enabled:
-            return []
-        return [p for adapter in self.own_adapters().values() for p in (adapter.A, adapter.B)]
+    # -- what is trained -------------------------------------------------------------------------------------------
 
-    def adapter_gradients(self, dy: Tensor, x: Tensor | None, s: Tensor | None, ds: Tensor | None,
-                          w: LoraWeights) -> list[Tensor]:
-        """Gradients of `adapter_parameters` from dy [T, N], x [T, K] and the S and dS of lora_matmul.
+    def trained_parameters(self) -> list[Tensor]:
+        """fp32 parameters that get a gradient, in the order of `gradients`: A and B of each adapter unless they are
+        switched off, then the `base_parameters`."""
+        adapters = self.own_adapters().values() if self.enabled else ()
+        return [p for adapter in adapters for p in (adapter.A, adapter.B)] + self.base_parameters()
 
-        The products serve all parts at once; each adapter takes its own rows and columns, B's with the scale.
+    def base_parameters(self) -> list[Tensor]:
+        """Weights and biases that are trained."""
+        return [p for p in self.trained.values() if p.requires_grad]
+
+    def reads_input(self, s: Tensor | None) -> bool:
+        """Whether `gradients` wants x: for adapters, whose S is there, or for a weight."""
+        return s is not None or any(p.dim() == 2 for p in self.base_parameters())
+
+    def gradients(self, dy: Tensor, x: Tensor | None, s: Tensor | None, ds: Tensor | None,
+                  w: LoraWeights) -> list[Tensor]:
+        """Gradients of `trained_parameters` from dy [T, N], x [T, K] and the S and dS of lora_matmul. x may be None
+        where nothing `reads_input`.
+
+        The adapters' products serve all parts at once; each adapter takes its own rows and columns, B's with the scale.
         """
-        if x is None or s is None or ds is None:     # no adapter, or switched off
-            return []
-        da, db = lora_matmul.backward_adapters(dy, x, s, ds, w)
-        gradients: list[Tensor] = []
-        for adapter, rows, ranks in self.image_slices():
-            gradients += lora_gradients.apart(da[ranks], db[rows, ranks], adapter.scale)
-        return gradients
-
-    # -- the composed path -----------------------------------------------------------------------------------------
+        found: list[Tensor] = []
+        if x is not None and s is not None and ds is not None:      # else no adapter, or switched off
+            da, db = lora_matmul.backward_adapters(dy, x, s, ds, w)
+            for adapter, rows, ranks in self.image_slices():
+                found += lora_gradients.apart(da[ranks], db[rows, ranks], adapter.scale)
+        rows_of = dict(self.rows())
+        for key, parameter in self.trained.items():
+            if parameter.requires_grad:
+                path, _, kind = key.replace("/", ".").rpartition(".")
+                found.append(lora_matmul.backward_base(dy[:, rows_of[path]], x if kind == "weight" else None))
+        return found
 
     def unfreeze(self, patterns: tuple[str, ...]) -> None:
         """Make a fp32 Parameter of every part of the weight or bias whose full name a pattern names; its siblings stay
@@ -258,22 +271,29 @@ class Projection(nn.Module):
         self.weight, self.around = frozen(self.weight.new_empty(0, self.n_columns)), None
         self.bias = None if self.bias is None else frozen(self.bias.new_empty(0))
 
+    @torch.no_grad()
+    def copied(self) -> tuple[Tensor, Tensor | None]:
+        """(weight [N, K], bias [N] or None) in the compute dtype, made of the parts as they stand."""
+        weight = self.weight.new_empty(self.n_rows, self.n_columns)
+        bias = None if self.bias is None else self.bias.new_empty(self.n_rows)
+        for path, rows in self.rows():
+            weight[rows].copy_(self.trained[_key(f"{path}.weight")])
+            if bias is not None:
+                bias[rows].copy_(self.trained[_key(f"{path}.bias")])
+        return weight, bias
+
+    def refresh_cast(self) -> None:
+        """For passes without gradients, which may be many tokens' generation: trained parts as one weight. In training
+        each half makes its own, and frees it."""
+        self.cast = self.copied() if self.trained and not torch.is_grad_enabled() else None
+
+    # -- the composed path -----------------------------------------------------------------------------------------
+
     @property
     def needs_composed(self) -> bool:
-        """Trained base weights, dropout and DoRA take plain autograd instead of the hand-written halves."""
+        """Dropout and DoRA take plain autograd instead of the hand-written halves."""
         dropout = self.training and any(a.dropout for a in self.own_adapters().values())
-        return bool(self.trained) or dropout or (self.enabled and self.has_magnitudes)
-
-    def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """(weight [N, K], bias [N] or None) of trained parts, cast to `dtype`."""
-        weight = torch.cat([self.trained[_key(f"{path}.weight")].to(dtype) for path in self.parts])
-        if self.bias is None:
-            return weight, None
-        return weight, torch.cat([self.trained[_key(f"{path}.bias")].to(dtype) for path in self.parts])
-
-    def refresh_cast(self, dtype: torch.dtype) -> None:
-        """For passes without gradients: trained parts as one frozen-looking weight; else none, to save its memory."""
-        self.cast = self.joined(dtype) if self.trained and not torch.is_grad_enabled() else None
+        return dropout or (self.enabled and self.has_magnitudes)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N] by plain autograd: the specification, and the path of the rare variants.
@@ -289,7 +309,10 @@ class Projection(nn.Module):
 
     def _sum(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, K] -> the base's product and the adapters' terms [T, N]."""
-        weight, bias = self.joined(x.dtype) if self.trained else (self.weight, bias)
+        weight: Tensor = self.weight
+        if self.trained:
+            weight = self._joined("weight", x.dtype)
+            bias = None if bias is None else self._joined("bias", x.dtype)
         y = F.linear(x, weight, bias) if self.fused is None else nf4_linear(x, self.fused, bias)
         if not self.enabled:
             return y
@@ -300,6 +323,10 @@ class Projection(nn.Module):
         terms = [adapters[path](x) if path in adapters else zero.expand(len(x), count)
                  for path, count in self.parts.items()]
         return y + torch.cat(terms, dim=-1)
+
+    def _joined(self, kind: str, dtype: torch.dtype) -> Tensor:
+        """The trained weights or biases of all parts, differentiable."""
+        return torch.cat([self.trained[_key(f"{path}.{kind}")].to(dtype) for path in self.parts])
 
 
 def frozen(value: Tensor) -> nn.Parameter:

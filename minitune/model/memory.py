@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,7 +14,7 @@ from minitune.config import MemoryPolicy, ModelConfig
 
 SHARE, OWN_SHARE = 0.6, 0.85
 """Share of the free memory that a step may fill before `auto` turns to the next cheaper policy; of a GPU, which is one
-program's, where adapters are trained, whose gradients and moments are small."""
+program's, where adapters alone are trained, whose gradients and moments are small."""
 PROCESSORS = 132
 """Of an H100, by which FlashAttention's deterministic backward splits its sums."""
 
@@ -38,6 +39,23 @@ def at_work_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, device: 
         return layer + -(-PROCESSORS // config.n_heads) * tokens * config.n_heads * config.head_dim * 4
     return layer + min(torch.get_num_threads(), config.n_kv_heads) * tokens * config.head_dim * (7 * 2 + 3 * 4)
 
+
+class BaseWeights(NamedTuple):
+    """How many values of the layers' own weights are trained: in all, and in the layer that has the most of them."""
+
+    total: int = 0
+    layer: int = 0
+
+    def kept_bytes(self, policy: MemoryPolicy, element_size: int) -> int:
+        """Bytes of their copies in the compute dtype that lie between forward and backward."""
+        return self.total * element_size if policy in ("keep", "pointwise") else 0
+
+    def at_work_bytes(self, element_size: int) -> int:
+        """Bytes that the backward of a layer takes for them: copies, products, and these in fp32."""
+        return self.layer * (2 * element_size + 4)
+
+
+FROZEN = BaseWeights()
 
 COMPOSED = 3
 """A half under plain autograd keeps about so many times what the hand-written one does."""
@@ -76,19 +94,22 @@ def reuse_freed_memory() -> None:
 
 
 def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype: torch.dtype, device: torch.device,
-                  composed: bool = False) -> MemoryPolicy:
+                  composed: bool = False, base: BaseWeights = FROZEN) -> MemoryPolicy:
     """`memory` itself, or for "auto" the fastest policy whose kept bytes fit. The results are the same bit for bit.
 
-    With ``composed`` the layers run under plain autograd, which knows "keep" and "full" alone.
+    With ``composed`` the layers run under plain autograd, which knows "keep" and "full" alone. ``base``: what of the
+    layers' own weights is trained.
     """
     if memory != "auto":
         return memory
-    own = device.type == "cuda" and not composed
-    room = free_bytes(device) * (OWN_SHARE if own else SHARE) - at_work_bytes(config, tokens, dtype, device)
+    size, own = dtype.itemsize, device.type == "cuda" and not composed and not base.total
+    work = at_work_bytes(config, tokens, dtype, device) + base.at_work_bytes(size)
+    room = free_bytes(device) * (OWN_SHARE if own else SHARE) - work
     policies: tuple[MemoryPolicy, ...] = ("keep", "pointwise")
     for policy in policies[:1] if composed else policies:
-        if kept_bytes(config, tokens, policy, dtype.itemsize) * (COMPOSED if composed else 1) <= room:
+        kept = kept_bytes(config, tokens, policy, size) * (COMPOSED if composed else 1)
+        if kept + base.kept_bytes(policy, size) <= room:
             return policy
-    full = kept_bytes(config, tokens, "full", dtype.itemsize)
+    full = kept_bytes(config, tokens, "full", size)
     parks = device.type == "cuda" and not composed and full > room
     return "offload" if parks and full <= free_bytes(torch.device("cpu")) * SHARE else "full"

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from minitune.config import ModelConfig
-from minitune.model.half import Context, Kept, Need, Way
+from minitune.model.half import Context, Half, Kept, Need, Way
 from minitune.model.lora import Projection, frozen
 from minitune.ops import lora_matmul, rms_norm, swiglu
 from minitune.ops.lora_matmul import LoraWeights
 from minitune.ops.nf4_linear import DecodeBuffer
 
 
-class MlpHalf(nn.Module):
+class MlpHalf(Half):
     """down(swiglu(gate_up(norm(x)))). Weight names follow the checkpoint: mlp.{gate,up,down}_proj."""
 
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device,
@@ -27,21 +27,17 @@ class MlpHalf(nn.Module):
         self.down = Projection({f"{prefix}.down_proj": config.d_model}, config.d_ff, config.mlp_bias, dtype, device,
                                buffer)
 
-    @property
-    def needs_composed(self) -> bool:
-        return self.norm.requires_grad or self.gate_up.needs_composed or self.down.needs_composed
+    def projections(self) -> tuple[Projection, Projection]:
+        return self.gate_up, self.down
 
-    def adapter_parameters(self) -> list[Tensor]:
-        return [*self.gate_up.adapter_parameters(), *self.down.adapter_parameters()]
+    def norms(self) -> list[nn.Parameter]:
+        return [self.norm]
 
     def cheap(self) -> frozenset[str]:
         return frozenset({"normed", "h"})
 
     def composed(self, x: Tensor, context: Context) -> Tensor:
         return self.down(swiglu.reference(self.gate_up(rms_norm.reference(x, self.norm, self.eps))))
-
-    def operands(self) -> tuple[LoraWeights, LoraWeights]:
-        return self.gate_up.operands(), self.down.operands()
 
     def forward_keeping(self, x: Tensor, branch: Tensor | None, weights: tuple[LoraWeights, LoraWeights],
                         context: Context, need: Need = "both") -> tuple[Tensor | None, Kept]:
@@ -62,17 +58,18 @@ class MlpHalf(nn.Module):
         w_gate_up, w_down = weights
         ds_down = lora_matmul.backward_s(dy, w_down)
         dh = lora_matmul.backward_input(dy, ds_down, w_down)
-        want_h = "h" not in kept and kept["s_down"] is not None
+        want_h = "h" not in kept and self.down.reads_input(kept["s_down"])
         place = None if way.overwrite else lora_matmul.gradient_rows(len(dy), w_gate_up)
         d_gate_up, h = swiglu.backward(dh, kept["gate_up"], want_h=want_h, overwrite=way.overwrite, out=place)
-        gradients_down = self.down.adapter_gradients(dy, kept.pop("h", h), kept["s_down"], ds_down, w_down)
+        gradients_down = self.down.gradients(dy, kept.pop("h", h), kept["s_down"], ds_down, w_down)
         del dh, h       # the last product takes the most memory: what is used up goes before it
         ds = lora_matmul.backward_s(d_gate_up, w_gate_up)
         normed = kept.pop("normed") if "normed" in kept else rms_norm.apply(kept["x"], kept["rstd"], self.norm)
-        gradients = [*self.gate_up.adapter_gradients(d_gate_up, normed, kept["s_gate_up"], ds, w_gate_up),
-                     *gradients_down]
+        gradients = [*self.gate_up.gradients(d_gate_up, normed, kept["s_gate_up"], ds, w_gate_up), *gradients_down]
         del normed
-        if not way.need_dx:
+        if not way.need_dx and not self.norm.requires_grad:
             return None, gradients
         d_normed = lora_matmul.backward_input(d_gate_up, ds, w_gate_up)
+        if self.norm.requires_grad:
+            gradients.append(rms_norm.backward_weight(d_normed, kept["x"], kept["rstd"]))
         return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm, past, out=d_normed), gradients

@@ -140,12 +140,13 @@ class _Inputs:
         def function(kind: str, t: dict[str, Tensor]) -> Results:
             if kind == "ours":
                 y, rstd, total, s = rms_norm.forward_s(t["x"], t["weight"], eps, t["branch"], t["a"])
+                d_weight = rms_norm.backward_weight(t["dy"], total, rstd)
                 dx = rms_norm.backward(t["dy"], total, rstd, t["weight"], t["past"])
-                return {"y": y, "S": y @ t["a"].mT if s is None else s, "dx": dx}
-            total = (t["x"] + t["branch"]).requires_grad_()
-            y = rms_norm.reference(total, t["weight"], eps)
-            dx = torch.autograd.grad(y, total, t["dy"])[0] + t["past"]
-            return {"y": y.detach(), "S": y.detach() @ t["a"].mT, "dx": dx}
+                return {"y": y, "S": y @ t["a"].mT if s is None else s, "dx": dx, "d weight": d_weight}
+            leaves = (t["x"] + t["branch"]).requires_grad_(), t["weight"].clone().requires_grad_()
+            y = rms_norm.reference(*leaves, eps)
+            dx, d_weight = torch.autograd.grad(y, leaves, t["dy"])
+            return {"y": y.detach(), "S": y.detach() @ t["a"].mT, "dx": dx + t["past"], "d weight": d_weight}
 
         names, d = ("x", "branch", "dy", "past"), shape[1]
         adapters = self.random(3 * self.rank, d, scale=d**-0.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,9 @@ from minitune.ops.versions import written
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Room for the fp32 logits of one chunk of tokens: at a vocabulary of 32,000 that is 524 tokens on a CPU, 4,194 on a
 GPU, which wants tall products."""
+
+VOCABULARY = 4096
+"""Rows of the weight's gradient that are summed up at a time: the library's product is not in fp32, and lies beside."""
 
 Head = Callable[[Tensor], Tensor]
 """hidden [n, d] -> logits [n, V], by plain autograd."""
@@ -68,16 +71,21 @@ def losses_and_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, smoothin
     """hidden [n, d], weight [V, d], labels [n] -> (losses fp32 [n], d loss_t / d hidden_t [n, d] if wanted)."""
     losses = torch.empty(len(labels), dtype=_wide(hidden), device=hidden.device)
     d_hidden = torch.empty_like(hidden) if gradient else None
-    size = _chunk(weight)
-    grain = 16 if hidden.device.type == "cuda" else 1       # rows start where a GPU reads them 16 bytes at a time
-    logits = hidden.new_empty(min(size, len(labels)), -(-len(weight) // grain) * grain)[:, : len(weight)]
-    for start in range(0, len(labels), size):
-        rows = slice(start, start + size)
-        part = torch.mm(hidden[rows], weight.mT, out=logits[: len(labels[rows])])
+    for rows, part in _chunks(hidden, weight):
         losses_(part, labels[rows], losses[rows], smoothing, gradient)
         if d_hidden is not None:
             torch.mm(part, weight, out=d_hidden[rows])
     return losses, d_hidden
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their logits) of all of `hidden`; each chunk's logits take the memory of the last one's."""
+    size = _chunk(weight)
+    grain = 16 if hidden.device.type == "cuda" else 1       # rows start where a GPU reads them 16 bytes at a time
+    logits = hidden.new_empty(min(size, len(hidden)), -(-len(weight) // grain) * grain)[:, : len(weight)]
+    for start in range(0, len(hidden), size):
+        rows = slice(start, min(start + size, len(hidden)))
+        yield rows, torch.mm(hidden[rows], weight.mT, out=logits[: rows.stop - start])
 
 
 def weighed(x: Tensor, weights: Tensor) -> Tensor:
@@ -107,10 +115,44 @@ class _FrozenHead(torch.autograd.Function):
         return weighed(gradient, upstream), None, None, None
 
 
-def _composed(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, head: Head | None) -> Tensor:
-    # The cast is in here, so that no chunk keeps a copy.
-    logits = hidden @ weight.to(hidden.dtype).mT if head is None else head(hidden)
-    return F.cross_entropy(logits.to(_wide(hidden)), labels, reduction="none", label_smoothing=smoothing)
+class _TrainedHead(torch.autograd.Function):
+    """The weight's gradient is a sum over tokens, so it has to wait for what arrives for each of them: the backward
+    makes the logits again, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.smoothing = smoothing
+        return losses_and_gradient(hidden, weight.to(hidden.dtype), labels, smoothing, False)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels = ctx.saved_tensors
+        d_hidden, d_weight = gradients(hidden, weight.to(hidden.dtype), labels, ctx.smoothing, upstream,
+                                       ctx.needs_input_grad[0])
+        return d_hidden, d_weight.to(weight.dtype), None, None
+
+
+def gradients(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, upstream: Tensor,
+              need_hidden: bool) -> tuple[Tensor | None, Tensor]:
+    """hidden [n, d], weight [V, d], labels [n], the losses' gradients fp32 [n] -> (d hidden [n, d] if needed, d weight
+    fp32 [V, d]). The logits' gradients meet hidden states and results that are weighed: those are smaller."""
+    d_hidden = torch.empty_like(hidden) if need_hidden else None
+    d_weight = weight.new_zeros(weight.shape, dtype=_wide(hidden))
+    losses = torch.empty(len(labels), dtype=_wide(hidden), device=hidden.device)
+    for rows, part in _chunks(hidden, weight):
+        losses_(part, labels[rows], losses[rows], smoothing, True)
+        x = weighed(hidden[rows], upstream[rows])
+        for vocabulary in range(0, len(weight), VOCABULARY):
+            d_weight[vocabulary:vocabulary + VOCABULARY] += part[:, vocabulary:vocabulary + VOCABULARY].mT @ x
+        if d_hidden is not None:
+            d_hidden[rows] = weighed(part @ weight, upstream[rows])
+    return d_hidden, d_weight
+
+
+def _composed(hidden: Tensor, labels: Tensor, smoothing: float, head: Head) -> Tensor:
+    return F.cross_entropy(head(hidden).to(_wide(hidden)), labels, reduction="none", label_smoothing=smoothing)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float = 0.0,
@@ -118,12 +160,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, smoothi
     """hidden [n, d], head weight [V, d], labels int64 [n] without ignored ones -> negative log-likelihood fp32 [n],
     with label smoothing as in `reference`.
 
-    A frozen head gets no gradient and costs none. A trained one takes plain autograd chunk by chunk, its logits
-    computed again in the backward; so does a ``head`` with more to it than the weight (an adapter): hidden -> logits.
+    A frozen head gets no gradient and costs none. With a trained one the backward computes the logits again, chunk by
+    chunk; so it does, under plain autograd, with a ``head`` that has more to it than the weight (an adapter): hidden
+    -> logits.
     """
-    if head is None and not (weight.requires_grad and torch.is_grad_enabled()):
-        losses: Tensor = _FrozenHead.apply(hidden, weight.detach().to(hidden.dtype), labels, smoothing)
+    if head is None:
+        trained = weight.requires_grad and torch.is_grad_enabled()
+        losses: Tensor = (_TrainedHead.apply(hidden, weight, labels, smoothing) if trained else
+                          _FrozenHead.apply(hidden, weight.detach().to(hidden.dtype), labels, smoothing))
         return losses
-    parts = [checkpoint(_composed, h, weight, y, smoothing, head, use_reentrant=False)
+    parts = [checkpoint(_composed, h, y, smoothing, head, use_reentrant=False)
              for h, y in zip(hidden.split(_chunk(weight)), labels.split(_chunk(weight)), strict=True)]
     return torch.cat(parts) if parts else hidden.new_empty(0, dtype=_wide(hidden))

@@ -169,6 +169,13 @@ def backward_input(dy: Tensor, ds: Tensor | None, w: LoraWeights) -> Tensor:
     return dx.addmm_(ds, w.a)
 
 
+def backward_base(dy: Tensor, x: Tensor | None) -> Tensor:
+    """Gradient of base weights that are trained, fp32 [N, K] (fp64 stays), from dy [T, N] and x [T, K]; without x that
+    of their bias, fp32 [N]."""
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    return dy.sum(0, dtype=wide) if x is None else (dy.mT @ x).to(wide)
+
+
 def backward_adapters(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, w: LoraWeights) -> tuple[Tensor, Tensor]:
     """(dA [R, K], dB [N, R]) from dy [T, N], x [T, K], S and dS [T, R]; dB without the scale and with cross terms.
 

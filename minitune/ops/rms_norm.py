@@ -91,7 +91,7 @@ def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, past: Tensor |
              out: Tensor | None = None) -> Tensor:
     """dy [..., d] -> dx [..., d] in x's dtype, with `past`, the gradient that flows past the norm, added.
 
-    The weight is frozen here. With g = dy·weight: dx = rstd · (g - x · rstd² · mean(g·x)) + past. dx lies in `out`
+    With g = dy·weight: dx = rstd · (g - x · rstd² · mean(g·x)) + past. dx lies in `out`
     where that is given, which may be dy.
     """
     if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
@@ -113,6 +113,17 @@ def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, past: Tensor |
     return dx
 
 
+def backward_weight(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    """dy and x [..., d], 1/rms [..., 1] -> the gradient of a weight that is trained, fp32 [d] (fp64 stays): the sum of
+    dy·x·rstd over all rows. To be asked for before `backward` writes over dy."""
+    if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
+        return cast(Tensor, backends.kernel("rms_norm").backward_weight(dy, x, rstd))
+    total = torch.zeros(x.shape[-1], dtype=rstd.dtype, device=x.device)
+    for rows in in_cache(len(x), x[:1].numel(), x.device):
+        total += (x[rows].to(rstd.dtype) * rstd[rows]).mul_(dy[rows]).flatten(0, -2).sum(0)
+    return total
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, branch: Tensor | None) -> Tensor:
@@ -124,14 +135,13 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, weight = ctx.saved_tensors
-        dx = backward(dy.contiguous(), x, rstd, weight)
-        return dx, None, None, dx if ctx.needs_input_grad[3] else None
+        dy = dy.contiguous()
+        d_weight = backward_weight(dy, x, rstd).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dx = backward(dy, x, rstd, weight)
+        return dx, d_weight, None, dx if ctx.needs_input_grad[3] else None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None = None) -> Tensor:
-    """The norm of x (+ branch), differentiable in both by the hand-written backward; a weight that is trained takes the
-    reference under autograd."""
-    if weight.requires_grad and torch.is_grad_enabled():
-        return reference(x if branch is None else x + branch, weight, eps)
+    """The norm of x (+ branch), differentiable in both and in the weight, by the hand-written backward."""
     out: Tensor = _RmsNorm.apply(x, weight, eps, branch)
     return out

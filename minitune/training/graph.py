@@ -155,8 +155,8 @@ def _checked(model: Any, optimizer: torch.optim.Optimizer, example: Batch) -> Fl
         reason = f"the model is on {model.device}; load it with device=\"cuda\", or take train_step"
     elif not isinstance(optimizer, FlatOptimizer):
         reason = f"the optimizer is {type(optimizer).__name__}, whose gradients move; take mt.AdamW or mt.SGD"
-    elif any(layer.attention.needs_composed or layer.mlp.needs_composed for layer in network.blocks()):
-        reason = "dropout, DoRA and trained base weights take plain autograd, which is not recorded; take train_step"
+    elif network.needs_composed:
+        reason = "dropout and DoRA take plain autograd, which is not recorded; take train_step"
     elif network.output.is_adapted:
         reason = "an adapter on lm_head, or trained token rows, take plain autograd, which is not recorded"
     elif network.memory not in ("keep", "pointwise", "full"):

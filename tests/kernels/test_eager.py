@@ -17,6 +17,14 @@ PRODUCTS = {"mm", "addmm", "addmm_"}
 """The library's matrix products."""
 IN_EACH_LAYER = {"add_": 14}
 """Autograd adds the gradients of A and B of a layer's seven linears to what the optimizer's buffer holds."""
+IN_EACH_TRAINED_LAYER = {"add_": 9, "copy_": 7, "_to_copy": 7, "sum": 2}
+"""Of base weights: the gradients of seven linears and two norms; the linears' copies in the compute dtype, and their
+gradients in fp32; the parts of which a norm's gradient is the sum."""
+ONCE_TRAINED = {
+    "embedding_dense_backward": "the gradient of the tokens' rows",
+    "copy_": "a chunk's gradient of the hidden states", "add_": "the head's gradient, part by part",
+}
+"""What training embedding and head adds to `ONCE`."""
 ONCE = {
     "embedding": "the tokens' rows",
     "zeros": "memory for the adapters' images: what lies between the blocks of B",
@@ -94,3 +102,11 @@ def test_norms_of_heads_recomputed_layers_and_8_bit_moments_add_nothing(device, 
     with _as_on_a_gpu(monkeypatch):
         counts = _counted(1, device, memory="full", moments="8bit", qk_norm=True)
     assert set(counts) - PRODUCTS - set(IN_EACH_LAYER) == set(ONCE)
+
+
+def test_a_layer_whose_weights_are_trained_adds_their_copies_and_sums(device, monkeypatch):
+    with _as_on_a_gpu(monkeypatch):
+        one, two = (_counted(n, device, train="full") for n in (1, 2))
+    grown = {name: two[name] - one[name] for name in two if name not in PRODUCTS and two[name] != one[name]}
+    assert set(one) - PRODUCTS == set(ONCE) | set(IN_EACH_TRAINED_LAYER) | set(ONCE_TRAINED)
+    assert grown == IN_EACH_TRAINED_LAYER

@@ -40,11 +40,12 @@ def again(monkeypatch, device):
         monkeypatch.setattr(graph, "record", record)
 
 
+@pytest.mark.parametrize("train", [None, "full"], ids=["adapters", "base weights"])
 @pytest.mark.usefixtures("again")
-def test_every_step_is_that_of_the_padded_batches(device, monkeypatch):
+def test_every_step_is_that_of_the_padded_batches(train, device, monkeypatch):
     results = []
     for graphed in (False, True):
-        model = Tiny(1, torch.float32, device)
+        model = Tiny(1, torch.float32, device, train)
         optimizer = AdamW(model.parameters, lr=1e-3)
         with as_on_a_gpu(monkeypatch):
             if graphed:

@@ -116,6 +116,24 @@ def test_a_weight_of_another_dtype(device):
     check("y", y, op.reference(x, weight, EPS), op.reference(x.double(), weight.double(), EPS))
 
 
+@pytest.mark.parametrize(("config", "programs"), [(None, 512), (TINY, 3)], ids=["default", "small tiles, 3 programs"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_a_trained_weight(dtype, shape, programs, config, device, monkeypatch):
+    """However many programs share the rows; of tokens that lie apart."""
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    dy, x = (_apart(shape, dtype, device)[0].copy_(_randn(shape, dtype, device)) for _ in range(2))
+    rstd = _rstd(x.float())
+    found = kernels.backward_weight(dy, x, rstd, config=config)
+    assert found.dtype == torch.float32 and torch.equal(found, kernels.backward_weight(dy, x, rstd, config=config))
+
+    def plain(kind):
+        weight = torch.ones(shape[-1], dtype=kind, device=device).requires_grad_()
+        return torch.autograd.grad(op.reference(x.to(kind), weight, EPS), weight, dy.to(kind))[0]
+
+    check("d weight", found, plain(torch.float32), plain(torch.float64))
+
+
 def _check_backward(dx, dy, x, weight, past):
     def gradient(dtype):
         leaf = x.to(dtype, copy=True).requires_grad_()

@@ -11,16 +11,19 @@ from minitune.ops import backends, tuned
 
 
 class Tiny:
-    """A model with adapters on all linears."""
+    """A model with adapters on all linears, or with base weights that are trained."""
 
-    def __init__(self, n_layers, dtype, device, **options):
+    def __init__(self, n_layers, dtype, device, train=None, **options):
         self.config = ModelConfig(vocab_size=64, d_model=32, n_layers=n_layers, n_heads=4, n_kv_heads=2, head_dim=16,
                                   d_ff=48, **options)
         self.network, self.device = Llama(self.config, dtype=dtype, memory="keep"), torch.device(device)
         init_weights(self.network, seed=1)
-        self.network.add_adapters(LoRA(rank=8), seed=2)
+        if train is None:
+            self.network.add_adapters(LoRA(rank=8), seed=2)
+        else:
+            self.network.unfreeze(train)
         self.network.to(device)
-        self.parameters = [p for a in self.network.adapters().values() for p in (a.A, a.B)]
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
 
     def hidden(self, batch):
         return self.network(batch.tokens, batch.positions, batch.documents)

@@ -55,3 +55,15 @@ def test_plain_autograd_keeps_more(monkeypatch):
     kept = memory.kept_bytes(SEVEN_B, 2_048, "keep", 2)
     assert _choose(monkeypatch, 2_048, 2 * kept, composed=True) == "full"
     assert _choose(monkeypatch, 2_048, 6 * kept, composed=True) == "keep"
+
+
+def test_trained_base_weights_take_room_for_copies_and_gradients(monkeypatch):
+    """Copies of all of them stand beside what "keep" and "pointwise" keep; a GPU is not filled as far as with adapters,
+    since moments may be still to come."""
+    base = memory.BaseWeights(total=6_476_000_000, layer=202_400_000)
+    kept = memory.kept_bytes(SEVEN_B, 2_048, "keep", 2)
+    work = memory.at_work_bytes(SEVEN_B, 2_048, BF16, GPU) + base.layer * 8
+    for free, policy in ((kept + 2 * base.total + work, "keep"), (kept + work, "full")):
+        assert _choose(monkeypatch, 2_048, free / memory.SHARE, base=base) == policy
+        assert _choose(monkeypatch, 2_048, free / memory.SHARE) == "keep"
+    assert _choose(monkeypatch, 2_048, (kept + 2 * base.total + work) * 0.97 / memory.SHARE, base=base) == "pointwise"

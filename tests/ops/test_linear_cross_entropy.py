@@ -36,16 +36,40 @@ def test_sure_predictions_keep_their_gradient_in_bf16():
     assert relative(gradient, exact) < 1e-2
 
 
-def test_trained_head_gets_its_gradient(monkeypatch):
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trained_head_gets_its_gradient(dtype, smoothing, monkeypatch):
+    """Of a weight in fp32, in chunks of which the last is smaller; and the hidden states' as well, or not."""
     monkeypatch.setitem(lce.CHUNK_BYTES, "cpu", 16 * 4 * 50)
-    hidden, weight = torch.randn(37, 12, requires_grad=True), torch.randn(50, 12, requires_grad=True)
+    hidden, weight = torch.randn(37, 12).to(dtype), torch.randn(50, 12)
     labels, upstream = torch.randint(0, 50, (37,)), torch.randn(37)
-    for smoothing in (0.0, 0.2):
-        expected = torch.autograd.grad(lce.reference(hidden, weight, labels, smoothing), (hidden, weight), upstream)
-        found = torch.autograd.grad(lce.linear_cross_entropy(hidden, weight, labels, smoothing), (hidden, weight),
-                                    upstream)
-        for value, e in zip(found, expected, strict=True):
-            assert relative(value, e) < 1e-6
+
+    def plain(kind):
+        wide = torch.promote_types(kind, torch.float32)
+        leaves = hidden.to(kind, copy=True).requires_grad_(), weight.to(wide, copy=True).requires_grad_()
+        losses = lce.reference(leaves[0], leaves[1].to(kind), labels, smoothing)
+        return losses.detach(), *torch.autograd.grad(losses, leaves, upstream.to(losses.dtype))
+
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    losses = lce.linear_cross_entropy(*leaves, labels, smoothing)
+    found = losses.detach(), *torch.autograd.grad(losses, leaves, upstream)
+    assert found[2].dtype == torch.float32
+    for what, value, p, truth in zip(("losses", "d hidden", "d weight"), found, plain(dtype), plain(torch.float64),
+                                     strict=True):
+        check(what, value, p, truth)
+    alone = lce.linear_cross_entropy(hidden, leaves[1], labels, smoothing)
+    assert torch.equal(torch.autograd.grad(alone, leaves[1], upstream)[0], found[2])
+
+
+def test_a_token_without_weight_changes_nothing():
+    """A loss whose weight is 0 gives the head's gradient nothing, and its hidden state zeros."""
+    hidden, weight = torch.randn(9, 12, requires_grad=True), torch.randn(50, 12, requires_grad=True)
+    labels, upstream = torch.randint(0, 50, (9,)), torch.arange(9).ge(4).float()
+    dx, dw = torch.autograd.grad(lce.linear_cross_entropy(hidden, weight, labels), (hidden, weight), upstream)
+    rest = hidden[4:].detach().requires_grad_()
+    dx_rest, dw_rest = torch.autograd.grad(lce.linear_cross_entropy(rest, weight, labels[4:]), (rest, weight),
+                                           upstream[4:])
+    assert not dx[:4].any() and relative(dx[4:], dx_rest) < 1e-6 and relative(dw, dw_rest) < 1e-6
 
 
 def test_extreme_logits():

@@ -10,10 +10,9 @@ EPS = 1e-5
 
 
 def _truth(x, weight, dy, dtype):
-    x = x.to(dtype, copy=True).requires_grad_()
-    y = rms_norm.reference(x, weight.to(dtype), EPS)
-    (dx,) = torch.autograd.grad(y, x, dy.to(dtype))
-    return y.detach(), dx
+    x, weight = x.to(dtype, copy=True).requires_grad_(), weight.to(dtype, copy=True).requires_grad_()
+    y = rms_norm.reference(x, weight, EPS)
+    return y.detach(), *torch.autograd.grad(y, (x, weight), dy.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -26,6 +25,9 @@ def test_forward_and_backward(shape, dtype):
     check("y", y, plain[0], truth[0])
     assert torch.equal(rms_norm.apply(x, rstd, weight), y)
     check("dx", rms_norm.backward(dy, x, rstd, weight), plain[1], truth[1])
+    d_weight = rms_norm.backward_weight(dy, x, rstd)
+    assert d_weight.dtype == torch.float32
+    check("d weight", d_weight.to(dtype), plain[2], truth[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -63,7 +65,22 @@ def test_differentiable_in_x_and_in_a_trained_weight():
     assert dw.abs().min() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_weight_stays_in_fp32(dtype):
+    """It is cast for use, and gets its gradient in fp32."""
+    x, weight = torch.randn(7, 12).to(dtype), (torch.rand(12) + 0.5).requires_grad_()
+    y = rms_norm.rms_norm(x, weight, EPS)
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    truth = weight.detach().double().requires_grad_()
+    rms_norm.reference(x.double(), truth, EPS).square().sum().backward()
+    assert weight.grad.dtype == torch.float32
+    assert (weight.grad - truth.grad).norm() < (1e-6 if dtype == torch.float32 else 1e-2) * truth.grad.norm()
+
+
 def test_reference_gradcheck():
     x, weight = torch.randn(4, 6, dtype=torch.float64, requires_grad=True), torch.rand(6, dtype=torch.float64)
+    weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm.rms_norm(x, w, EPS), (x, weight))
     assert torch.autograd.gradcheck(lambda x: rms_norm.reference(x, weight, EPS), x)
     assert torch.autograd.gradcheck(lambda x: rms_norm.rms_norm(x, weight, EPS), x)
