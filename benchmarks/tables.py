@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.harness import RESULTS, ROOT, summary
 from benchmarks.tables_aot import kernels_page
 from benchmarks.tables_data import data_table
+from benchmarks.tables_full import full_table
 from benchmarks.tables_gpu import gpu_tables
 from benchmarks.tables_memory import memory_table
 from benchmarks.tables_nf4 import nf4_kernels_table, nf4_table, readme_nf4
@@ -120,8 +121,9 @@ def _until(side: Raw, mark: str) -> str:
 
 # ---- documents ------------------------------------------------------------------------------------------------------
 _KINDS: dict[str, tuple[str, Callable[[Raw], list[str]]]] = {
-    "train": ("Training and generation on the CPU", train_table), "nf4-kernels": ("4-bit kernels on the CPU",
-    nf4_kernels_table), "nf4": ("QLoRA on the CPU", nf4_table), "data": ("Reading data on the CPU", data_table),
+    "train": ("Training and generation on the CPU", train_table), "full": ("Full fine-tuning on the CPU", full_table),
+    "nf4-kernels": ("4-bit kernels on the CPU", nf4_kernels_table), "nf4": ("QLoRA on the CPU", nf4_table),
+    "data": ("Reading data on the CPU", data_table),
     "gpu": ("On a GPU", gpu_tables), "memory": ("A GPU's memory, counted without one", memory_table)}
 
 

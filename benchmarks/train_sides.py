@@ -64,14 +64,16 @@ class Trainer(ABC):
 
 
 class Ours(Trainer):
-    """minitune, as a user would call it."""
+    """minitune, as a user would call it: with adapters, or with `full` training every weight."""
 
-    def __init__(self, folder: Path, ids: list[int], lengths: tuple[int, ...], quant: Quant | None) -> None:
+    def __init__(self, folder: Path, ids: list[int], lengths: tuple[int, ...], quant: Quant | None,
+                 full: bool = False) -> None:
         import torch
 
         import minitune as mt
 
-        self.model = mt.load(folder, dtype=torch.bfloat16, quant=quant, lora=mt.LoRA(rank=RANK, alpha=ALPHA), seed=SEED)
+        trained: dict[str, Any] = {"train": "full"} if full else {"lora": mt.LoRA(rank=RANK, alpha=ALPHA)}
+        self.model = mt.load(folder, dtype=torch.bfloat16, quant=quant, seed=SEED, **trained)
         self.model.train()
         bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
         tokens = torch.tensor(ids)
@@ -112,6 +114,33 @@ class Peers(Trainer):
 
     def loss(self) -> torch.Tensor:
         loss: torch.Tensor = self.forward(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        return loss
+
+
+class FullPeers(Trainer):
+    """transformers, every weight trained: `weights` fp32 under autocast to bf16, as ours are, or all of it in bf16, the
+    moments too, which rounds every update to 8 bits; `attention` sdpa or eager, compiled or not."""
+
+    def __init__(self, folder: Path, ids: list[int], lengths: tuple[int, ...], weights: str, attention: str,
+                 compiled: bool) -> None:
+        import torch
+        import transformers
+
+        torch.manual_seed(SEED)
+        self.wide = weights == "fp32"
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32 if self.wide else torch.bfloat16, attn_implementation=attention)
+        self.model.train()
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LR, weight_decay=0.0, fused=True)
+        self.ids = torch.tensor(ids).view(len(lengths), lengths[0])
+        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+
+    def loss(self) -> torch.Tensor:
+        import torch
+
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.wide):
+            loss: torch.Tensor = self.forward(input_ids=self.ids, labels=self.ids, use_cache=False).loss
         return loss
 
 
@@ -264,7 +293,9 @@ def handlers(told: argparse.Namespace, size: Size, lengths: tuple[int, ...]) -> 
         return {"steps": Products(told.folder, sum(lengths)).steps}
     trainer: Trainer
     if told.side == "ours":
-        trainer = Ours(told.folder, ids, lengths, told.quant)
+        trainer = Ours(told.folder, ids, lengths, told.quant, told.full)
+    elif told.full:
+        trainer = FullPeers(told.folder, ids, lengths, told.adapters, told.attention, told.compiled)
     else:
         trainer = Peers(told.folder, ids, lengths, told.adapters, told.attention, told.compiled, told.quant)
     return {"steps": trainer.steps, "profile": trainer.profile}
@@ -276,7 +307,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--size", choices=sorted(SIZES), required=True)
     parser.add_argument("--layout", default="4x256")
-    parser.add_argument("--adapters", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--full", action="store_true", help="train every weight, not adapters")
+    parser.add_argument("--adapters", choices=["fp32", "bf16"], default="fp32", help="what is trained lies in")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--quant", choices=["nf4", "nf4-dq"])

@@ -1,0 +1,34 @@
+"""RESULTS.md: full fine-tuning on the CPU beside transformers."""
+
+from __future__ import annotations
+
+from benchmarks.tables_text import Raw, markdown, ratio, spread, where
+
+HEAD = ("layout", "side", "tokens/s", "peak GB", "minitune is", "void turns")
+OURS = "minitune"
+
+
+def full_table(raw: Raw) -> list[str]:
+    """The figures of one size: a row a side, and how many times as fast minitune is."""
+    lines = [f"### {raw['size']}, {raw['parameters'] / 1e6:,.3g} M parameters, all of them trained", "", where(raw), "",
+             "AdamW with moments in fp32. transformers' weights lie in fp32 and compute in bf16 by autocast, as "
+             "minitune's do, or lie in bf16 with gradients and moments, where an update smaller than 1/256 of a weight "
+             "may vanish.", ""]
+    rows = []
+    for shape, found in raw["layouts"].items():
+        ours = found["sides"]["ours"]
+        for name, side in found["sides"].items():
+            label = OURS if name == "ours" else f"transformers, {name}"
+            if "failed" in side:
+                rows.append((shape, label, "did not run", "", "", ""))
+                continue
+            over = None if name == "ours" else ratio(ours["tokens_per_s"], side["tokens_per_s"])
+            note = " (void: the loss stood still)" if side["loss_stood_still"] else ""
+            rows.append((shape, label + note, spread(side["tokens_per_s"]),
+                         f"{side['memory']['resident_peak'] / 1e9:.2f}", "" if over is None else f"{over:.2f} x",
+                         str(sum(turn["void"] for turn in side["turns"] if not turn["warmup"]))))
+        losses = found["losses"]
+        if losses["compared"]:
+            rows.append((shape, "loss curves, minitune and fp32", f"apart by {losses['largest_difference']:.3f}", "",
+                         "", ""))
+    return [*lines, *markdown(HEAD, rows)]
