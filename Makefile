@@ -44,6 +44,7 @@ gpu:                            ## on a GPU machine, with the python, torch and 
 bench: $(VENV)/.test            ## minitune beside transformers + PEFT on this CPU; an hour, on a quiet machine
 	$(BIN)/python -m benchmarks.bench_train
 	$(BIN)/python -m benchmarks.bench_nf4
+	$(BIN)/python -m benchmarks.bench_full
 	$(BIN)/python -m benchmarks.tables
 
 base: $(VENV)/.installed        ## rebuild the small base model and tokenizer of the demo

@@ -22,7 +22,7 @@ def full_table(raw: Raw) -> list[str]:
             if "failed" in side:
                 rows.append((shape, label, "did not run", "", "", ""))
                 continue
-            over = None if name == "ours" else ratio(ours["tokens_per_s"], side["tokens_per_s"])
+            over = None if name == "ours" or side["void"] else ratio(ours["tokens_per_s"], side["tokens_per_s"])
             note = " (void: the loss stood still)" if side["loss_stood_still"] else ""
             rows.append((shape, label + note, spread(side["tokens_per_s"]),
                          f"{side['memory']['resident_peak'] / 1e9:.2f}", "" if over is None else f"{over:.2f} x",
