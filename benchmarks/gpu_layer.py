@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.gpu_step import layer_flops_a_token
 from benchmarks.gpu_timing import emit, matrix_rate, reason, timed
-from benchmarks.random_weights import SEVEN_B, TINY, ours
-from benchmarks.shapes import SEED, Size
+from benchmarks.random_weights import ours
+from benchmarks.shapes import SEED, SEVEN_B, TINY, Size
 from minitune.model.half import Context, run_layer
 from minitune.ops import rope
 from minitune.ops.documents import Documents

@@ -27,8 +27,8 @@ import minitune as mt
 from benchmarks.gpu_step import flops_a_token, train, write_folder
 from benchmarks.gpu_timing import copy_rate, emit, matrix_rate, reason, timed
 from benchmarks.harness import summary
-from benchmarks.random_weights import SEVEN_B, TINY, ours
-from benchmarks.shapes import SEED, Size
+from benchmarks.random_weights import ours
+from benchmarks.shapes import SEED, SEVEN_B, TINY, Size
 from benchmarks.tables_nf4 import (
     GPU_LOAD_GB_PER_S,
     GPU_LOAD_OF_DISK,

@@ -25,8 +25,8 @@ import torch
 from benchmarks.gpu_step import flops_a_token, seconds_a_step
 from benchmarks.gpu_timing import emit, matrix_rate, reason
 from benchmarks.harness import ROOT, summary
-from benchmarks.random_weights import ALPHA, RANK, SEED, SEVEN_B, TINY, batch, ours, theirs
-from benchmarks.shapes import LR, Size, token_ids
+from benchmarks.random_weights import batch, ours, theirs
+from benchmarks.shapes import ALPHA, LR, RANK, SEED, SEVEN_B, TINY, Size, token_ids
 from minitune.config import LINEAR_NAMES
 
 SIDES = ("minitune", "minitune nf4-dq", "peft", "peft compiled", "peft nf4-dq", "unsloth", "unsloth nf4-dq")

@@ -20,8 +20,8 @@ import torch
 from benchmarks import random_weights
 from benchmarks.gpu_timing import emit, matrix_rate, reason
 from benchmarks.harness import summary
-from benchmarks.random_weights import SEVEN_B, TINY, ours
-from benchmarks.shapes import LR, RANK, SEED, Size
+from benchmarks.random_weights import ours
+from benchmarks.shapes import LR, RANK, SEED, SEVEN_B, TINY, Size
 from minitune.training.flops import Costs
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

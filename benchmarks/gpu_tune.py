@@ -11,8 +11,7 @@ import argparse
 import torch
 
 from benchmarks.gpu_timing import emit
-from benchmarks.random_weights import SEVEN_B, TINY
-from benchmarks.shapes import RANK, SEED
+from benchmarks.shapes import RANK, SEED, SEVEN_B, TINY
 from minitune.ops import tuned, tuning
 
 

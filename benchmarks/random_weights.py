@@ -11,9 +11,6 @@ from torch import Tensor
 from benchmarks.shapes import ALPHA, RANK, SEED, Size, token_ids
 from minitune.config import LINEAR_NAMES
 
-SEVEN_B = Size(layers=32, d_model=4096, d_ff=11_008, heads=32, kv_heads=32, head_dim=128)
-TINY = Size(layers=2, d_model=64, d_ff=128, heads=4, kv_heads=2, head_dim=16, vocab=256)
-
 
 def values(name: str, shape: tuple[int, ...], device: str | torch.device, dtype: torch.dtype) -> Tensor:
     """The weight of this name: 1 for norms, else normal with deviation 0.02, or 1/sqrt(in) for the A of an adapter."""
@@ -24,8 +21,8 @@ def values(name: str, shape: tuple[int, ...], device: str | torch.device, dtype:
     return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).mul_(scale).to(dtype)
 
 
-def ours(size: Size, device: str, quant: str | None, memory: Any) -> Any:
-    """A minitune Model with adapters, never written to a disk."""
+def ours(size: Size, device: str, quant: str | None, memory: Any, train: str | None = None) -> Any:
+    """A minitune Model with adapters, or with the base weights that `train` names; never written to a disk."""
     from minitune import LoRA
     from minitune.api import Model
     from minitune.config import ModelConfig
@@ -33,12 +30,16 @@ def ours(size: Size, device: str, quant: str | None, memory: Any) -> Any:
     from minitune.ops import nf4
 
     config = ModelConfig(vocab_size=size.vocab, d_model=size.d_model, n_layers=size.layers, n_heads=size.heads,
-                         n_kv_heads=size.kv_heads, head_dim=size.head_dim, d_ff=size.d_ff, max_positions=16_384)
+                         n_kv_heads=size.kv_heads, head_dim=size.head_dim, d_ff=size.d_ff, max_positions=16_384,
+                         tied_head=size.tied)
     network = Llama(config, dtype=torch.bfloat16, device=device, memory=memory, quantized=quant is not None)
     for name, weight in network.hf_weights().items():
         weight.copy_(values(name, tuple(weight.shape), device, torch.bfloat16))
     for name, shape in network.nf4_shapes().items():
         network.put_nf4(name, nf4.quantize(values(name, shape, device, torch.bfloat16), quant == "nf4-dq"))
+    if train is not None:
+        network.unfreeze(train)
+        return Model(network, None)
     network.add_adapters(LoRA(rank=RANK, alpha=ALPHA), SEED)
     for path, adapter in network.adapters().items():
         adapter.A.data.copy_(values(f"{path}.lora_A", tuple(adapter.A.shape), device, torch.float32))

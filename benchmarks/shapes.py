@@ -46,6 +46,9 @@ SIZES = {
     "2x64": Size(layers=2, d_model=64, d_ff=128, heads=4, kv_heads=2, head_dim=16, vocab=256),  # tries the harness only
 }
 
+SEVEN_B = Size(layers=32, d_model=4096, d_ff=11_008, heads=32, kv_heads=32, head_dim=128)
+TINY = SIZES["2x64"]
+
 
 def layout(name: str) -> tuple[int, ...]:
     """Document lengths of a layout: "4x256" is four documents of 256 tokens."""

@@ -15,19 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fake_gpu import device
+from benchmarks.shapes import SEVEN_B, Size
 
 
 @dataclass(frozen=True)
 class Case:
-    """A step with LoRA r 16 on all linears: the model, how its weights lie, document lengths, policy, moments."""
+    """A step with LoRA r 16 on all linears, or with what `train` names of the base: the model, how its weights lie,
+    document lengths, policy, moments."""
 
     model: str
     quant: str | None
     lengths: tuple[int, ...]
     memory: str
     moments: str
+    train: str | None = None
 
 
+SIZES = {"Llama-2-7B": SEVEN_B,
+         "Llama-3-8B": Size(layers=32, d_model=4096, d_ff=14_336, heads=32, kv_heads=8, head_dim=128, vocab=128_256),
+         "Llama-3.2-1B": Size(layers=16, d_model=2048, d_ff=8192, heads=32, kv_heads=8, vocab=128_256, tied=True),
+         "Llama-3.2-3B": Size(layers=28, d_model=3072, d_ff=8192, heads=24, kv_heads=8, head_dim=128, vocab=128_256,
+                              tied=True)}
 CASES = (
     Case("Llama-2-7B", None, (2048,) * 8, "keep", "fp32"), Case("Llama-2-7B", None, (2048,) * 8, "pointwise", "fp32"),
     Case("Llama-2-7B", None, (2048,) * 8, "full", "fp32"),
@@ -37,7 +45,9 @@ CASES = (
     Case("Llama-2-7B", "nf4-dq", (2048,), "full", "8bit"), Case("Llama-2-7B", "nf4-dq", (2048,), "offload", "8bit"),
     Case("Llama-3-8B", None, (2048,), "full", "fp32"),
     Case("Llama-3-8B", "nf4-dq", (2048,), "full", "8bit"), Case("Llama-3-8B", "nf4-dq", (8192,), "full", "8bit"),
-    Case("Llama-3-8B", "nf4-dq", (8192,), "offload", "8bit"))
+    Case("Llama-3-8B", "nf4-dq", (8192,), "offload", "8bit"),
+    *(Case(model, None, (2048,) * 4, memory, moments, "full") for model in ("Llama-3.2-1B", "Llama-3.2-3B")
+      for memory, moments in (("keep", "fp32"), ("keep", "8bit"), ("full", "8bit"))))
 
 
 def count(case: Case) -> dict[str, Any]:
@@ -47,16 +57,13 @@ def count(case: Case) -> dict[str, Any]:
 
     import minitune as mt
     from benchmarks import random_weights
-    from benchmarks.shapes import Size
     from minitune.ops import nf4
 
-    size = {"Llama-2-7B": random_weights.SEVEN_B,
-            "Llama-3-8B": Size(layers=32, d_model=4096, d_ff=14_336, heads=32, kv_heads=8, head_dim=128,
-                               vocab=128_256)}[case.model]
+    size = SIZES[case.model]
     batch = random_weights.batch(size, case.lengths, "cpu")
     with (device.fake_gpu() as watch, mock.patch.object(random_weights, "values", _values),
           mock.patch.object(nf4, "quantize", _quantized)):
-        model = random_weights.ours(size, "cuda", case.quant, case.memory)
+        model = random_weights.ours(size, "cuda", case.quant, case.memory, case.train)
         model.train()
         optimizer = mt.AdamW(list(model.trainable_parameters()), moments=case.moments)
         given = batch.to("cuda")
@@ -99,7 +106,7 @@ def rows() -> Iterator[dict[str, Any]]:
     """Every case with what was counted."""
     for case in CASES:
         yield {"model": case.model, "quant": case.quant, "lengths": list(case.lengths), "memory": case.memory,
-               "moments": case.moments, **count(case)}
+               "moments": case.moments, "train": case.train, **count(case)}
 
 
 def main() -> None:
@@ -115,8 +122,9 @@ def main() -> None:
 
     found = []
     for row in rows():
-        print(f"{row['model']} {row['quant'] or 'bf16'}, {len(row['lengths'])} x {row['lengths'][0]}, {row['memory']}, "
-              f"moments {row['moments']}: {row['peak_bytes'] / 1e9:.2f} GB", flush=True)
+        print(f"{row['model']} {row['train'] or 'LoRA'} {row['quant'] or 'bf16'}, {len(row['lengths'])} x "
+              f"{row['lengths'][0]}, {row['memory']}, moments {row['moments']}: {row['peak_bytes'] / 1e9:.2f} GB",
+              flush=True)
         found.append(row)
     print(f"raw figures: {save('memory', {'kind': 'memory', 'device': 'none', 'rows': found}, told.out).name}")
     device.leave()

@@ -297,10 +297,11 @@ class Llama(nn.Module):
     # -- training base weights ----------------------------------------------------------------------------------------
 
     def base_weights(self) -> BaseWeights:
-        """How much of the layers' own weights is trained."""
+        """How much of the base is trained."""
         counts = [sum(p.numel() for half in (layer.attention, layer.mlp) for p in half.base_parameters())
                   for layer in self.blocks()]
-        return BaseWeights(sum(counts), max(counts))
+        outside = [p.numel() for p in (self.embedding, self.norm, self.head_weight) if p.requires_grad]
+        return BaseWeights(sum(counts), max(counts), max(outside, default=0) * (2 if self.head is None else 1))
 
     def unfreeze(self, train: str | list[str] | tuple[str, ...]) -> None:
         """Train base weights too, in fp32: "full", "head", "norms", "embedding", "last:k" (layers), or name patterns.

@@ -41,18 +41,22 @@ def at_work_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, device: 
 
 
 class BaseWeights(NamedTuple):
-    """How many values of the layers' own weights are trained: in all, and in the layer that has the most of them."""
+    """How many values of the base's weights are trained: in all layers, in the layer that has the most of them, and in
+    the largest weight outside of them, twice where that is both embedding and head: both gradients wait for their sum.
+    """
 
     total: int = 0
     layer: int = 0
+    outside: int = 0
 
     def kept_bytes(self, policy: MemoryPolicy, element_size: int) -> int:
         """Bytes of their copies in the compute dtype that lie between forward and backward."""
         return self.total * element_size if policy in ("keep", "pointwise") else 0
 
     def at_work_bytes(self, element_size: int) -> int:
-        """Bytes that the backward of a layer takes for them: copies, products, and these in fp32."""
-        return self.layer * (2 * element_size + 4)
+        """Bytes that the backward takes for them at a time, of a layer or outside: copies, products, and gradients in
+        fp32."""
+        return max(self.layer * (2 * element_size + 4), self.outside * (element_size + 4))
 
 
 FROZEN = BaseWeights()
@@ -98,11 +102,11 @@ def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype:
     """`memory` itself, or for "auto" the fastest policy whose kept bytes fit. The results are the same bit for bit.
 
     With ``composed`` the layers run under plain autograd, which knows "keep" and "full" alone. ``base``: what of the
-    layers' own weights is trained.
+    base's weights is trained.
     """
     if memory != "auto":
         return memory
-    size, own = dtype.itemsize, device.type == "cuda" and not composed and not base.total
+    size, own = dtype.itemsize, device.type == "cuda" and not composed and base == FROZEN
     work = at_work_bytes(config, tokens, dtype, device) + base.at_work_bytes(size)
     room = free_bytes(device) * (OWN_SHARE if own else SHARE) - work
     policies: tuple[MemoryPolicy, ...] = ("keep", "pointwise")

@@ -23,11 +23,10 @@ from benchmarks import (
     gpu_products,
     gpu_step,
     harness,
-    random_weights,
     tables_gpu,
     tables_nf4,
 )
-from benchmarks.shapes import SIZES
+from benchmarks.shapes import SEVEN_B, SIZES, TINY
 
 
 @pytest.fixture(autouse=True)
@@ -309,7 +308,7 @@ def test_the_reference_of_attention_is_autograd_of_the_definition(shape: tuple[i
 
 
 def test_flops_of_seven_b_are_those_of_the_plan() -> None:
-    whole, lengths = random_weights.SEVEN_B, (2048,) * 8
+    whole, lengths = SEVEN_B, (2048,) * 8
     assert gpu_step.flops_a_token(whole, lengths) / 1e9 == pytest.approx(28.55, abs=0.02)
     head = 4 * whole.vocab * whole.d_model
     assert 32 * gpu_step.layer_flops_a_token(whole, lengths) + head == gpu_step.flops_a_token(whole, lengths)
@@ -320,10 +319,10 @@ def test_flops_of_seven_b_are_those_of_the_plan() -> None:
 
 def test_the_folder_of_the_step_loads_in_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    gpu_step.write_folder(random_weights.TINY, tmp_path, "cpu")
+    gpu_step.write_folder(TINY, tmp_path, "cpu")
     model, told = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
-    assert model.config.hidden_size == random_weights.TINY.d_model
+    assert model.config.hidden_size == TINY.d_model
 
 
 def test_whole_run_writes_a_marked_file(tmp_path: Path) -> None:

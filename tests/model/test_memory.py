@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.fake_gpu.memory import SIZES
 from minitune.config import ModelConfig
 from minitune.model import memory
+from minitune.model.llama import Llama
 
 SEVEN_B = ModelConfig(vocab_size=32_000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128,
                       d_ff=11_008)
@@ -32,12 +34,29 @@ def test_a_step_takes_no_more_than_is_reserved_for_it():
     """By the bytes that were counted (benchmarks/fake_gpu/memory.py)."""
     newest = max(RESULTS.glob("*-memory*.json"), key=lambda path: json.loads(path.read_text())["when"])
     rows = [row for row in json.loads(newest.read_text())["rows"]
-            if (row["model"], row["quant"]) == ("Llama-2-7B", None)]
+            if (row["model"], row["quant"], row["train"]) == ("Llama-2-7B", None, None)]
     assert {row["memory"] for row in rows} == {"keep", "pointwise", "full"}
     for row in rows:
         tokens = sum(row["lengths"])
         kept, taken = memory.kept_bytes(SEVEN_B, tokens, row["memory"], 2), row["peak_bytes"] - row["between_bytes"]
         assert kept < taken <= kept + memory.at_work_bytes(SEVEN_B, tokens, BF16, GPU), row
+
+
+def test_a_step_of_all_weights_takes_no_more_than_is_reserved_for_it():
+    newest = max(RESULTS.glob("*-memory*.json"), key=lambda path: json.loads(path.read_text())["when"])
+    rows = [row for row in json.loads(newest.read_text())["rows"] if row["train"] == "full"]
+    assert {row["memory"] for row in rows} == {"keep", "full"}
+    for row in rows:
+        size, tokens, policy = SIZES[row["model"]], sum(row["lengths"]), row["memory"]
+        assert size.tied
+        config = ModelConfig(vocab_size=size.vocab, d_model=size.d_model, n_layers=size.layers, n_heads=size.heads,
+                             n_kv_heads=size.kv_heads, head_dim=size.head_dim, d_ff=size.d_ff, tied_head=True)
+        network = Llama(config, dtype=BF16, device="meta")
+        network.unfreeze("full")
+        base = network.base_weights()
+        kept = memory.kept_bytes(config, tokens, policy, 2) + base.kept_bytes(policy, 2)
+        reserved = kept + memory.at_work_bytes(config, tokens, BF16, GPU) + base.at_work_bytes(2)
+        assert kept < row["peak_bytes"] - row["between_bytes"] <= reserved, row
 
 
 def test_without_room_on_the_host_nothing_is_parked(monkeypatch):
