@@ -16,8 +16,8 @@ def memory_table(raw: Raw) -> list[str]:
         "The second step of LoRA (rank 16, all linears), or of all weights, run with tensors that have no values: "
         "**counted, not measured**. GB are 10^9 bytes. What comes on top was not counted, and no GPU has shown yet how "
         "much it is: cuBLAS's workspaces (32 MiB for each of two threads on Hopper, by its documentation), the CUDA "
-        "context and what the allocator cannot use of its blocks. `offload` takes tokens x d_model x 2 bytes a layer of pinned "
-        "host memory, which is not in the table.", "",
+        "context and what the allocator cannot use of its blocks. `offload` takes tokens x d_model x 2 bytes a layer "
+        "of pinned host memory, which is not in the table.", "",
         f"{raw['when'][:10]}, torch {versions.get('torch')}, commit {commit}: `python -m benchmarks.fake_gpu.memory`.",
         "", *markdown(HEAD, [_row(row) for row in raw["rows"]])]
 
