@@ -41,7 +41,7 @@ lint: $(VENV)/.test
 gpu:                            ## on a GPU machine, with the python, torch and nvcc that it has: build in place, tests, timings
 	$(PYTHON) -m benchmarks.gpu
 
-bench: $(VENV)/.test            ## minitune beside transformers + PEFT on this CPU; an hour, on a quiet machine
+bench: $(VENV)/.test            ## minitune beside transformers + PEFT on this CPU; over an hour, on a quiet machine
 	$(BIN)/python -m benchmarks.bench_train
 	$(BIN)/python -m benchmarks.bench_nf4
 	$(BIN)/python -m benchmarks.bench_full

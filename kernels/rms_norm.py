@@ -200,7 +200,7 @@ def rms_norm_backward(dy, x, rstd, weight, residual, dx, rows, dy_pitch, x_pitch
 
 def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None = None, *,
              out: Tensor | None = None, config: Config | None = None) -> Tensor:
-    """dy, x [T, d] or [T, heads, d], rstd fp32 [..., 1], contiguous, weight [d] -> dx like x; the weight is frozen.
+    """dy, x [T, d] or [T, heads, d], rstd fp32 [..., 1], contiguous, weight [d] -> dx like x.
 
     With g = dy·weight: dx = rstd·(g - x·rstd²·mean(g·x)) + residual, the gradient that flows past the norm. Tokens of
     each tensor but rstd may lie apart; `out` may be dy, the residual or x itself.

@@ -53,11 +53,11 @@ def n_steps(data: Stream, training: Training) -> int:
 
 def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, str]]:
     network = model.network
-    policy, size, base = network.policy_of(tokens), network.dtype.itemsize, network.base_weights()
+    policy, size, trained = network.policy_of(tokens), network.dtype.itemsize, network.trained_values()
     moments = {"adamw": 2 if training.moments == "8bit" else 8, "sgd": 4 if training.momentum else 0}
     state = _count(model) * (4 + moments[training.optimizer])
-    kept = kept_bytes(model.config, tokens, policy, size) + base.kept_bytes(policy, size)
-    work = at_work_bytes(model.config, tokens, network.dtype, model.device) + base.at_work_bytes(size)
+    kept = kept_bytes(model.config, tokens, policy, size) + trained.kept_bytes(policy, size)
+    work = at_work_bytes(model.config, tokens, network.dtype, model.device) + trained.at_work_bytes(size)
     free, total = free_bytes(model.device), state + kept + work
     fits = "" if total <= free else ("; it does not fit: fewer --tokens, a smaller --rank, --moments 8bit or "
                                      "--quant nf4-dq take less")

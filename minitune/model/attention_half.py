@@ -105,13 +105,17 @@ class AttentionHalf(Half):
         for name in ("qk", "raw_qk", "v", "attended", "lse", "graph"):      # before the last product
             kept.pop(name, None)
         ds = lora_matmul.backward_s(d_rows, w_qkv)
-        normed = kept["normed"] if "normed" in kept else rms_norm.apply(kept["x"], kept["rstd"], self.norm)
+        normed = kept.get("normed")
+        if normed is None and self.qkv.reads_input(kept["s_qkv"]):
+            normed = rms_norm.apply(kept["x"], kept["rstd"], self.norm)
         gradients = [*self.qkv.gradients(d_rows, normed, kept["s_qkv"], ds, w_qkv), *gradients_o, *d_norms]
         if not way.need_dx and not self.norm.requires_grad:
             return None, gradients
         d_normed = lora_matmul.backward_input(d_rows, ds, w_qkv)
         if self.norm.requires_grad:
             gradients.append(rms_norm.backward_weight(d_normed, kept["x"], kept["rstd"]))
+        if not way.need_dx:
+            return None, gradients
         return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm, past, out=d_normed), gradients
 
     def backward_through_attention(self, d_out: Tensor, kept: Kept, context: Context, way: Way,

@@ -54,14 +54,14 @@ class Half(nn.Module, ABC):
 
     def trained_parameters(self) -> list[Tensor]:
         """fp32 parameters that get a gradient, in a fixed order."""
-        return [p for projection in self.projections() for p in projection.trained_parameters()] + self._trained_norms()
+        return [p for projection in self.projections() for p in projection.trained_parameters()] + self.trained_norms()
 
     def base_parameters(self) -> list[Tensor]:
-        """Those of them that are no adapter's. The backward reads them again, so they must not change before it; of
-        adapters it has images."""
-        return [p for projection in self.projections() for p in projection.base_parameters()] + self._trained_norms()
+        """Those of them that are no adapter's."""
+        return [p for projection in self.projections() for p in projection.base_parameters()] + self.trained_norms()
 
-    def _trained_norms(self) -> list[Tensor]:
+    def trained_norms(self) -> list[Tensor]:
+        """Weights of norms that are trained; backward reads them again."""
         return [weight for weight in self.norms() if weight.requires_grad]
 
     def operands(self) -> tuple[LoraWeights, LoraWeights]:
@@ -119,8 +119,9 @@ class _Half(torch.autograd.Function):
         if context.policy == "pointwise":
             kept = {name: value for name, value in kept.items() if name not in half.cheap()}
         tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
-        ctx.names = tuple(tensors)
-        ctx.save_for_backward(*tensors.values(), *half.base_parameters())       # autograd tells if those have changed
+        # Of linears the backward has copies, of adapters images; autograd tells if a norm's weight has changed.
+        ctx.names, ctx.n_norms, ctx.n_parameters = tuple(tensors), len(half.trained_norms()), len(parameters)
+        ctx.save_for_backward(*half.trained_norms(), *tensors.values())
         ctx.others = {name: value for name, value in kept.items() if name not in tensors}
         ctx.half, ctx.weights, ctx.context = half, weights, context
         ctx.set_materialize_grads(False)
@@ -130,11 +131,11 @@ class _Half(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, past: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         half = ctx.half
-        if dy is None:      # nobody asked for the branch
-            return past, past, None, None, *[None] * len(half.trained_parameters())
-        past, dy = _packed(past), dy.contiguous()
-        kept = dict(zip(ctx.names, ctx.saved_tensors, strict=False)) | ctx.others
         need_branch, last = ctx.needs_input_grad[1], _is_last_backward()
+        if dy is None:      # nobody asked for the branch
+            return past, past if need_branch else None, None, None, *[None] * ctx.n_parameters
+        past, dy = _packed(past), dy.contiguous()
+        kept = dict(zip(ctx.names, ctx.saved_tensors[ctx.n_norms:], strict=True)) | ctx.others
         way = Way(ctx.needs_input_grad[0] or need_branch, overwrite=last)
         dx, gradients = half.backward_from(dy, past, kept, ctx.weights, ctx.context, way)
         if last:        # a loss that is still referenced must not keep a library's graph alive, nor the images
@@ -144,7 +145,8 @@ class _Half(torch.autograd.Function):
 
 class _Layer(torch.autograd.Function):
     """Both halves, computed again from the layer's input, which alone is kept ("full") or parked ("offload"), beside
-    the adapters' images. Of the second pass the last product is left out."""
+    the adapters' images; base weights that are trained are copied again, and autograd tells if they have changed. Of
+    the second pass the last product is left out."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor | None, halves: tuple[Half, Half], context: Context,
@@ -169,8 +171,8 @@ class _Layer(torch.autograd.Function):
             raise RuntimeError("a layer's branch got no gradient; only its sum with the stream has a meaning")
         past, dy, saved = _packed(past), dy.contiguous(), ctx.saved_tensors
         x = saved[-1] if ctx.ticket is None else ctx.context.parking.fetch(ctx.ticket, _is_last_backward())
-        weights, w_second = (_with_images(*each) for each in zip(ctx.halves, ctx.images, strict=True))
-        y, kept = first.forward_keeping(x, None, weights, ctx.context)
+        w_first, w_second = (_with_images(*each) for each in zip(ctx.halves, ctx.images, strict=True))
+        y, kept = first.forward_keeping(x, None, w_first, ctx.context)
         rest = second.forward_keeping(x, y, w_second, ctx.context, "kept")[1]
         del y
         d, gradients = second.backward_from(dy, past, rest, w_second, ctx.context, Way(True, overwrite=True))
@@ -178,16 +180,16 @@ class _Layer(torch.autograd.Function):
         need_branch = ctx.needs_input_grad[1]
         way = Way(ctx.needs_input_grad[0] or need_branch, overwrite=True)
         assert d is not None
-        dx, earlier = first.backward_from(d, d, kept, weights, ctx.context, way)
+        dx, earlier = first.backward_from(d, d, kept, w_first, ctx.context, way)
         if _is_last_backward():
-            ctx.images = None       # which a loss which is still referenced must not keep alive
+            ctx.images = None       # a loss that is still referenced must not keep them alive
         return dx, dx if need_branch else None, None, None, *earlier, *gradients
 
 
 def _with_images(half: Half, images: list[tuple[Tensor | None, Tensor | None]]) -> tuple[LoraWeights, LoraWeights]:
     """The half's operands with the images of an earlier forward pass."""
-    (first, second), (one, other) = half.operands(), images
-    return first._replace(a=one[0], b=one[1]), second._replace(a=other[0], b=other[1])
+    first, second = (weights._replace(a=a, b=b) for weights, (a, b) in zip(half.operands(), images, strict=True))
+    return first, second
 
 
 def run_layer(first: Half, second: Half, x: Tensor, branch: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:

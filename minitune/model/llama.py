@@ -19,7 +19,7 @@ from minitune.model.adapter import HEAD, Adapter, check_targets, matches
 from minitune.model.attention_half import AttentionHalf
 from minitune.model.head import Head
 from minitune.model.lora import Projection, frozen
-from minitune.model.memory import BaseWeights, choose_policy
+from minitune.model.memory import Trained, choose_policy
 from minitune.model.mlp_half import MlpHalf
 from minitune.model.offload import Parking
 from minitune.model.token_rows import TokenRows
@@ -112,7 +112,7 @@ class Llama(nn.Module):
     def policy_of(self, tokens: int) -> MemoryPolicy:
         """The memory policy of a training pass over so many tokens, by what is free now."""
         return choose_policy(self.config, tokens, self.memory, self.dtype, self.device, self.needs_composed,
-                             self.base_weights())
+                             self.trained_values())
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int64 [T] -> [T, d_model] in the compute dtype."""
@@ -296,12 +296,14 @@ class Llama(nn.Module):
 
     # -- training base weights ----------------------------------------------------------------------------------------
 
-    def base_weights(self) -> BaseWeights:
-        """How much of the base is trained."""
-        counts = [sum(p.numel() for half in (layer.attention, layer.mlp) for p in half.base_parameters())
-                  for layer in self.blocks()]
-        outside = [p.numel() for p in (self.embedding, self.norm, self.head_weight) if p.requires_grad]
-        return BaseWeights(sum(counts), max(counts), max(outside, default=0) * (2 if self.head is None else 1))
+    def trained_values(self) -> Trained:
+        """How much is trained, and what of it takes memory beside parameters, gradients and moments."""
+        halves = [(layer.attention, layer.mlp) for layer in self.blocks()]
+        copied = [sum(p.n_copied for half in layer for p in half.projections()) for layer in halves]
+        gradients = [sum(p.numel() for half in layer for p in half.base_parameters()) for layer in halves]
+        outside = [p.numel() for p in (self.embedding, self.head_weight) if p.requires_grad]
+        return Trained(sum(p.numel() for p in self.parameters() if p.requires_grad), sum(copied), max(copied),
+                       max(gradients), max(outside, default=0) * (2 if self.head is None else 1))
 
     def unfreeze(self, train: str | list[str] | tuple[str, ...]) -> None:
         """Train base weights too, in fp32: "full", "head", "norms", "embedding", "last:k" (layers), or name patterns.

@@ -23,7 +23,7 @@ class Projection(nn.Module):
 
     ``parts`` maps a Hugging Face module path to its number of rows. A frozen weight lies in the compute dtype, or, with
     a ``buffer`` to decode into, in NF4 (`put_nf4`); one that is trained is split into a fp32 Parameter for each part
-    (`unfreeze`), and `copied` into one again, in the compute dtype, for each pass.
+    (`unfreeze`), and `copied` into one again, in the compute dtype, wherever a product reads it.
     """
 
     def __init__(self, parts: Mapping[str, int], in_features: int, bias: bool, dtype: torch.dtype,
@@ -255,32 +255,52 @@ class Projection(nn.Module):
         for key, parameter in self.trained.items():
             if parameter.requires_grad:
                 path, _, kind = key.replace("/", ".").rpartition(".")
-                found.append(lora_matmul.backward_base(dy[:, rows_of[path]], x if kind == "weight" else None))
+                part = dy[:, rows_of[path]]
+                if kind == "bias":
+                    found.append(part.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)))
+                else:
+                    assert x is not None
+                    found.append(lora_matmul.backward_weight(part, x))
         return found
 
     def unfreeze(self, patterns: tuple[str, ...]) -> None:
         """Make a fp32 Parameter of every part of the weight or bias whose full name a pattern names; its siblings stay
         frozen in the compute dtype."""
-        names = [name for name in self.hf_weights() if any(matches(p, name) for p in patterns)]
-        if not names:
-            return
-        for name, value in self.hf_weights().items():
-            trained = name in names
-            copy = value.to(torch.float32 if trained else value.dtype, copy=True)
-            self.trained[_key(name)] = nn.Parameter(copy, requires_grad=trained)
-        self.weight, self.around = frozen(self.weight.new_empty(0, self.n_columns)), None
-        self.bias = None if self.bias is None else frozen(self.bias.new_empty(0))
+        names = {name: value for name, value in self.hf_weights().items() if any(matches(p, name) for p in patterns)}
+        for kind in ("weight", "bias"):
+            if not any(name.endswith(kind) for name in names):
+                continue
+            parts = {name: value for name, value in self.hf_weights().items() if name.endswith(kind)}
+            for name, value in parts.items():
+                copy = value.to(torch.float32 if name in names else value.dtype, copy=True)
+                self.trained[_key(name)] = nn.Parameter(copy, requires_grad=name in names)
+            setattr(self, kind, frozen(getattr(self, kind)[:0].clone()))
+            self.around = None
+
+    def is_split(self, kind: str) -> bool:
+        """Whether its "weight" or "bias" lies in parts, since one of them is trained."""
+        return any(key.endswith(kind) for key in self.trained)
 
     @torch.no_grad()
     def copied(self) -> tuple[Tensor, Tensor | None]:
-        """(weight [N, K], bias [N] or None) in the compute dtype, made of the parts as they stand."""
-        weight = self.weight.new_empty(self.n_rows, self.n_columns)
-        bias = None if self.bias is None else self.bias.new_empty(self.n_rows)
-        for path, rows in self.rows():
-            weight[rows].copy_(self.trained[_key(f"{path}.weight")])
-            if bias is not None:
-                bias[rows].copy_(self.trained[_key(f"{path}.bias")])
+        """(weight [N, K], bias [N] or None) in the compute dtype; what is split, as a copy of its parts."""
+        whole: list[Tensor | None] = []
+        for kind, fused in (("weight", self.weight), ("bias", self.bias)):
+            if fused is not None and self.is_split(kind):
+                copy = fused.new_empty(self.n_rows, *fused.shape[1:])
+                for path, rows in self.rows():
+                    copy[rows].copy_(self.trained[_key(f"{path}.{kind}")])
+                whole.append(copy)
+            else:
+                whole.append(fused)
+        weight, bias = whole
+        assert weight is not None
         return weight, bias
+
+    @property
+    def n_copied(self) -> int:
+        """Values that `copied` makes anew."""
+        return self.n_rows * (self.n_columns * self.is_split("weight") + self.is_split("bias"))
 
     def refresh_cast(self) -> None:
         """For passes without gradients, which may be many tokens' generation: trained parts as one weight. In training
@@ -309,10 +329,9 @@ class Projection(nn.Module):
 
     def _sum(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, K] -> the base's product and the adapters' terms [T, N]."""
-        weight: Tensor = self.weight
-        if self.trained:
-            weight = self._joined("weight", x.dtype)
-            bias = None if bias is None else self._joined("bias", x.dtype)
+        weight: Tensor = self._joined("weight", x.dtype) if self.is_split("weight") else self.weight
+        if bias is not None and self.is_split("bias"):
+            bias = self._joined("bias", x.dtype)
         y = F.linear(x, weight, bias) if self.fused is None else nf4_linear(x, self.fused, bias)
         if not self.enabled:
             return y

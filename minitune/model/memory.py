@@ -14,7 +14,7 @@ from minitune.config import MemoryPolicy, ModelConfig
 
 SHARE, OWN_SHARE = 0.6, 0.85
 """Share of the free memory that a step may fill before `auto` turns to the next cheaper policy; of a GPU, which is one
-program's, where adapters alone are trained, whose gradients and moments are small."""
+program's, where little is trained (adapters), so that gradients and moments are small."""
 PROCESSORS = 132
 """Of an H100, by which FlashAttention's deterministic backward splits its sums."""
 
@@ -40,26 +40,33 @@ def at_work_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, device: 
     return layer + min(torch.get_num_threads(), config.n_kv_heads) * tokens * config.head_dim * (7 * 2 + 3 * 4)
 
 
-class BaseWeights(NamedTuple):
-    """How many values of the base's weights are trained: in all layers, in the layer that has the most of them, and in
-    the largest weight outside of them, twice where that is both embedding and head: both gradients wait for their sum.
-    """
+class Trained(NamedTuple):
+    """How many values are trained, adapters' or the base's; of the base, how many are copied into the compute dtype for
+    use in all layers, and in the one with the most of them; how many gradients such a layer has; and the largest weight
+    outside of the layers, twice where that is embedding and head: both gradients wait for their sum."""
 
-    total: int = 0
-    layer: int = 0
+    values: int = 0
+    copied: int = 0
+    layer_copied: int = 0
+    layer_gradients: int = 0
     outside: int = 0
 
     def kept_bytes(self, policy: MemoryPolicy, element_size: int) -> int:
-        """Bytes of their copies in the compute dtype that lie between forward and backward."""
-        return self.total * element_size if policy in ("keep", "pointwise") else 0
+        """Bytes of copies that lie between forward and backward."""
+        return self.copied * element_size if policy in ("keep", "pointwise") else 0
 
     def at_work_bytes(self, element_size: int) -> int:
-        """Bytes that the backward takes for them at a time, of a layer or outside: copies, products, and gradients in
-        fp32."""
-        return max(self.layer * (2 * element_size + 4), self.outside * (element_size + 4))
+        """Bytes that the backward takes at a time, of a layer or outside: copies, products, and gradients in fp32."""
+        layer = self.layer_copied * element_size + self.layer_gradients * (element_size + 4)
+        return max(layer, self.outside * (element_size + 4))
 
 
-FROZEN = BaseWeights()
+ADAPTERS = Trained()
+"""As if nothing were trained: what adapters need beside their values is not worth counting."""
+
+STATE_BYTES, SMALL_SHARE = 12, 0.05
+"""Bytes of a trained value's gradient and AdamW's moments, which may be still to come; and the share of a GPU's free
+memory up to which OWN_SHARE leaves room for them."""
 
 COMPOSED = 3
 """A half under plain autograd keeps about so many times what the hand-written one does."""
@@ -98,21 +105,21 @@ def reuse_freed_memory() -> None:
 
 
 def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype: torch.dtype, device: torch.device,
-                  composed: bool = False, base: BaseWeights = FROZEN) -> MemoryPolicy:
+                  composed: bool = False, trained: Trained = ADAPTERS) -> MemoryPolicy:
     """`memory` itself, or for "auto" the fastest policy whose kept bytes fit. The results are the same bit for bit.
 
-    With ``composed`` the layers run under plain autograd, which knows "keep" and "full" alone. ``base``: what of the
-    base's weights is trained.
+    With ``composed`` the layers run under plain autograd, which knows "keep" and "full" alone.
     """
     if memory != "auto":
         return memory
-    size, own = dtype.itemsize, device.type == "cuda" and not composed and base == FROZEN
-    work = at_work_bytes(config, tokens, dtype, device) + base.at_work_bytes(size)
-    room = free_bytes(device) * (OWN_SHARE if own else SHARE) - work
+    size, free = dtype.itemsize, free_bytes(device)
+    own = device.type == "cuda" and not composed and trained.values * STATE_BYTES <= SMALL_SHARE * free
+    work = at_work_bytes(config, tokens, dtype, device) + trained.at_work_bytes(size)
+    room = free * (OWN_SHARE if own else SHARE) - work
     policies: tuple[MemoryPolicy, ...] = ("keep", "pointwise")
     for policy in policies[:1] if composed else policies:
         kept = kept_bytes(config, tokens, policy, size) * (COMPOSED if composed else 1)
-        if kept + base.kept_bytes(policy, size) <= room:
+        if kept + trained.kept_bytes(policy, size) <= room:
             return policy
     full = kept_bytes(config, tokens, "full", size)
     parks = device.type == "cuda" and not composed and full > room

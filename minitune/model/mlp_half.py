@@ -64,7 +64,9 @@ class MlpHalf(Half):
         gradients_down = self.down.gradients(dy, kept.pop("h", h), kept["s_down"], ds_down, w_down)
         del dh, h       # the last product takes the most memory: what is used up goes before it
         ds = lora_matmul.backward_s(d_gate_up, w_gate_up)
-        normed = kept.pop("normed") if "normed" in kept else rms_norm.apply(kept["x"], kept["rstd"], self.norm)
+        normed = kept.pop("normed", None)
+        if normed is None and self.gate_up.reads_input(kept["s_gate_up"]):
+            normed = rms_norm.apply(kept["x"], kept["rstd"], self.norm)
         gradients = [*self.gate_up.gradients(d_gate_up, normed, kept["s_gate_up"], ds, w_gate_up), *gradients_down]
         del normed
         if not way.need_dx and not self.norm.requires_grad:
@@ -72,4 +74,6 @@ class MlpHalf(Half):
         d_normed = lora_matmul.backward_input(d_gate_up, ds, w_gate_up)
         if self.norm.requires_grad:
             gradients.append(rms_norm.backward_weight(d_normed, kept["x"], kept["rstd"]))
+        if not way.need_dx:
+            return None, gradients
         return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm, past, out=d_normed), gradients

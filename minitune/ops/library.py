@@ -1,7 +1,7 @@
 """The ops as torch's dispatcher knows them, torch.ops.minitune.*: opaque to torch.compile, differentiable, functional.
 
 Who imports this file can use them in a compiled program of his own; minitune's own step calls the functions behind them
-directly, in place where it may. Each runs whatever backend its op takes. Weights are frozen: they get no gradient.
+directly, in place where it may. Each runs whatever backend its op takes. Weights are frozen here: they get no gradient.
 """
 
 from __future__ import annotations

@@ -139,13 +139,15 @@ def gradients(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, 
     """hidden [n, d], weight [V, d], labels [n], the losses' gradients fp32 [n] -> (d hidden [n, d] if needed, d weight
     fp32 [V, d]). The logits' gradients meet hidden states and results that are weighed: those are smaller."""
     d_hidden = torch.empty_like(hidden) if need_hidden else None
-    d_weight = weight.new_zeros(weight.shape, dtype=_wide(hidden))
+    d_weight = (weight.new_empty if len(hidden) else weight.new_zeros)(weight.shape, dtype=_wide(hidden))
     losses = torch.empty(len(labels), dtype=_wide(hidden), device=hidden.device)
     for rows, part in _chunks(hidden, weight):
         losses_(part, labels[rows], losses[rows], smoothing, True)
         x = weighed(hidden[rows], upstream[rows])
         for vocabulary in range(0, len(weight), VOCABULARY):
-            d_weight[vocabulary:vocabulary + VOCABULARY] += part[:, vocabulary:vocabulary + VOCABULARY].mT @ x
+            product = part[:, vocabulary:vocabulary + VOCABULARY].mT @ x
+            place = d_weight[vocabulary:vocabulary + VOCABULARY]
+            _ = place.add_(product) if rows.start else place.copy_(product)
         if d_hidden is not None:
             d_hidden[rows] = weighed(part @ weight, upstream[rows])
     return d_hidden, d_weight

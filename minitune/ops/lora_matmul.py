@@ -169,11 +169,10 @@ def backward_input(dy: Tensor, ds: Tensor | None, w: LoraWeights) -> Tensor:
     return dx.addmm_(ds, w.a)
 
 
-def backward_base(dy: Tensor, x: Tensor | None) -> Tensor:
-    """Gradient of base weights that are trained, fp32 [N, K] (fp64 stays), from dy [T, N] and x [T, K]; without x that
-    of their bias, fp32 [N]."""
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    return dy.sum(0, dtype=wide) if x is None else (dy.mT @ x).to(wide)
+def backward_weight(dy: Tensor, x: Tensor) -> Tensor:
+    """Gradient of a base weight that is trained, fp32 [N, K] (fp64 stays), from dy [T, N] and x [T, K]; rounded
+    to their dtype first, as the library's products are."""
+    return (dy.mT @ x).to(torch.promote_types(dy.dtype, torch.float32))
 
 
 def backward_adapters(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, w: LoraWeights) -> tuple[Tensor, Tensor]:

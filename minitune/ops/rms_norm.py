@@ -33,6 +33,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None = None,
     1/rms is what `backward` and `apply` want. Without a branch the sum is x itself. y lies in `out` where that is
     given, which may be x.
     """
+    weight = weight.to(x.dtype)     # of a trained one, which lies in fp32, every backend reads the same
     if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
         y, rstd, total = backends.kernel("rms_norm").forward(x, weight, eps, branch, out=out)
         written(out)
@@ -41,8 +42,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None = None,
     total = x if branch is None else torch.empty_like(x)
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if backends.by_rows("rms_norm", x):
-        torch.ops.minitune.rows_rms_norm(x, branch, weight.to(x.dtype), eps, False, rstd,
-                                         None if branch is None else total, y)
+        torch.ops.minitune.rows_rms_norm(x, branch, weight, eps, False, rstd, None if branch is None else total, y)
         written(out)
         return y, rstd, total
     for rows in in_cache(len(x), x[:1].numel(), x.device):
@@ -61,7 +61,7 @@ def forward_s(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None, a: T
     kernel for both was measured to be the faster way; else None in its place, and whoever wants S makes it. `out` must
     be neither x nor the branch."""
     if a is not None and emits(x.device, x.dtype, (x.shape[1], len(a), len(x))):
-        y, rstd, total, s = backends.kernel("rms_norm").forward_s(x, weight, eps, branch, a, out=out)
+        y, rstd, total, s = backends.kernel("rms_norm").forward_s(x, weight.to(x.dtype), eps, branch, a, out=out)
         written(out)
         return y, rstd, x if total is None else total, s
     return *forward(x, weight, eps, branch, out=out), None
@@ -76,11 +76,12 @@ def emits(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int])
 
 def apply(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     """y from x and its stored 1/rms, with the bits of `forward`: what recomputing costs."""
+    weight = weight.to(x.dtype)
     if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
         return cast(Tensor, backends.kernel("rms_norm").apply(x, rstd, weight))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if backends.by_rows("rms_norm", x):
-        torch.ops.minitune.rows_rms_norm(x, None, weight.to(x.dtype), 0.0, True, rstd, None, y)
+        torch.ops.minitune.rows_rms_norm(x, None, weight, 0.0, True, rstd, None, y)
         return y
     for rows in in_cache(len(x), x[:1].numel(), x.device):
         torch.mul((x[rows].to(rstd.dtype) * rstd[rows]).to(x.dtype), weight, out=y[rows])
@@ -91,16 +92,17 @@ def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, past: Tensor |
              out: Tensor | None = None) -> Tensor:
     """dy [..., d] -> dx [..., d] in x's dtype, with `past`, the gradient that flows past the norm, added.
 
-    With g = dy·weight: dx = rstd · (g - x · rstd² · mean(g·x)) + past. dx lies in `out`
-    where that is given, which may be dy.
+    With g = dy·weight: dx = rstd · (g - x · rstd² · mean(g·x)) + past. dx lies in `out` where that is given, which may
+    be dy.
     """
+    weight = weight.to(x.dtype)
     if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
         dx = backends.kernel("rms_norm").backward(dy, x, rstd, weight, past, out=out)
         written(out)
         return cast(Tensor, dx)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if backends.by_rows("rms_norm", x):
-        torch.ops.minitune.rows_rms_norm_backward(dy, x, rstd, weight.to(x.dtype), past, dx)
+        torch.ops.minitune.rows_rms_norm_backward(dy, x, rstd, weight, past, dx)
         written(out)
         return dx
     wide_weight = weight.to(rstd.dtype)

@@ -66,6 +66,19 @@ def test_what_is_to_come_is_the_sum(tiny, data):
     assert len(parts) == 3 and abs(sum(map(_bytes, parts)) - _bytes(rows["to come, beside free"])) < 2e5
 
 
+def test_trained_base_weights_stand_with_their_copies_and_gradients(tiny, data):
+    sizes = {}
+    for train in ("norms", "full"):
+        model, batches = _load(tiny, data, Training(tokens=64), lora=None, train=train, memory="keep")
+        rows = dict(plan(model, batches, Training(tokens=64)))
+        sizes[train] = [_bytes(rows[what]) for what in ("kept for the backward (keep)", "the layer at work, about")]
+    projections, table = model.network.projections(), model.network.embedding.numel()
+    copies = 4 * sum(p.n_rows * p.n_columns for p in projections)
+    layer = (copies // model.config.n_layers) * 3       # copies, products, gradients in fp32
+    assert copies > 1e6 and abs(sizes["full"][0] - sizes["norms"][0] - copies) < 2e5
+    assert abs(sizes["full"][1] - sizes["norms"][1] - max(layer, 2 * table * 8)) < 2e5
+
+
 def test_what_does_not_fit_is_said(tiny, data, monkeypatch):
     model, batches = _load(tiny, data, Training(tokens=64))
     assert "fit" not in dict(plan(model, batches, Training(tokens=64)))["to come, beside free"]

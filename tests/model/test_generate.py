@@ -1,10 +1,14 @@
 """The KV cache: it grows with what is generated, not with the limit, and growing changes no token."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 import minitune as mt
 from minitune.model import generate as generation
+from minitune.model.lora import Projection
+from tests.batches import documents, packed
 from tests.oracles import make
 
 
@@ -54,3 +58,18 @@ def test_sampling_takes_a_whole_number_as_temperature(tmp_path):
     make("llama-2-gqa", tmp_path)
     model = mt.load(tmp_path, device="cpu", dtype="float32")
     assert model.generate([5, 6], 8, temperature=10**30, seed=1) == model.generate([5, 6], 8, temperature=1e30, seed=1)
+
+
+def test_trained_weights_are_copied_once_for_all_tokens(tmp_path):
+    """Not for each of them; and the next training step makes its own, of the weights as they are then."""
+    make("llama-2-gqa", tmp_path)
+    model = mt.load(tmp_path, train="full", device="cpu", dtype="bfloat16")
+    with mock.patch.object(Projection, "copied", autospec=True, side_effect=Projection.copied) as copied:
+        first = model.generate([3, 4, 5], 6)
+    assert copied.call_count == len(model.network.projections())
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter.normal_(0, 0.3)
+    assert model.generate([3, 4, 5], 6) != first
+    model.loss(packed(documents([9], 1), 9)).backward()
+    assert all(projection.cast is None for projection in model.network.projections())

@@ -12,7 +12,7 @@ from minitune.model.init import init_weights
 from minitune.model.llama import Llama
 from minitune.model.lora import Projection
 from minitune.model.memory import kept_bytes
-from minitune.ops import rope, tuned
+from minitune.ops import rms_norm, rope, tuned
 from minitune.ops.documents import Documents
 from tests.tolerance import check_rms, relative
 
@@ -226,9 +226,8 @@ def test_a_layer_whose_input_needs_no_gradient_gets_none():
     assert x.grad is None and all(a.A.grad is not None for a in network.adapters().values())
 
 
-@pytest.mark.parametrize("policy", ["keep", "full"])
-@pytest.mark.parametrize("trained", ["full", "norms"])
-def test_a_base_weight_that_changed_before_its_backward_is_an_error(trained, policy):
+@pytest.mark.parametrize(("trained", "policy"), [("norms", "keep"), ("norms", "full"), ("full", "full")])
+def test_a_base_weight_that_changed_before_a_backward_that_reads_it_is_an_error(trained, policy):
     """It would give wrong gradients: autograd says so."""
     network = _network(SHAPES["llama"], BASES[trained])
     network.refresh_images()
@@ -237,6 +236,63 @@ def test_a_base_weight_that_changed_before_its_backward_is_an_error(trained, pol
         network.blocks()[0].mlp.base_parameters()[0].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_an_update_before_the_backward_of_linears_leaves_them_their_copies():
+    """As adapters have their images."""
+    network = _network(SHAPES["qwen2"], ("*_proj.*",))
+    expected = _gradients(network, _fast(network, "keep"), torch.float32)
+    x, upstream = _x_and_upstream(torch.float32)
+    network.refresh_images()
+    y = _fast(network, "keep")(x.requires_grad_())
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(1)
+    for value, e in zip(torch.autograd.grad(y, [x, *parameters], upstream), expected[1:], strict=True):
+        assert torch.equal(value, e)
+
+
+@pytest.mark.parametrize("trained", ["full", "norms", ("*.v_proj.weight",), ("*.bias",), ("*gate_proj.*", "*norm*")],
+                         ids=str)
+@pytest.mark.parametrize("policy", ["keep", "pointwise", "full"])
+def test_copies_take_what_is_predicted(trained, policy):
+    """Bytes that only the backward's operands hold: copies of all that shares a product with what is trained."""
+    network = _network(SHAPES["mistral"], trained, torch.bfloat16)
+    network.refresh_images()
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    made, copied = [], Projection.copied
+
+    def watched(self):
+        found = copied(self)
+        made.extend(weakref.ref(x) for x in found if x.untyped_storage().data_ptr() not in own)
+        return found
+
+    with mock.patch.object(Projection, "copied", watched):
+        y = _fast(network, policy)(_x_and_upstream(torch.bfloat16)[0].requires_grad_())
+    held = sum(x.nbytes for x in (ref() for ref in made) if x is not None)
+    assert y.requires_grad and held == network.trained_values().kept_bytes(policy, 2)
+    assert (held > 0) == (policy != "full" and trained != "norms")
+
+
+@pytest.mark.parametrize("with_branch", [False, True])
+def test_a_loss_of_the_stream_alone_passes_the_half_by(with_branch):
+    network = _network(SHAPES["llama"], BASES["full"])
+    x, branch = (x.requires_grad_() for x in _x_and_upstream(torch.float32))
+    given = (x, branch) if with_branch else (x,)
+    total, _ = half.run(network.blocks()[0].attention, x, branch if with_branch else None, _context(network))
+    assert all(torch.equal(d, torch.ones_like(x)) for d in torch.autograd.grad(total.sum(), given))
+
+
+@pytest.mark.parametrize(("trained", "again"), [("norms", 0), ("full", 4), (("*.q_proj.bias", "*.down_proj.*"), 0)],
+                         ids=str)
+def test_a_norms_output_is_formed_again_only_for_who_reads_it(trained, again):
+    network = _network(SHAPES["mistral"], trained)
+    network.refresh_images()
+    y = _fast(network, "pointwise")(_x_and_upstream(torch.float32)[0])
+    with mock.patch.object(rms_norm, "apply", side_effect=rms_norm.apply) as apply:
+        y.sum().backward()
+    assert apply.call_count == again
 
 
 @pytest.mark.parametrize("policy", ["keep", "full"])

@@ -53,9 +53,9 @@ def test_a_step_of_all_weights_takes_no_more_than_is_reserved_for_it():
                              n_kv_heads=size.kv_heads, head_dim=size.head_dim, d_ff=size.d_ff, tied_head=True)
         network = Llama(config, dtype=BF16, device="meta")
         network.unfreeze("full")
-        base = network.base_weights()
-        kept = memory.kept_bytes(config, tokens, policy, 2) + base.kept_bytes(policy, 2)
-        reserved = kept + memory.at_work_bytes(config, tokens, BF16, GPU) + base.at_work_bytes(2)
+        trained = network.trained_values()
+        kept = memory.kept_bytes(config, tokens, policy, 2) + trained.kept_bytes(policy, 2)
+        reserved = kept + memory.at_work_bytes(config, tokens, BF16, GPU) + trained.at_work_bytes(2)
         assert kept < row["peak_bytes"] - row["between_bytes"] <= reserved, row
 
 
@@ -79,10 +79,19 @@ def test_plain_autograd_keeps_more(monkeypatch):
 def test_trained_base_weights_take_room_for_copies_and_gradients(monkeypatch):
     """Copies of all of them stand beside what "keep" and "pointwise" keep; a GPU is not filled as far as with adapters,
     since moments may be still to come."""
-    base = memory.BaseWeights(total=6_476_000_000, layer=202_400_000)
-    kept = memory.kept_bytes(SEVEN_B, 2_048, "keep", 2)
-    work = memory.at_work_bytes(SEVEN_B, 2_048, BF16, GPU) + base.layer * 8
-    for free, policy in ((kept + 2 * base.total + work, "keep"), (kept + work, "full")):
-        assert _choose(monkeypatch, 2_048, free / memory.SHARE, base=base) == policy
+    trained = memory.Trained(6_738_000_000, 6_476_000_000, 202_400_000, 202_400_000, 131_000_000)
+    kept, copies = memory.kept_bytes(SEVEN_B, 2_048, "keep", 2), 2 * trained.copied
+    work = memory.at_work_bytes(SEVEN_B, 2_048, BF16, GPU) + 202_400_000 * 8
+    for free, policy in ((kept + copies + work, "keep"), (kept + work, "full")):
+        assert _choose(monkeypatch, 2_048, free / memory.SHARE, trained=trained) == policy
         assert _choose(monkeypatch, 2_048, free / memory.SHARE) == "keep"
-    assert _choose(monkeypatch, 2_048, (kept + 2 * base.total + work) * 0.97 / memory.SHARE, base=base) == "pointwise"
+    assert _choose(monkeypatch, 2_048, (kept + copies + work) * 0.97 / memory.SHARE, trained=trained) == "pointwise"
+
+
+@pytest.mark.parametrize(("values", "share"), [(200_000_000, memory.SHARE), (5_000_000, memory.OWN_SHARE)])
+def test_a_gpu_is_filled_as_far_as_what_is_trained_lets_it(monkeypatch, values, share):
+    """A head, say, or norms: their gradients and moments may be still to come."""
+    need = memory.kept_bytes(SEVEN_B, 2_048, "keep", 2) + memory.at_work_bytes(SEVEN_B, 2_048, BF16, GPU)
+    trained = memory.Trained(values)
+    assert _choose(monkeypatch, 2_048, need / share * 1.01, trained=trained) == "keep"
+    assert _choose(monkeypatch, 2_048, need / share * 0.99, trained=trained) != "keep"

@@ -39,8 +39,10 @@ def test_sure_predictions_keep_their_gradient_in_bf16():
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trained_head_gets_its_gradient(dtype, smoothing, monkeypatch):
-    """Of a weight in fp32, in chunks of which the last is smaller; and the hidden states' as well, or not."""
+    """Of a weight in fp32, in chunks of tokens and of the vocabulary of which the last is smaller; and the hidden
+    states' as well, or not."""
     monkeypatch.setitem(lce.CHUNK_BYTES, "cpu", 16 * 4 * 50)
+    monkeypatch.setattr(lce, "VOCABULARY", 16)
     hidden, weight = torch.randn(37, 12).to(dtype), torch.randn(50, 12)
     labels, upstream = torch.randint(0, 50, (37,)), torch.randn(37)
 
