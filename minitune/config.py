@@ -101,6 +101,12 @@ def _positive(owner: str, **values: float | None) -> None:
             raise InputError(f"{owner}: {name} is {short(value)}; it must be a positive, finite number")
 
 
+def _from_one(owner: str, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise InputError(f"{owner}: {name} is {short(value)}; it must be a whole number of at least 1")
+
+
 def _at_least_zero(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= sys.float_info.max:
@@ -277,15 +283,22 @@ class Training:
     def __post_init__(self) -> None:
         _check_types("training", self)
         check_seed("training", self.seed)
-        _positive("training", tokens=self.tokens, micro_batches=self.micro_batches, epochs=self.epochs, lr=self.lr,
+        _from_one("training", tokens=self.tokens, micro_batches=self.micro_batches, epochs=self.epochs,
                   max_steps=self.max_steps, log_every=self.log_every, evaluate_every=self.evaluate_every,
-                  save_every=self.save_every, decay=self.decay)
+                  save_every=self.save_every)
+        _positive("training", lr=self.lr, decay=self.decay)
         _at_least_zero("training", warmup=self.warmup or 0.0, min_lr_ratio=self.min_lr_ratio or 0.0,
                        weight_decay=self.weight_decay, momentum=self.momentum, clip=self.clip,
                        label_smoothing=self.label_smoothing)
         self._check_rates()
         if self.moments == "8bit" and self.optimizer == "sgd":
             raise InputError('training: moments is "8bit", which only adamw has; leave it out with optimizer="sgd"')
+        if self.momentum != Training.momentum and self.optimizer == "adamw":
+            raise InputError(f"training: momentum is {self.momentum!r}, which only sgd has; leave it out with "
+                             'optimizer="adamw"')
+        if self.decay != Training.decay and self.schedule != "wsd":
+            raise InputError(f"training: decay is {self.decay!r}, which only the schedule wsd has; leave it out with "
+                             f'schedule="{self.schedule}"')
         for name, value in (("label_smoothing", self.label_smoothing), ("momentum", self.momentum)):
             if value >= 1:
                 raise InputError(f"training: {name} is {value!r}; it must be below 1")

@@ -15,7 +15,8 @@ ELSEWHERE = {
     "sequence_len": "tokens", "block_size": "tokens", "gradient_accumulation_steps": "micro_batches",
     "lr_scheduler_type": "schedule", "lr_scheduler": "schedule", "warmup_ratio": "warmup", "warmup_steps": "warmup",
     "max_grad_norm": "clip", "optim": "optimizer", "output_dir": "out", "out_dir": "out", "load_in_4bit": "quant",
-    "quantize": "quant", "model_name_or_path": "base", "base_model": "base", "dataset": "data", "train_file": "data",
+    "quantize": "quant", "model": "base", "model_name": "base", "model_name_or_path": "base", "base_model": "base",
+    "dataset": "data", "train_file": "data",
     "batch_size": "tokens", "per_device_train_batch_size": "tokens", "micro_batch_size": "tokens",
     "learning_rate_multiplier": "lr", "val_set_size": "valid_split", "val_size": "valid_split",
     "validation_split": "valid_split", "val_file": "valid", "validation_file": "valid", "logging_steps": "log_every",
@@ -60,6 +61,10 @@ TOKENIZER_ELSEWHERE = {
 """The same of tokenizers in transformers."""
 
 
+ALIKE = 0.7
+"""Share of two names that must agree (difflib's ratio) for one to be taken for a misspelling of the other."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` is most likely meant to be, or None. Hyphens and case do not count."""
     names = {each.lower().replace("-", "_"): each for each in known}
@@ -67,14 +72,14 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     for elsewhere in (ELSEWHERE, ARGUMENTS_ELSEWHERE, QUANTS_ELSEWHERE, COMMANDS_ELSEWHERE):
         if elsewhere.get(plain) in names:
             return names[elsewhere[plain]]
-    close = get_close_matches(plain, names, n=1, cutoff=0.6)
+    close = get_close_matches(plain, names, n=1, cutoff=ALIKE)
     return names[close[0]] if close else None
 
 
 def nearest_path(path: Path) -> str:
     """" (did you mean …?)" of a file or folder that lies where `path` does not, if one is called alike."""
     try:
-        close = get_close_matches(path.name, filter(str.isprintable, os.listdir(path.parent)), n=1, cutoff=0.6)
+        close = get_close_matches(path.name, filter(str.isprintable, os.listdir(path.parent)), n=1, cutoff=ALIKE)
     except (OSError, ValueError):       # ValueError: a name with a null byte
         return ""
     return f" (did you mean {path.with_name(close[0])}?)" if close else ""

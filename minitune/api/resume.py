@@ -30,7 +30,7 @@ FREE = ("log_every", "evaluate_every", "save_every")
 """Settings of the training that change no step, so that a run may go on with others."""
 SAMPLED = 4096
 """As many values of a frozen weight tell it from another."""
-SHOWN = 3
+SHOWN = 5
 """As many differences are named."""
 _LONGER = ("; a longer run has another course of the learning rate, so it is another run: let this one end, and go on "
            "from what it trained")
@@ -53,8 +53,9 @@ def check_out(out: Path | None, resume: Any) -> None:
     if not (out / "config.json").is_file():
         raise InputError(f"{out}: is not the folder of a run, so there is nothing to resume; name another one")
     if _is_finished(out):
+        trained = next((f", {out / name}" for name in ("adapter", "model") if (out / name).is_dir()), "")
         raise InputError(f"{out}: the run is finished, there is nothing to resume; to train on, begin a new one from "
-                         "what it has trained")
+                         f"what it has trained{trained}")
     raise InputError(f"{out}: holds no checkpoint to resume from: the run has ended, or was killed before its first "
                      "one (save_every keeps them on the way); begin anew in another folder")
 
@@ -97,6 +98,10 @@ def saved_in(out: Path, here: Mapping[str, Any]) -> Saved:
     saved = checkpoint.read(out / checkpoint.FOLDER)
     now, before = dict(_fields(here)), dict(_fields(saved.about))
     odd = [name for name in (now | before) if now.get(name) != before.get(name)]
+    if any(_part(name) in ("quant", "dtype", "trained_weights") for name in odd):   # these change what is frozen
+        odd = [name for name in odd if name != "base.weights"]
+    if any(_part(name) == "data" for name in odd):          # the first samples are asked
+        odd = [name for name in odd if _part(name) != "ask"]
     if odd:
         said = list(dict.fromkeys(_said(name, now.get(name), before.get(name)) for name in odd))
         more = [f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else []
@@ -108,10 +113,16 @@ def saved_in(out: Path, here: Mapping[str, Any]) -> Saved:
 
 def _said(name: str, now: Any, before: Any) -> str:
     """A difference in the user's words: settings by their names, contents by what they are of."""
-    of, last = re.split(r"[.\[]", name)[0], name.rpartition(".")[2]
+    of, last = _part(name), name.rpartition(".")[2]
     if of == "base" or (of in ("data", "valid") and last in ("data", "valid", "sha256", "samples", "batches")):
         return f"the {'validation data' if of == 'valid' else of} is not what it was"
-    return f"{name.removeprefix('training.').replace('data.', 'data: ')} is {short(now)} and was {short(before)}"
+    is_now, was = ("not given" if value is None else short(value) for value in (now, before))
+    return f"{name.removeprefix('training.').replace('data.', 'data: ')} is {is_now} and was {was}"
+
+
+def _part(name: str) -> str:
+    """What of `about` a field belongs to."""
+    return re.split(r"[.\[]", name)[0]
 
 
 def _fields(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:

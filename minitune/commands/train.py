@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -111,10 +112,16 @@ class Train:
                 given = "--adapter brings its own rank, alpha and targets" if self.adapter else "--train has no adapter"
                 raise InputError(f"train: {given}; leave out the flags of LoRA")
             lora = None
+        if ("train",) in self.given and not self.train:
+            raise InputError('train: train is empty; name what is to be trained ("full", "last:4", …), or leave it out')
         names = self.train[0] if len(self.train) == 1 else self.train
-        return load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, memory=self.memory,
-                    seed=self.training.seed, lora=lora, adapter=self.adapter, train=names or None,
-                    add_tokens=self.add_tokens)
+        model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, memory=self.memory,
+                     seed=self.training.seed, lora=lora, adapter=self.adapter, train=names or None,
+                     add_tokens=self.add_tokens)
+        if model.network.trained_values().copied and ("training", "lr") not in self.given:
+            warnings.warn(f"lr is {self.training.lr:g}, the default, which is made for adapters; whole linears usually "
+                          "take 1e-5 to 5e-5 (--lr)", stacklevel=2)
+        return model
 
     def _as_toml(self) -> str:
         """The settings as --resume and --config read them, from any folder."""

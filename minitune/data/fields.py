@@ -148,20 +148,21 @@ def _recognise(names: tuple[Any, ...], mapped: tuple[str, ...]) -> tuple[str, st
     covering = [kind for kind in kinds if FORMATS[kind].fields.issuperset(present)]
     kind = next((kind for kind in covering if set(FORMATS[kind].required).issubset(present)), "")
     if not kind:
-        return "", _incomplete(present, kinds, covering)
+        return "", _incomplete(present, kinds, covering, others)
     meant = [] if mapped else [name for name in others if name in MEANINGFUL]
     if meant:
         return "", _unread(meant[0], FORMATS[kind].required[0])
     return kind, ""
 
 
-def _incomplete(present: list[str], kinds: list[str], covering: list[str]) -> str:
+def _incomplete(present: list[str], kinds: list[str], covering: list[str], others: list[Any]) -> str:
     """What is wrong with fields that make up no format."""
     if covering:
         form = FORMATS[covering[0]]
         missing = next(name for name in form.required if name not in present)
         return (f"the field {missing!r} is missing beside {present[0]!r}; {covering[0]} rows have "
-                f"{', '.join(form.required)}; a field map reads fields of other names as these")
+                f"{', '.join(form.required)}; a field map reads fields of other names as these"
+                f"{f': {missing}={others[0]}' if _is_plain(others) else ''}")
     complete = [FORMATS[kind] for kind in kinds if set(FORMATS[kind].required).issubset(present)]
     for form in complete:
         extra = [name for name in present if name not in form.fields]
@@ -172,6 +173,11 @@ def _incomplete(present: list[str], kinds: list[str], covering: list[str]) -> st
     names = strangers[0] if strangers else tuple(present)
     return (f"{' and '.join(map(repr, names))} belong to different formats; keep the fields of one, or name them in a "
             f"field map, as {names[-1]}={names[-1]}; accepted: {ACCEPTED}")
+
+
+def _is_plain(names: list[Any]) -> bool:
+    """Whether one name is meant, which a shell takes as it is."""
+    return len(names) == 1 and isinstance(names[0], str) and names[0].isidentifier() and len(names[0]) <= 40
 
 
 def _holds_samples(fields: Mapping[str, Any]) -> str:

@@ -59,7 +59,9 @@ def parse(name: str, args: Sequence[str]) -> Any:
         if not ended.code:
             raise
         resumed = "; to go on with a run say minitune train --resume --out FOLDER" if "--resume" in args else ""
-        raise InputError(f"{name}: {_plain(said.getvalue(), settings(twin))}{resumed} ({_see(name)})") from None
+        fault = _plain(said.getvalue(), settings(twin))
+        taken = _taken(args, twin) if fault.endswith(" missing") else ""
+        raise InputError(f"{name}: {fault}{taken}{resumed} ({_see(name)})") from None
     sys.stderr.write(said.getvalue())
     found = own(made, command)
     object.__setattr__(found, "given", frozenset(given))       # no field: it is nothing that a flag could set
@@ -147,6 +149,8 @@ def _check_flags(name: str, args: Sequence[str], command: type[Any]) -> set[tupl
                              f"({_see(name)})")
         if flag in paths:
             values = [match[2][1:]] if match[2] is not None else _values(args[place + 1:])
+            if not values and _takes_several(known[paths[flag]]):
+                raise InputError(f"{name}: {flag} has no value; write {flag} {word(known[paths[flag]])} ({_see(name)})")
             _check_values(name, flag, values, known[paths[flag]])
         setting = paths.get(flag) or paths.get(f"--{flag.removeprefix('--no-')}")
         given |= set() if setting is None else {setting}
@@ -156,6 +160,22 @@ def _check_flags(name: str, args: Sequence[str], command: type[Any]) -> set[tupl
 def _values(args: Sequence[str]) -> list[str]:
     """What stands behind a flag, up to the next one."""
     return list(itertools.takewhile(lambda arg: arg != "--" and not LIKE_A_FLAG.fullmatch(arg), args))
+
+
+def _takes_several(hint: Any) -> bool:
+    """Whether a flag takes all that stands behind it."""
+    return any(get_origin(option) in (tuple, list, dict, Mapping) for option in options(hint))
+
+
+def _taken(args: Sequence[str], command: type[Any]) -> str:
+    """What a flag took that takes all that stands behind it, for a line in which what has a place is missing."""
+    several = {f"--{path[-1].replace('_', '-')}" for path, hint in settings(command).items() if _takes_several(hint)}
+    for place, arg in enumerate(args):
+        values = _values(args[place + 1:]) if arg in several else []
+        if len(values) > 1:
+            usage = " and ".join(path[-1].upper() for path in positionals(command))
+            return f"; {arg} took {short(' '.join(values))}, so {usage} come before it"
+    return ""
 
 
 def _instead(name: str, flag: str, every: set[str], places: Collection[tuple[str, ...]]) -> str:

@@ -23,6 +23,10 @@ DONE_HERE = {
     **dict.fromkeys(("packing", "sample_packing"), "samples are always packed, and do not see each other"),
     **dict.fromkeys(("train_on_inputs", "completion_only_loss", "assistant_only_loss", "mask_prompt"),
                     "answers alone are trained; minitune inspect shows it"),
+    **dict.fromkeys(("flash_attn", "flash_attention", "use_flash_attention_2", "attn_implementation"),
+                    "attention never forms the scores as a whole; on a GPU minitune tune measures which way is fastest"),
+    **dict.fromkeys(("deepspeed", "fsdp", "ddp", "num_gpus"),
+                    "one device does the run; --memory and --quant make larger models fit"),
     "do_sample": "--temperature above 0 draws, 0 is greedy",
 }
 """Settings of other trainers that a name of ours does not answer -> how it is done here. What names a flag is said by

@@ -41,6 +41,9 @@ SAID = {
     "--rank-pattern q_proj 4 v_proj": "--rank-pattern is 'q_proj 4 v_proj'",
     "--alpha-pattern q_porj 4.5": "--alpha-pattern has 'q_porj', which names no linear; did you mean q_proj?",
     "--model_name_or_path x": "BASE is told by its place: minitune train BASE DATA",
+    "--flash-attn": "there is no flag --flash-attn; attention never forms the scores as a whole",
+    "--deepspeed x": "there is no flag --deepspeed; one device does the run", "--model x": "BASE is told by its place",
+    "--seeed 1": "did you mean --seed?", "--verbose": "there is no flag --verbose (see",
     "--dataset x": "there is no flag --dataset; DATA is told by its place", "--base x": "BASE is told by its place",
 }
 
