@@ -55,7 +55,7 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "completion": None}, "'completion' is missing beside 'prompt'.*; here 'completion' is null$"),
     ({"id": 1, "text": None}, "found the fields: 'id'; accepted.*as these; here 'text' is null$"),
     ({"chosen": None, "rejected": None}, "; here 'chosen', 'rejected' are null$"),
-    ({"instruction": "a", "input": None, "response": "b"}, "'output' is missing .* as these$"),
+    ({"instruction": "a", "input": None, "response": "b"}, "'output' is missing .* as these: output=response$"),
     ({"promt": "a", "text": None}, "did you mean 'prompt'.*as that\\)$"),
     ({"question": "a", "system": None, "note": None}, "found the fields: 'question'; accepted.*as these$"),
     ({"input": "a", "output": "b"}, "'instruction' is missing beside 'input'.* a field map reads"),

@@ -56,7 +56,7 @@ COMMANDS = [
     "train my-llama good.jsonl --valid-split 5",
     "train my-llama good.jsonl --rnak 8",
     "train my-llama good.jsonl --train",
-    "train --train full my-llama good.jsonl",
+    "train --train full my-llama good.jsonl --lr 1e-5",
     "train my-llama good.jsonl --tokens 0",
     "train my-llama good.jsonl --momentum 0.5",
     "train my-llama good.jsonl --learning-rate 1e-4",

@@ -24,7 +24,7 @@ DONE_HERE = {
     **dict.fromkeys(("train_on_inputs", "completion_only_loss", "assistant_only_loss", "mask_prompt"),
                     "answers alone are trained; minitune inspect shows it"),
     **dict.fromkeys(("flash_attn", "flash_attention", "use_flash_attention_2", "attn_implementation"),
-                    "attention never forms the scores as a whole; on a GPU minitune tune measures which way is fastest"),
+                    "attention never forms the scores as a whole; on a GPU minitune tune measures the fastest way"),
     **dict.fromkeys(("deepspeed", "fsdp", "ddp", "num_gpus"),
                     "one device does the run; --memory and --quant make larger models fit"),
     "do_sample": "--temperature above 0 draws, 0 is greedy",
