@@ -293,15 +293,15 @@ class Training:
         self._check_rates()
         if self.moments == "8bit" and self.optimizer == "sgd":
             raise InputError('training: moments is "8bit", which only adamw has; leave it out with optimizer="sgd"')
+        for name, value in (("label_smoothing", self.label_smoothing), ("momentum", self.momentum)):
+            if value >= 1:
+                raise InputError(f"training: {name} is {value!r}; it must be below 1")
         if self.momentum != Training.momentum and self.optimizer == "adamw":
             raise InputError(f"training: momentum is {self.momentum!r}, which only sgd has; leave it out with "
                              'optimizer="adamw"')
         if self.decay != Training.decay and self.schedule != "wsd":
             raise InputError(f"training: decay is {self.decay!r}, which only the schedule wsd has; leave it out with "
                              f'schedule="{self.schedule}"')
-        for name, value in (("label_smoothing", self.label_smoothing), ("momentum", self.momentum)):
-            if value >= 1:
-                raise InputError(f"training: {name} is {value!r}; it must be below 1")
 
     def _check_rates(self) -> None:
         """InputError for rates that would grow where they should shrink, or stand still."""

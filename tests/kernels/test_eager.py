@@ -17,9 +17,10 @@ PRODUCTS = {"mm", "addmm", "addmm_"}
 """The library's matrix products."""
 IN_EACH_LAYER = {"add_": 14}
 """Autograd adds the gradients of A and B of a layer's seven linears to what the optimizer's buffer holds."""
-IN_EACH_TRAINED_LAYER = {"add_": 9, "copy_": 7, "_to_copy": 7, "sum": 2}
-"""Of base weights: the gradients of seven linears and two norms; the linears' copies in the compute dtype, and their
-gradients in fp32; the parts of which a norm's gradient is the sum."""
+IN_EACH_TRAINED_LAYER = {"add_": 9, "copy_": 7, "_to_copy": 11, "sum": 2}
+"""Of base weights: the gradients of seven linears and two norms; the linears' copies in the compute dtype; their
+gradients in fp32, and each norm's weight cast in forward and backward; the parts of which a norm's gradient is the
+sum."""
 ONCE_TRAINED = {
     "embedding_dense_backward": "the gradient of the tokens' rows",
     "copy_": "a chunk's gradient of the hidden states", "add_": "the head's gradient, part by part",

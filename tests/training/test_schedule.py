@@ -85,7 +85,7 @@ def test_warmup_below_one_is_a_share():
     ({"schedule": "wsd", "decay": 0.0}, r"decay is 0\.0; it must be a positive"),
     ({"warmup": float("nan")}, "warmup is nan"), ({"momentum": 2.0}, r"momentum is 2\.0; it must be below 1"),
     ({"lr": 0.1, "weight_decay": 10.0}, r"lr · weight_decay is 1; at 1 or more"),
-    ({"evaluate_every": 0}, "evaluate_every is 0; it must be a positive")])
+    ({"evaluate_every": 0}, "evaluate_every is 0; it must be a whole number of at least 1")])
 def test_settings_that_make_no_schedule_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         Training(**settings)
