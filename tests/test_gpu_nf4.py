@@ -229,7 +229,8 @@ def _results(folder, device, quant, settings):
 
 
 @pytest.mark.parametrize("settings", [{"lora": mt.LoRA(rank=4)}, {"lora": mt.LoRA(rank=4), "memory": "full"},
-                                      {"train": "norms"}], ids=["halves", "halves, full", "composed"])
+                                      {"train": "norms"}, {"lora": mt.LoRA(rank=4, dora=True)}],
+                         ids=["halves", "halves, full", "norms", "composed"])
 @pytest.mark.parametrize("quant", ["nf4", "nf4-dq"])
 def test_losses_gradients_and_generation_equal_the_cpus_in_fp32(folder, quant, settings, backend):
     with _on_cpu():

@@ -112,7 +112,7 @@ def test_training_lowers_the_loss_and_the_adapter_goes_on(tmp_path):
     assert torch.equal(again.loss(_batch()), model.loss(_batch()))
 
 
-@pytest.mark.parametrize("train", ["full", "last:1", ["*.q_proj.weight"], ["*.bias"]], ids=str)
+@pytest.mark.parametrize("train", ["full", "last:1", "*.q_proj.weight", ["*.q_proj.weight"], ["*.bias"]], ids=str)
 def test_weights_in_4_bits_cannot_be_trained(tmp_path, train):
     make("qwen2", tmp_path)
     with pytest.raises(mt.InputError, match=r"linears in 4 bits cannot be trained"):

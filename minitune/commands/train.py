@@ -118,7 +118,7 @@ class Train:
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, memory=self.memory,
                      seed=self.training.seed, lora=lora, adapter=self.adapter, train=names or None,
                      add_tokens=self.add_tokens)
-        if model.network.trained_values().copied and ("training", "lr") not in self.given:
+        if any(p.is_split("weight") for p in model.network.projections()) and ("training", "lr") not in self.given:
             warnings.warn(f"lr is {self.training.lr:g}, the default, which is made for adapters; whole linears usually "
                           "take 1e-5 to 5e-5 (--lr)", stacklevel=2)
         return model

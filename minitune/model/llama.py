@@ -306,7 +306,8 @@ class Llama(nn.Module):
                        max(gradients), max(outside, default=0) * (2 if self.head is None else 1))
 
     def unfreeze(self, train: str | list[str] | tuple[str, ...]) -> None:
-        """Train base weights too, in fp32: "full", "head", "norms", "embedding", "last:k" (layers), or name patterns.
+        """Train base weights too, in fp32: "full", "head", "norms", "embedding", "last:k" (layers), a name pattern, or
+        a list of these.
 
         InputError if that names nothing. Gradients of a tied head are those of the embedding.
         """
@@ -331,10 +332,12 @@ class Llama(nn.Module):
         if not isinstance(train, str):
             return tuple(pattern for each in train for pattern in self._known_patterns(each) or (each,))
         patterns = self._known_patterns(train)
-        if patterns is None:
-            raise InputError(f'train: {train!r} is not known; say "full", "head", "norms", "embedding", "last:k" with '
-                             f"k from 1 to {self.config.n_layers}, or a list of these and of name patterns")
-        return patterns
+        if patterns is not None:
+            return patterns
+        if any(matches(train, name) for name in (*self.hf_weights(), *self.nf4_shapes())):
+            return (train,)
+        raise InputError(f'train: {train!r} is not known; say "full", "head", "norms", "embedding", "last:k" with '
+                         f'k from 1 to {self.config.n_layers}, a name pattern such as "*.q_proj.weight", or a list')
 
     def _known_patterns(self, word: str) -> tuple[str, ...] | None:
         """The name patterns that a word such as "norms" or "last:2" stands for; None for any other text."""

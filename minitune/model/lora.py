@@ -266,12 +266,12 @@ class Projection(nn.Module):
     def unfreeze(self, patterns: tuple[str, ...]) -> None:
         """Make a fp32 Parameter of every part of the weight or bias whose full name a pattern names; its siblings stay
         frozen in the compute dtype."""
-        names = {name: value for name, value in self.hf_weights().items() if any(matches(p, name) for p in patterns)}
+        weights = self.hf_weights()
+        names = {name for name in weights if any(matches(pattern, name) for pattern in patterns)}
         for kind in ("weight", "bias"):
             if not any(name.endswith(kind) for name in names):
                 continue
-            parts = {name: value for name, value in self.hf_weights().items() if name.endswith(kind)}
-            for name, value in parts.items():
+            for name, value in [each for each in weights.items() if each[0].endswith(kind)]:
                 copy = value.to(torch.float32 if name in names else value.dtype, copy=True)
                 self.trained[_key(name)] = nn.Parameter(copy, requires_grad=name in names)
             setattr(self, kind, frozen(getattr(self, kind)[:0].clone()))

@@ -147,7 +147,10 @@ def gradients(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, 
         for vocabulary in range(0, len(weight), VOCABULARY):
             product = part[:, vocabulary:vocabulary + VOCABULARY].mT @ x
             place = d_weight[vocabulary:vocabulary + VOCABULARY]
-            _ = place.add_(product) if rows.start else place.copy_(product)
+            if rows.start:
+                place.add_(product)
+            else:
+                place.copy_(product)
         if d_hidden is not None:
             d_hidden[rows] = weighed(part @ weight, upstream[rows])
     return d_hidden, d_weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("tyro")
 import minitune as mt
@@ -74,6 +76,39 @@ max_steps = 2
     main(["train", "--config", "run.toml", "--out", "mine", "--rank", "3"])
     config = json.loads((tmp_path / "mine" / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 3 and config["target_modules"] == ["q_proj"]
+
+
+def test_an_empty_train_in_a_file_is_no_adapters_training(tiny, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text(f"base = {str(tiny)!r}\ndata = 'data.jsonl'\ntrain = []\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--config", "run.toml", "--out", "mine", "--device", "cpu"])
+    assert 'train is empty; name what is to be trained ("full"' in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.fixture
+def biased(tiny, tmp_path):
+    """The tiny checkpoint with biases of zero at attention's linears."""
+    folder = shutil.copytree(tiny, tmp_path / "biased")
+    weights = load_file(folder / "model.safetensors")
+    weights |= {name.replace("weight", "bias"): weight.new_zeros(len(weight)) for name, weight in weights.items()
+                if "self_attn" in name and name.endswith("_proj.weight")}
+    save_file(weights, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    return folder
+
+
+@pytest.mark.parametrize(("train", "given", "warned"), [
+    (["full"], [], True), (["*.0.mlp.up_proj.weight"], [], True), (["full"], ["--lr", "2e-5"], False),
+    (["norms"], [], False), (["*_proj.bias"], [], False), (None, [], False)])
+def test_the_default_lr_is_warned_of_where_whole_linears_are_trained(biased, data, tmp_path, recwarn, train, given,
+                                                                     warned):
+    chosen = [] if train is None else ["--train", *train]
+    main(["train", str(biased), str(data), "--out", str(tmp_path / "run"), "--device", "cpu", "--tokens",
+          "64", "--dry-run", *chosen, *given])
+    assert any("lr is 0.0002, the default, which is made for adapters" in str(w.message) for w in recwarn) == warned
 
 
 def test_training_goes_on_from_an_adapter(tiny, data, tmp_path):

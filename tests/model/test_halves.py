@@ -31,11 +31,12 @@ LORAS = {
 }
 BASES = {
     "full": "full", "norms": "norms", "last layer": "last:1",
-    "some": ("*.layers.0.*", "*.v_proj.*", "*down_proj.weight", "*.1.input_layernorm.weight"),
+    "patterns": ("*.layers.0.*", "*.v_proj.*", "*down_proj.weight", "*.1.input_layernorm.weight"),
     "one norm": ("*.layers.1.post_attention_layernorm.weight",),
 }
 """Base weights that are trained."""
 TRAINED = LORAS | BASES
+assert len(TRAINED) == len(LORAS) + len(BASES)
 
 
 def _network(config, trained, dtype=torch.float32, memory="keep"):
@@ -100,8 +101,9 @@ def _composed(network):
 def test_gradients_equal_plain_autograd(shape, trained):
     network = _network(SHAPES[shape], TRAINED[trained], torch.float64)
     expected = _gradients(network, _composed(network), torch.float64)
+    bound = 2e-7 if trained in LORAS else 4e-7      # parameters, cos and sin are fp32
     for value, e in zip(_gradients(network, _fast(network, "keep"), torch.float64), expected, strict=True):
-        assert relative(value, e) < 4e-7       # parameters, cos and sin are fp32
+        assert relative(value, e) < bound
 
 
 def test_adapters_beside_trained_base_weights():
@@ -156,7 +158,7 @@ def test_the_augmented_product_gives_the_same(shape, lora, augmented_everywhere)
     expected = _gradients(network, _composed(network), torch.float64)
     for policy in ("keep", "pointwise", "full", "offload"):
         for value, e in zip(_gradients(network, _fast(network, policy), torch.float64), expected, strict=True):
-            assert relative(value, e) < 4e-7, policy
+            assert relative(value, e) < 2e-7, policy
 
 
 def test_the_margins_of_an_older_forward_are_not_used(augmented_everywhere):
