@@ -11,6 +11,7 @@ from minitune.config import Training
 from minitune.data.stream import Stream
 from minitune.errors import InputError
 from minitune.model.memory import at_work_bytes, free_bytes, kept_bytes
+from minitune.training.flat import WHOLE
 
 
 def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[tuple[str, str]]:
@@ -19,8 +20,8 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
     written, and the model is not changed.
 
     The bytes are those of weights, of what is trained (parameter, gradient, moments), of what the layers keep for the
-    backward, and about those of the layer that is at work; buffers of single ops, such as a chunk of logits, come on
-    top. Raises InputError if the data trains no token.
+    backward, and about those of the layer that is at work; their sum leaves out what is never there at one time, and
+    buffers of single ops, such as a chunk of logits, come on top. Raises InputError if the data trains no token.
     """
     first = next((batch for batch in data.epoch(0) if batch.n_trained), None)
     if first is None:
@@ -58,7 +59,10 @@ def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, st
     state = _count(model) * (4 + moments[training.optimizer])
     kept = kept_bytes(model.config, tokens, policy, size) + trained.kept_bytes(policy, size)
     work = at_work_bytes(model.config, tokens, network.dtype, model.device) + trained.at_work_bytes(size)
-    free, total = free_bytes(model.device), state + kept + work
+    # Large gradients begin with the first backward, which takes what was kept away as it makes them.
+    large = 4 * sum(p.numel() for p in model.trainable_parameters() if p.numel() >= WHOLE)
+    overlap = min(large, kept) if training.micro_batches == 1 else 0
+    free, total = free_bytes(model.device), state + kept + work - overlap
     fits = "" if total <= free else ("; it does not fit: fewer --tokens, a smaller --rank, --moments 8bit or "
                                      "--quant nf4-dq take less")
     return [("memory: weights, loaded", _gb(_held(model))),

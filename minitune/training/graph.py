@@ -82,7 +82,8 @@ class GraphedStep:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._batch = _with(host, **{name: sent(getattr(host, name), model.device) for name in TENSORS})
         self._factor = sent(torch.ones(()), model.device)
-        optimizer.zero_grad()
+        self.optimizer.keep_gradients()
+        self.optimizer.zero_grad()
         before = [_version(p) for p in self._parameters]
         self._replay, self._loss_sum = record(self._run, model.device)
         self._reached = [p for p, version in zip(self._parameters, before, strict=True) if _version(p) != version]

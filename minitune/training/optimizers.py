@@ -16,18 +16,20 @@ from minitune.ops.adamw import adamw_, adamw_8bit_
 from minitune.ops.moments8 import BLOCK
 from minitune.ops.sgd import sgd_
 from minitune.training.clip import clip_gradients, clip_scale, global_norm
-from minitune.training.flat import FlatBuffer
+from minitune.training.flat import Buffer, buffers_of
 
 MOMENTS = ("fp32", "8bit")
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
 class FlatOptimizer(torch.optim.Optimizer, ABC):
-    """What AdamW and SGD share: every group's fp32 parameters lie in one buffer a device and move in one launch.
+    """What AdamW and SGD share: a group's small fp32 parameters lie in one buffer a device and move in one launch, its
+    large ones (`flat.WHOLE`) in one each.
 
-    Making the optimizer moves the parameters: ``p.data`` becomes a view of the buffer, ``p.grad`` a view of the
+    Making the optimizer moves the small parameters: ``p.data`` becomes a view of the buffer, ``p.grad`` a view of the
     gradient buffer, into which autograd accumulates. Values, shapes and the Parameter objects stay. A gradient put
-    there by somebody else is copied in; a parameter that got none since `zero_grad` is skipped, as torch does with
+    there by somebody else is copied in. Large parameters stay where they are, and `zero_grad` takes their gradients'
+    memory back. A parameter that got no gradient since `zero_grad` is skipped, as torch does with
     ``grad is None``: it neither decays nor moves on its moments. After a step the version counter of every parameter
     that took part has moved. `state` and `state_dict` are torch's own, parameter by parameter.
 
@@ -49,7 +51,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         members: list[Any] = list(params)
         if not members:
             raise InputError(f"{name}: params is empty, nothing is trained; load the model with lora=… or train=…")
-        self._flats: list[list[FlatBuffer]] = []
+        self._flats: list[list[Buffer]] = []
         self._scale: Tensor | None = None
         super().__init__(members, defaults)
 
@@ -100,7 +102,8 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero all gradients, one call a buffer. They stay views, so none is ever None.
+        """Forget all gradients. Those of small parameters are zeroed in one call and stay views, never None; those of
+        large ones are None, as torch makes them.
 
         `set_to_none` keeps torch's meaning at the next step: a parameter without a new gradient is skipped (True) or
         takes part with a zero gradient (False).
@@ -109,6 +112,13 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         for flats in self._flats:
             for flat in flats:
                 flat.zero_grad(zeros_count=not set_to_none)
+
+    def keep_gradients(self) -> None:
+        """From now on each gradient stays at its address, as whatever writes it behind autograd's back needs it to (a
+        CUDA graph)."""
+        for flats in self._flats:
+            for flat in flats:
+                flat.keep_gradients()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a state in torch's format: ours, or that of the torch optimizer of the same name.
@@ -129,7 +139,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
             self._flats = [_flatten(group) for group in self.param_groups]
             self._take_state()
 
-    def _advance(self, group: dict[str, Any], flat: FlatBuffer, active: list[bool], scale: Tensor | None) -> None:
+    def _advance(self, group: dict[str, Any], flat: Buffer, active: list[bool], scale: Tensor | None) -> None:
         done = flat.steps.tolist()
         if scale is not None:
             scale = scale.to(flat.device, non_blocking=True)
@@ -142,11 +152,11 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         torch.autograd.graph.increment_version([p for i, p in enumerate(flat.params) if active[i]])
 
     @abstractmethod
-    def _update(self, group: dict[str, Any], flat: FlatBuffer, part: slice, done: int, scale: Tensor | None) -> None:
+    def _update(self, group: dict[str, Any], flat: Buffer, part: slice, done: int, scale: Tensor | None) -> None:
         """Apply the op to one run of parameters that have `done` steps behind them."""
 
     @abstractmethod
-    def _show_state(self, group: dict[str, Any], flat: FlatBuffer, i: int) -> None:
+    def _show_state(self, group: dict[str, Any], flat: Buffer, i: int) -> None:
         """Put views of the moments of parameter `i` into ``self.state``, under torch's names."""
 
     @abstractmethod
@@ -237,7 +247,7 @@ class AdamW(FlatOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
                                   "decoupled_weight_decay": True, "moments": moments})
 
-    def _update(self, group: dict[str, Any], flat: FlatBuffer, part: slice, done: int, scale: Tensor | None) -> None:
+    def _update(self, group: dict[str, Any], flat: Buffer, part: slice, done: int, scale: Tensor | None) -> None:
         beta1, beta2 = group["betas"]
         settings = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"],
                     "weight_decay": group["weight_decay"], "step": done + 1, "grad_scale": scale}
@@ -248,7 +258,7 @@ class AdamW(FlatOptimizer):
             adamw_(flat.data[part], flat.grad[part], flat.moment("exp_avg")[part], flat.moment("exp_avg_sq")[part],
                    **settings)
 
-    def _show_state(self, group: dict[str, Any], flat: FlatBuffer, i: int) -> None:
+    def _show_state(self, group: dict[str, Any], flat: Buffer, i: int) -> None:
         moments = [flat.state(name, i) for name in self._moment_names]
         self.state[flat.params[i]] = {"step": flat.steps[i], **moments[0], **moments[1]}
 
@@ -278,12 +288,12 @@ class SGD(FlatOptimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "dampening": 0.0, "nesterov": nesterov,
                                   "weight_decay": weight_decay, "decoupled_weight_decay": True, "moments": moments})
 
-    def _update(self, group: dict[str, Any], flat: FlatBuffer, part: slice, done: int, scale: Tensor | None) -> None:
+    def _update(self, group: dict[str, Any], flat: Buffer, part: slice, done: int, scale: Tensor | None) -> None:
         buffer = flat.moment("momentum_buffer")[part] if group["momentum"] else None
         sgd_(flat.data[part], flat.grad[part], buffer, lr=group["lr"], momentum=group["momentum"],
              nesterov=group["nesterov"], weight_decay=group["weight_decay"], first=done == 0, grad_scale=scale)
 
-    def _show_state(self, group: dict[str, Any], flat: FlatBuffer, i: int) -> None:
+    def _show_state(self, group: dict[str, Any], flat: Buffer, i: int) -> None:
         if group["momentum"]:
             self.state[flat.params[i]] = {**flat.state("momentum_buffer", i)}
 
@@ -311,14 +321,11 @@ def clip_grad_norm(target: torch.optim.Optimizer | Iterable[Tensor], max_norm: f
     return clip_gradients(target, max_norm)
 
 
-def _flatten(group: dict[str, Any]) -> list[FlatBuffer]:
-    """One buffer for each device of the group, in the order of the parameters."""
+def _flatten(group: dict[str, Any]) -> list[Buffer]:
+    """The group's buffers."""
     params = group["params"]
     names = group.get("param_names") or [f"parameter {i} {list(p.shape)}" for i, p in enumerate(params)]
-    devices = dict.fromkeys(p.device for p in params)
-    members = [[i for i, p in enumerate(params) if p.device == device] for device in devices]
-    in_8_bits = group.get("moments") == "8bit"
-    return [FlatBuffer([params[i] for i in indices], [names[i] for i in indices], in_8_bits) for indices in members]
+    return buffers_of(params, names, group.get("moments") == "8bit")
 
 
 def _at_least_zero(owner: str, **values: float) -> None:

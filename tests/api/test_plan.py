@@ -66,6 +66,20 @@ def test_what_is_to_come_is_the_sum(tiny, data):
     assert len(parts) == 3 and abs(sum(map(_bytes, parts)) - _bytes(rows["to come, beside free"])) < 2e5
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_large_gradients_and_what_was_kept_are_there_at_one_time_in_the_second_micro_batch(tiny, data, micro_batches,
+                                                                                          monkeypatch):
+    monkeypatch.setattr(planned, "WHOLE", 1)
+    training = Training(tokens=64, micro_batches=micro_batches)
+    model, batches = _load(tiny, data, training, lora=None, train="full", memory="keep")
+    rows = dict(plan(model, batches, training))
+    state, kept, work = (_bytes(value) for what, value in rows.items()
+                         if what.startswith(("gradients", "kept for", "the layer at work")))
+    gradients = 4 * sum(p.numel() for p in model.trainable_parameters())
+    assert 0 < kept < gradients
+    assert abs(_bytes(rows["to come, beside free"]) - (state + work + (kept if micro_batches == 2 else 0))) < 2e5
+
+
 def test_trained_base_weights_stand_with_their_copies_and_gradients(tiny, data):
     sizes = {}
     for train in ("norms", "full"):

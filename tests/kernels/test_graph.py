@@ -6,7 +6,7 @@ import torch
 from minitune.data.packing import pack
 from minitune.errors import InputError
 from minitune.objectives.sft import sft
-from minitune.training import graph
+from minitune.training import flat, graph
 from minitune.training.optimizers import AdamW
 from minitune.training.step import train_step
 from tests.kernels.tiny import Tiny, as_on_a_gpu
@@ -40,9 +40,11 @@ def again(monkeypatch, device):
         monkeypatch.setattr(graph, "record", record)
 
 
-@pytest.mark.parametrize("train", [None, "full"], ids=["adapters", "base weights"])
+@pytest.mark.parametrize(("train", "large"), [(None, flat.WHOLE), ("full", flat.WHOLE), ("full", 1)],
+                         ids=["adapters", "base weights", "large base weights"])
 @pytest.mark.usefixtures("again")
-def test_every_step_is_that_of_the_padded_batches(train, device, monkeypatch):
+def test_every_step_is_that_of_the_padded_batches(train, large, device, monkeypatch):
+    monkeypatch.setattr(flat, "WHOLE", large)
     results = []
     for graphed in (False, True):
         model = Tiny(1, torch.float32, device, train)

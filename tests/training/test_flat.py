@@ -1,0 +1,121 @@
+"""Buffers: where parameters and gradients lie, small ones end to end, large ones apart."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import minitune as mt
+from minitune.ops import linear_cross_entropy, lora_matmul
+from minitune.training import flat
+from minitune.training.optimizers import SGD, AdamW
+from tests.oracles import make
+
+
+@pytest.fixture
+def large(monkeypatch):
+    monkeypatch.setattr(flat, "WHOLE", 100)
+
+
+def test_small_parameters_share_a_buffer_and_large_ones_stay_where_they_are(large):
+    params = [nn.Parameter(torch.randn(n)) for n in (10, 100, 20, 300)]
+    places, before = [p.data_ptr() for p in params], [p.detach().clone() for p in params]
+    AdamW(params)
+    assert [p.data_ptr() == place for p, place in zip(params, places, strict=True)] == [False, True, False, True]
+    assert params[0].untyped_storage().data_ptr() == params[2].untyped_storage().data_ptr()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_small_ones_are_aligned_and_autograd_adds_into_the_buffer():
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((7, 5), (1,), (33,), (4, 3, 2), (0,), (252,))]
+    optimizer = AdamW(params)
+    full, grads = [p for p in params if p.numel()], [p.grad for p in params]
+    assert all(p.data_ptr() % 64 == full[0].data_ptr() % 64 for p in full)
+    for _ in range(2):
+        sum(p.sum() for p in params).backward()
+    assert all(p.grad is g and g.eq(2).all() for p, g in zip(params, grads, strict=True))
+    assert len({p.grad.untyped_storage().data_ptr() for p in full}) == 1
+    optimizer.zero_grad()
+    assert all(p.grad is g and not g.any() for p, g in zip(params, grads, strict=True))
+
+
+def test_a_large_gradient_is_gone_between_the_step_and_the_next_backward(large):
+    small, big = nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(100))
+    optimizer = AdamW([small, big])
+    for _ in range(2):
+        optimizer.zero_grad()
+        assert big.grad is None and not small.grad.any()
+        (small.sum() + big.sum()).backward()
+        optimizer.step()
+        assert big.grad.eq(1).all()
+    optimizer.zero_grad(set_to_none=False)      # then it takes part with a zero one
+    assert not big.grad.any()
+    before = big.detach().clone()
+    optimizer.step()
+    assert not torch.equal(big, before)
+
+
+@pytest.mark.parametrize("memory", ["keep", "full"])
+def test_the_backwards_gradient_becomes_the_parameters_own_without_a_copy(tmp_path, memory, monkeypatch):
+    monkeypatch.setattr(flat, "WHOLE", 1)
+    make("llama-2-gqa", tmp_path)
+    model = mt.load(tmp_path, device="cpu", dtype="float32", train=["*_proj.weight", "lm_head.weight"], memory=memory)
+    optimizer, made = mt.AdamW(model.trainable_parameters()), set()
+
+    def seen(function):
+        def noting(*args, **kwargs):
+            result = function(*args, **kwargs)
+            made.add((result[1] if isinstance(result, tuple) else result).data_ptr())
+            return result
+        return noting
+
+    optimizer.zero_grad()
+    with mock.patch.object(lora_matmul, "backward_weight", seen(lora_matmul.backward_weight)), \
+            mock.patch.object(linear_cross_entropy, "gradients", seen(linear_cross_entropy.gradients)):
+        model.loss(mt.data.pack([list(range(3, 40))], tokens=64)[0]).backward()
+    assert {p.grad.data_ptr() for p in model.trainable_parameters()} == made
+
+
+def test_kept_gradients_stay_where_they_are_and_one_without_a_backward_is_skipped(large):
+    used, unused = nn.Parameter(torch.ones(100)), nn.Parameter(torch.ones(100))
+    optimizer = SGD([used, unused], lr=1.0, weight_decay=0.5)
+    optimizer.keep_gradients()
+    places = [used.grad.data_ptr(), unused.grad.data_ptr()]
+    for step in range(3):
+        optimizer.zero_grad()
+        if step == 1:
+            used.grad = torch.full((100,), 2.0)      # somebody else's
+        else:
+            (2 * used).sum().backward()
+        assert optimizer.clip(None).item() == pytest.approx(20.0)
+        optimizer.step()
+        assert [used.grad.data_ptr(), unused.grad.data_ptr()] == places
+    assert unused.eq(1).all() and used.isclose(torch.tensor(-3.375)).all()
+
+
+def test_a_gradient_from_before_is_kept(large):
+    p = nn.Parameter(torch.zeros(100))
+    p.sum().backward()
+    optimizer = SGD([p], lr=1.0)
+    optimizer.keep_gradients()
+    optimizer.step()
+    assert p.eq(-1).all()
+
+
+def test_parameters_and_gradients_that_lie_crosswise(large):
+    p = nn.Parameter(torch.arange(120.0).view(10, 12).mT)
+    before = p.detach().clone()
+    optimizer = SGD([p], lr=1.0)
+    p.grad = torch.ones(10, 12).mT
+    optimizer.step()
+    assert torch.equal(p, before - 1)
+
+
+def test_a_large_parameter_that_was_moved_or_cast_is_named(large):
+    p = nn.Parameter(torch.zeros(100))
+    optimizer = SGD([("up_proj", p)], lr=1.0)
+    p.grad = torch.ones(100)
+    p.data = torch.zeros(50)
+    with pytest.raises(mt.InputError, match=r"up_proj was \[100\].* and is \[50\]"):
+        optimizer.step()
