@@ -302,8 +302,10 @@ class Llama(nn.Module):
         copied = [sum(p.n_copied for half in layer for p in half.projections()) for layer in halves]
         gradients = [sum(p.numel() for half in layer for p in half.base_parameters()) for layer in halves]
         outside = [p.numel() for p in (self.embedding, self.head_weight) if p.requires_grad]
-        return Trained(sum(p.numel() for p in self.parameters() if p.requires_grad), sum(copied), max(copied),
-                       max(gradients), max(outside, default=0) * (2 if self.head is None else 1))
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return Trained(sum(p.numel() for p in trained), sum(copied), max(copied), max(gradients),
+                       max(outside, default=0) * (2 if self.head is None else 1),
+                       sum(p.numel() for p in trained if p.grad is None))
 
     def unfreeze(self, train: str | list[str] | tuple[str, ...]) -> None:
         """Train base weights too, in fp32: "full", "head", "norms", "embedding", "last:k" (layers), a name pattern, or

@@ -42,14 +42,16 @@ def at_work_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, device: 
 
 class Trained(NamedTuple):
     """How many values are trained, adapters' or the base's; of the base, how many are copied into the compute dtype for
-    use in all layers, and in the one with the most of them; how many gradients such a layer has; and the largest weight
-    outside of the layers, twice where that is embedding and head: both gradients wait for their sum."""
+    use in all layers, and in the one with the most of them; how many gradients such a layer has; the largest weight
+    outside of the layers, twice where that is embedding and head: both gradients wait for their sum; and how many
+    gradients there is no memory taken for yet, since only the backward makes them."""
 
     values: int = 0
     copied: int = 0
     layer_copied: int = 0
     layer_gradients: int = 0
     outside: int = 0
+    to_come: int = 0
 
     def kept_bytes(self, policy: MemoryPolicy, element_size: int) -> int:
         """Bytes of copies that lie between forward and backward."""
@@ -114,7 +116,7 @@ def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype:
         return memory
     size, free = dtype.itemsize, free_bytes(device)
     own = device.type == "cuda" and not composed and trained.values * STATE_BYTES <= SMALL_SHARE * free
-    work = at_work_bytes(config, tokens, dtype, device) + trained.at_work_bytes(size)
+    work = at_work_bytes(config, tokens, dtype, device) + trained.at_work_bytes(size) + 4 * trained.to_come
     room = free * (OWN_SHARE if own else SHARE) - work
     policies: tuple[MemoryPolicy, ...] = ("keep", "pointwise")
     for policy in policies[:1] if composed else policies:

@@ -56,7 +56,8 @@ def test_a_step_of_all_weights_takes_no_more_than_is_reserved_for_it():
         trained = network.trained_values()
         kept = memory.kept_bytes(config, tokens, policy, 2) + trained.kept_bytes(policy, 2)
         reserved = kept + memory.at_work_bytes(config, tokens, BF16, GPU) + trained.at_work_bytes(2)
-        assert kept < row["peak_bytes"] - row["between_bytes"] <= reserved, row
+        assert trained.to_come == trained.values        # between two steps they take no memory
+        assert kept < row["peak_bytes"] - row["between_bytes"] <= reserved + 4 * trained.to_come, row
 
 
 def test_without_room_on_the_host_nothing_is_parked(monkeypatch):
@@ -77,11 +78,11 @@ def test_plain_autograd_keeps_more(monkeypatch):
 
 
 def test_trained_base_weights_take_room_for_copies_and_gradients(monkeypatch):
-    """Copies of all of them stand beside what "keep" and "pointwise" keep; a GPU is not filled as far as with adapters,
-    since moments may be still to come."""
-    trained = memory.Trained(6_738_000_000, 6_476_000_000, 202_400_000, 202_400_000, 131_000_000)
+    """Copies of all of them stand beside what "keep" and "pointwise" keep; gradients that the backward makes are to
+    come; a GPU is not filled as far as with adapters, since moments may be still to come."""
+    trained = memory.Trained(6_738_000_000, 6_476_000_000, 202_400_000, 202_400_000, 131_000_000, 3_000_000_000)
     kept, copies = memory.kept_bytes(SEVEN_B, 2_048, "keep", 2), 2 * trained.copied
-    work = memory.at_work_bytes(SEVEN_B, 2_048, BF16, GPU) + 202_400_000 * 8
+    work = memory.at_work_bytes(SEVEN_B, 2_048, BF16, GPU) + 202_400_000 * 8 + 3_000_000_000 * 4
     for free, policy in ((kept + copies + work, "keep"), (kept + work, "full")):
         assert _choose(monkeypatch, 2_048, free / memory.SHARE, trained=trained) == policy
         assert _choose(monkeypatch, 2_048, free / memory.SHARE) == "keep"

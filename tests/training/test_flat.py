@@ -56,6 +56,17 @@ def test_a_large_gradient_is_gone_between_the_step_and_the_next_backward(large):
     assert not torch.equal(big, before)
 
 
+def test_what_the_backward_will_make_is_counted_as_to_come(tiny, monkeypatch):
+    monkeypatch.setattr(flat, "WHOLE", 10_000)
+    model = mt.load(tiny, device="cpu", train="full")
+    assert model.network.trained_values().to_come == model.network.trained_values().values
+    optimizer = mt.AdamW(model.trainable_parameters())
+    large = sum(p.numel() for p in model.trainable_parameters() if p.numel() >= flat.WHOLE)
+    assert 0 < large == model.network.trained_values().to_come < model.network.trained_values().values
+    optimizer.keep_gradients()
+    assert model.network.trained_values().to_come == 0
+
+
 @pytest.mark.parametrize("memory", ["keep", "full"])
 def test_the_backwards_gradient_becomes_the_parameters_own_without_a_copy(tmp_path, memory, monkeypatch):
     monkeypatch.setattr(flat, "WHOLE", 1)
