@@ -43,7 +43,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     one as they are read (they are no part of state_dict()); a checkpoint that bitsandbytes quantised to NF4 stays as it
     is, without `quant`. lora: fresh adapters to train; adapter: a PEFT adapter folder to go on from or to use, with the
     tokenizer in it, if there is one; train: base weights to train ("full", "head", "norms", "embedding", "last:4", or
-    name patterns). With none of the three all is frozen. add_tokens: texts that become tokens of their own; with an
+    a name pattern or several). With none of the three all is frozen. add_tokens: texts that become tokens of their own; with an
     adapter their rows of embedding and head are trained beside it. memory: what is kept for the backward ("keep",
     "pointwise", "full", "offload"; "auto" decides by free memory). seed: for the adapters' start. On a CPU it also
     tells malloc to keep freed memory, which saves a step's page faults, and asks Linux for huge pages under weights;
@@ -186,8 +186,8 @@ def _check_load(quant: Any, lora: Any, adapter: Any, train: Any, memory: Any, se
         raise InputError(f"load: memory is {short(memory)}; say {', '.join(get_args(MemoryPolicy))}")
     if train is not None and not isinstance(train, str) and not (
             isinstance(train, Sequence) and train and all(isinstance(name, str) for name in train)):
-        raise InputError(f'load: train is {short(train)}; say "full", "head", "norms", "embedding", "last:4", or give '
-                         'a list of name patterns such as ["*.q_proj.weight"]')
+        raise InputError(f'load: train is {short(train)}; say "full", "head", "norms", "embedding", "last:4", a '
+                         'name pattern such as "*.q_proj.weight", or a list')
     check_seed("load", seed)
 
 

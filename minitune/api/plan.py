@@ -11,7 +11,7 @@ from minitune.config import Training
 from minitune.data.stream import Stream
 from minitune.errors import InputError
 from minitune.model.memory import at_work_bytes, free_bytes, kept_bytes
-from minitune.training.flat import WHOLE
+from minitune.training.flat import is_whole
 
 
 def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[tuple[str, str]]:
@@ -60,16 +60,18 @@ def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, st
     kept = kept_bytes(model.config, tokens, policy, size) + trained.kept_bytes(policy, size)
     work = at_work_bytes(model.config, tokens, network.dtype, model.device) + trained.at_work_bytes(size)
     # Large gradients begin with the first backward, which takes what was kept away as it makes them.
-    large = 4 * sum(p.numel() for p in model.trainable_parameters() if p.numel() >= WHOLE)
+    large = 4 * sum(p.numel() for p in model.trainable_parameters() if is_whole(p))
     overlap = min(large, kept) if training.micro_batches == 1 else 0
     free, total = free_bytes(model.device), state + kept + work - overlap
     fits = "" if total <= free else ("; it does not fit: fewer --tokens, a smaller --rank, --moments 8bit or "
                                      "--quant nf4-dq take less")
-    return [("memory: weights, loaded", _gb(_held(model))),
+    rows = [("memory: weights, loaded", _gb(_held(model))),
             ("gradients and moments", _gb(state)),
             (f"kept for the backward ({policy})", _gb(kept)),
-            ("the layer at work, about", _gb(work)),
-            ("to come, beside free", f"{_gb(total)} of {_gb(free)}{fits}")]
+            ("the layer at work, about", _gb(work))]
+    if overlap:
+        rows.append(("not at one time", f"{_gb(overlap)}, gradients that come as what was kept goes"))
+    return [*rows, ("to come, beside free", f"{_gb(total)} of {_gb(free)}{fits}")]
 
 
 def _count(model: Model) -> int:

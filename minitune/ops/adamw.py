@@ -77,7 +77,7 @@ def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, 
         adamw_reference_(param, grad, exp_avg, exp_avg_sq, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
                          weight_decay=weight_decay, step=step, grad_scale=grad_scale)
         return
-    if grad_scale is not None and (grad.device.type != "cpu" or float(grad_scale) != 1.0):     # a GPU is not asked
+    if grad_scale is not None:
         grad.mul_(grad_scale)
     # One pass over the memory and no temporary: a third of the time of the reference on a CPU.
     steps = torch.full((), float(step), dtype=torch.float32, device=param.device)

@@ -1,1 +1,1 @@
-"""Training: optimizers over flat buffers, schedules, the step and the loop; it tells observers and knows no screen."""
+"""Training: optimizers over flat tensors, schedules, the step and the loop; it tells observers and knows no screen."""

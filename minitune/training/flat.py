@@ -18,9 +18,10 @@ ALIGNMENT = 16
 where cutting the buffer cannot change a result (a kernel's last few elements may round differently). With moments in 8
 bits it starts at a multiple of their blocks, so that no block has values of two parameters."""
 
-WHOLE = 1 << 20
-"""Elements from which a parameter is a buffer of its own: a launch more is nothing beside its update, and its gradient
-need not exist between a step and the next backward, which is when activations take most."""
+WHOLE, WHOLE_ON_A_GPU = 1 << 20, 1 << 22
+"""Elements from which a parameter is a buffer of its own, where what the host does for a launch is little beside the
+update (of a GPU by arithmetic: nobody has measured it). Its gradient need not exist between a step and the next
+backward, which is when activations take most."""
 
 UNSIGNED = ("exp_avg_sq",)
 """Moments that are never below 0."""
@@ -41,7 +42,7 @@ class Buffer(ABC):
         self.moments: dict[str, Tensor] = {}
         self.moments8: dict[str, Moment8] = {}
         self.steps = torch.zeros(len(self.params), dtype=torch.float32)  # on the host, like torch's own counters
-        self.zeros_count = False
+        self.zeros_count = self.keeps = False
 
     @property
     @abstractmethod
@@ -56,9 +57,13 @@ class Buffer(ABC):
     def gather(self) -> list[bool]:
         """Bring everything home into ``data`` and ``grad``; tell which parameters have a gradient."""
 
+    def keep_gradients(self, on: bool) -> None:
+        """Whether each gradient stays at its address, whatever `zero_grad` does. Those in one buffer do anyway."""
+        self.keeps = on
+
     @abstractmethod
-    def keep_gradients(self) -> None:
-        """Let each gradient lie where it lies from now on, whatever `zero_grad` does."""
+    def release(self) -> None:
+        """Give the memory of gradients back that are not needed between two steps."""
 
     def view(self, buffer: Tensor, i: int) -> Tensor:
         """The place of parameter `i` in a buffer [n], in the parameter's shape."""
@@ -193,8 +198,8 @@ class FlatBuffer(Buffer):
             active.append(self.zeros_count or self.grad_views[i]._version != self.untouched[i])
         return active
 
-    def keep_gradients(self) -> None:
-        """They do."""
+    def release(self) -> None:
+        """None: backward adds into it."""
 
     def _take_in(self, i: int) -> None:
         self._check(i)
@@ -219,8 +224,8 @@ class WholeTensor(Buffer):
     def __init__(self, param: torch.nn.Parameter, name: str, in_8_bits: bool = False) -> None:
         super().__init__([param], [name], [0, param.numel()], in_8_bits)
         self.param = param
-        self.kept: Tensor | None = None
         self.untouched = -1
+        self.kept: Tensor | None = None
         self._take()
 
     @property
@@ -228,31 +233,55 @@ class WholeTensor(Buffer):
         assert self.param.grad is not None
         return self.param.grad.view(-1)
 
+    @torch.no_grad()
     def zero_grad(self, zeros_count: bool) -> None:
         p, self.zeros_count = self.param, zeros_count
-        if self.kept is None and not zeros_count:
+        if not self.keeps and not zeros_count:
             p.grad = None
             return
-        if p.requires_grad:
-            p.grad = torch.zeros_like(p.data) if self.kept is None else self.kept.zero_()
-            self.untouched = p.grad._version
+        grad = p.grad if self.kept is None else self.kept
+        if grad is not None:
+            p.grad = grad.zero_().detach() if grad.requires_grad else grad.zero_()
+        elif p.requires_grad:
+            p.grad = torch.zeros_like(p.data)
+        self._keep()
 
     def gather(self) -> list[bool]:
         self._take()
         grad = self._dense(0)
         if grad is None:
             return [False]
-        if self.kept is not None and grad is not self.kept:
-            self.param.grad = self.kept.copy_(grad.detach())
-        elif not grad.is_contiguous():
-            self.param.grad = grad.detach().contiguous()
-        return [self.zeros_count or self.kept is None or self.kept._version != self.untouched]
+        if self.kept is not None:
+            if grad is not self.kept:
+                self.param.grad = self.kept.copy_(grad.detach())
+            return [self.zeros_count or self.kept._version != self.untouched]
+        if grad.is_inference() or not grad.is_contiguous():
+            self.param.grad = grad.detach().clone(memory_format=torch.contiguous_format)
+        elif grad.requires_grad:
+            self.param.grad = grad.detach()
+        return [True]
 
-    def keep_gradients(self) -> None:
-        p = self.param
-        if self.kept is None and p.requires_grad:
-            self.kept = p.grad = torch.zeros_like(p.data) if p.grad is None else p.grad.detach().contiguous()
-            self.untouched = -1
+    def keep_gradients(self, on: bool) -> None:
+        if on == self.keeps:
+            return
+        p, self.keeps, self.kept = self.param, on, None
+        if on and p.grad is not None:
+            self.kept = p.grad = p.grad.detach().contiguous()
+            self.untouched = -1         # it counts already
+        elif on and p.requires_grad:
+            p.grad = torch.zeros_like(p.data)
+            self._keep()
+
+    def release(self) -> None:
+        if not self.keeps:
+            self.param.grad = None
+
+    def _keep(self) -> None:
+        """The gradient that is there now stays, if they do, and as it is it is none."""
+        grad = self.param.grad
+        if grad is not None:
+            self.untouched = grad._version
+            self.kept = grad if self.keeps else None
 
     def _take(self) -> None:
         self._check(0)
@@ -268,11 +297,16 @@ def buffers_of(params: Sequence[torch.nn.Parameter], names: Sequence[str], in_8_
     found: list[Buffer] = []
     for device in dict.fromkeys(p.device for p in params):
         own = [i for i, p in enumerate(params) if p.device == device]
-        small = [i for i in own if params[i].numel() < WHOLE]
+        small = [i for i in own if not is_whole(params[i])]
         if small:
             found.append(FlatBuffer([params[i] for i in small], [names[i] for i in small], in_8_bits))
-        found += [WholeTensor(params[i], names[i], in_8_bits) for i in own if params[i].numel() >= WHOLE]
+        found += [WholeTensor(params[i], names[i], in_8_bits) for i in own if is_whole(params[i])]
     return found
+
+
+def is_whole(p: Tensor) -> bool:
+    """Whether a parameter is so large that it is a buffer of its own."""
+    return p.numel() >= (WHOLE if p.device.type == "cpu" else WHOLE_ON_A_GPU)
 
 
 def _refuse_shared_memory(params: Sequence[Tensor], names: Sequence[str]) -> None:

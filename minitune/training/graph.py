@@ -2,7 +2,7 @@
 
 A graph runs the same kernels over the same memory, so the host has next to nothing to do in a step. All that differs
 from batch to batch has to be a tensor of fixed size: `padded` fills up the number of documents and of trained
-positions. The optimizer stays outside, one launch a group as ever; so learning rate and clipping are free in each step.
+positions. The optimizer stays outside, in few launches; so learning rate and clipping are free in each step.
 
 No GPU has seen this file yet: tests/test_gpu_graph.py is its test there; tests/kernels/test_graph.py runs all but the
 recording.
@@ -85,7 +85,12 @@ class GraphedStep:
         self.optimizer.keep_gradients()
         self.optimizer.zero_grad()
         before = [_version(p) for p in self._parameters]
-        self._replay, self._loss_sum = record(self._run, model.device)
+        try:
+            self._replay, self._loss_sum = record(self._run, model.device)
+        except BaseException:
+            self.optimizer.keep_gradients(False)
+            raise
+        self._places = self._addresses()
         self._reached = [p for p, version in zip(self._parameters, before, strict=True) if _version(p) != version]
         optimizer.zero_grad()
 
@@ -96,6 +101,9 @@ class GraphedStep:
             raise InputError("GraphedStep: no token of this step is trained (all labels are -100); check the data")
         ready = [self._fitting(batch) for batch in micro_batches if batch.n_trained]
         self.optimizer.zero_grad()
+        if self._addresses() != self._places:
+            raise InputError("GraphedStep: a parameter or a gradient lies elsewhere than when the graph was recorded; "
+                             "record a new one")
         self._factor.copy_(_pinned(torch.ones(()) / n_step, self._factor.device), non_blocking=True)
         total: Tensor | None = None
         for batch in ready:
@@ -112,6 +120,9 @@ class GraphedStep:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         self.optimizer.step()
         return StepResult(total / n_step, norm, n_step, sum(batch.n_tokens for batch in micro_batches))
+
+    def _addresses(self) -> list[int]:
+        return [tensor.data_ptr() for p in self._parameters for tensor in (p, p.grad) if tensor is not None]
 
     def _fitting(self, batch: Batch) -> Batch:
         n_tokens, n_documents, n_trained = self.sizes

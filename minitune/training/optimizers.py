@@ -1,4 +1,4 @@
-"""AdamW and SGD over flat buffers, as drop-in torch.optim.Optimizer classes, and clipping by global norm."""
+"""AdamW and SGD over flat tensors, as drop-in torch.optim.Optimizer classes, and clipping by global norm."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, T
 
 class FlatOptimizer(torch.optim.Optimizer, ABC):
     """What AdamW and SGD share: a group's small fp32 parameters lie in one buffer a device and move in one launch, its
-    large ones (`flat.WHOLE`) in one each.
+    large ones (`flat.is_whole`) in one each.
 
     Making the optimizer moves the small parameters: ``p.data`` becomes a view of the buffer, ``p.grad`` a view of the
     gradient buffer, into which autograd accumulates. Values, shapes and the Parameter objects stay. A gradient put
-    there by somebody else is copied in. Large parameters stay where they are, and `zero_grad` takes their gradients'
-    memory back. A parameter that got no gradient since `zero_grad` is skipped, as torch does with
-    ``grad is None``: it neither decays nor moves on its moments. After a step the version counter of every parameter
-    that took part has moved. `state` and `state_dict` are torch's own, parameter by parameter.
+    there by somebody else is copied in. Large parameters stay where they are; their gradient is whatever tensor is
+    there, which clipping scales in place, as torch's does, and `zero_grad` takes its memory back. A parameter that got
+    no gradient since `zero_grad` is skipped, as torch does with ``grad is None``: it neither decays nor moves on its
+    moments. After a step the version counter of every parameter that took part has moved. `state` and `state_dict` are
+    torch's own, parameter by parameter.
 
     Raises InputError where an argument, a parameter or a loaded state does not fit, naming it.
     """
@@ -53,6 +54,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
             raise InputError(f"{name}: params is empty, nothing is trained; load the model with lora=… or train=…")
         self._flats: list[list[Buffer]] = []
         self._scale: Tensor | None = None
+        self._keeps = False
         super().__init__(members, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -73,6 +75,8 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         self._check_parameters(named)
         self.param_groups.append(group)
         self._flats.append(_flatten(group))
+        for flat in self._flats[-1]:
+            flat.keep_gradients(self._keeps)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -113,12 +117,19 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
             for flat in flats:
                 flat.zero_grad(zeros_count=not set_to_none)
 
-    def keep_gradients(self) -> None:
-        """From now on each gradient stays at its address, as whatever writes it behind autograd's back needs it to (a
-        CUDA graph)."""
+    def keep_gradients(self, on: bool = True) -> None:
+        """Whether each gradient, once it is there, stays at its address whatever `zero_grad` does, as somebody needs it
+        who writes it behind autograd's back (a CUDA graph). A copy of the optimizer does not take this over."""
+        self._keeps = on
         for flats in self._flats:
             for flat in flats:
-                flat.keep_gradients()
+                flat.keep_gradients(on)
+
+    def release_gradients(self) -> None:
+        """Give the memory of large gradients back, as `zero_grad` does, and leave the small ones as they are."""
+        for flats in self._flats:
+            for flat in flats:
+                flat.release()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a state in torch's format: ours, or that of the torch optimizer of the same name.
@@ -135,7 +146,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_flats" not in self.__dict__:  # a copy or an unpickled optimizer: its parameters are new ones
-            self._scale = None
+            self._scale, self._keeps = None, False
             self._flats = [_flatten(group) for group in self.param_groups]
             self._take_state()
 
@@ -228,7 +239,8 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
 
 
 class AdamW(FlatOptimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): ``torch.optim.AdamW`` to a few ulp, in one launch a group.
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): ``torch.optim.AdamW`` to a few ulp, in one launch for all
+    small parameters of a group.
 
     `params`: parameters, (name, parameter) pairs, or groups (dicts) with their own lr, betas, eps, weight_decay and
     moments. `moments`: "fp32", 8 bytes a parameter; or "8bit", 2 bytes: codes by blocks of 256 values (Dettmers et al.

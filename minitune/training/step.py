@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minitune.data.batch import Batch
 from minitune.errors import InputError
-from minitune.training.optimizers import clip_grad_norm
+from minitune.training.optimizers import FlatOptimizer, clip_grad_norm
 
 Objective = Callable[[Any, Batch], tuple[Tensor, int]]
 """(model, batch) -> (the sum of the losses of the batch's trained tokens: fp32, 0-dim, with a graph; their number)."""
@@ -36,7 +36,8 @@ def train_step(model: Any, micro_batches: Sequence[Batch], optimizer: torch.opti
 
     The number of trained tokens of the whole step is known on the host before it begins and divides every loss, so any
     split gives the same gradient. Nothing here asks the device. A group's learning rate is `lr` times its
-    ``lr_ratio``, where it has one. Works with any torch optimizer; with minitune's the update is one launch a group.
+    ``lr_ratio``, where it has one. Works with any torch optimizer; with minitune's the update is one launch
+    for all small parameters of a group.
 
     Raises InputError where no token of the step is trained.
     """
@@ -73,4 +74,6 @@ def update(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> Tensor:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
     optimizer.step()
+    if isinstance(optimizer, FlatOptimizer):
+        optimizer.release_gradients()       # what comes before the next backward has their memory
     return norm

@@ -6,6 +6,7 @@ import minitune as mt
 from minitune.api import plan as planned
 from minitune.api.plan import plan
 from minitune.config import Training
+from minitune.training import flat
 from tests.files import write_numbers
 
 
@@ -66,18 +67,21 @@ def test_what_is_to_come_is_the_sum(tiny, data):
     assert len(parts) == 3 and abs(sum(map(_bytes, parts)) - _bytes(rows["to come, beside free"])) < 2e5
 
 
+@pytest.mark.parametrize("large", [1, 500_000])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_large_gradients_and_what_was_kept_are_there_at_one_time_in_the_second_micro_batch(tiny, data, micro_batches,
-                                                                                          monkeypatch):
-    monkeypatch.setattr(planned, "WHOLE", 1)
+                                                                                          large, monkeypatch):
+    monkeypatch.setattr(flat, "WHOLE", large)
     training = Training(tokens=64, micro_batches=micro_batches)
     model, batches = _load(tiny, data, training, lora=None, train="full", memory="keep")
     rows = dict(plan(model, batches, training))
     state, kept, work = (_bytes(value) for what, value in rows.items()
                          if what.startswith(("gradients", "kept for", "the layer at work")))
-    gradients = 4 * sum(p.numel() for p in model.trainable_parameters())
-    assert 0 < kept < gradients
-    assert abs(_bytes(rows["to come, beside free"]) - (state + work + (kept if micro_batches == 2 else 0))) < 2e5
+    gradients = 4 * sum(p.numel() for p in model.trainable_parameters() if p.numel() >= large)
+    assert (kept < gradients) == (large == 1) and kept > 1e6 and gradients > 1e6
+    overlap = min(kept, gradients) if micro_batches == 1 else 0
+    assert abs(_bytes(rows["to come, beside free"]) - (state + kept + work - overlap)) < 2e5
+    assert ("not at one time" in rows) == (micro_batches == 1)
 
 
 def test_trained_base_weights_stand_with_their_copies_and_gradients(tiny, data):

@@ -45,6 +45,7 @@ def again(monkeypatch, device):
 @pytest.mark.usefixtures("again")
 def test_every_step_is_that_of_the_padded_batches(train, large, device, monkeypatch):
     monkeypatch.setattr(flat, "WHOLE", large)
+    monkeypatch.setattr(flat, "WHOLE_ON_A_GPU", large)
     results = []
     for graphed in (False, True):
         model = Tiny(1, torch.float32, device, train)
@@ -97,3 +98,6 @@ def test_what_does_not_fit_the_graph_is_named(device, monkeypatch):
             step([pack([[99] * 9], 32)[0]], 1e-3, 0.0)
         with pytest.raises(InputError, match="no token of this step is trained"):
             step([pack([([5, 6], [-100, -100])], 32)[0]], 1e-3, 0.0)
+        model.parameters[0].data = model.parameters[0].data.clone()
+        with pytest.raises(InputError, match="a parameter or a gradient lies elsewhere"):
+            step([_micro_batches([32], 1)], 1e-3, 0.0)

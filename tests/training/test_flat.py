@@ -18,6 +18,12 @@ def large(monkeypatch):
     monkeypatch.setattr(flat, "WHOLE", 100)
 
 
+@pytest.fixture(params=[flat.WHOLE, 100], ids=["small", "large"])
+def either(request, monkeypatch):
+    """Parameters of 100 values are small ones, or large."""
+    monkeypatch.setattr(flat, "WHOLE", request.param)
+
+
 def test_small_parameters_share_a_buffer_and_large_ones_stay_where_they_are(large):
     params = [nn.Parameter(torch.randn(n)) for n in (10, 100, 20, 300)]
     places, before = [p.data_ptr() for p in params], [p.detach().clone() for p in params]
@@ -129,4 +135,104 @@ def test_a_large_parameter_that_was_moved_or_cast_is_named(large):
     p.grad = torch.ones(100)
     p.data = torch.zeros(50)
     with pytest.raises(mt.InputError, match=r"up_proj was \[100\].* and is \[50\]"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("keep", [False, True])
+def test_one_that_is_frozen_later_moves_on_no_old_gradient(either, keep, set_to_none):
+    p = nn.Parameter(torch.zeros(100))
+    optimizer = SGD([p], lr=1.0)
+    optimizer.keep_gradients(keep)
+    p.sum().backward()
+    optimizer.step()
+    p.requires_grad_(False)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none)
+        assert optimizer.clip(1.0).item() == 0.0
+        optimizer.step()
+    assert p.eq(-1).all()
+    p.requires_grad_(True)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none)
+        p.sum().backward()
+        optimizer.step()
+    assert p.eq(-3).all()
+
+
+def test_zeroed_in_place_where_zeros_count(either):
+    p = nn.Parameter(torch.zeros(100))
+    optimizer = SGD([p], lr=1.0)
+    optimizer.zero_grad()
+    p.sum().backward()
+    seen = p.grad
+    optimizer.zero_grad(set_to_none=False)
+    assert p.grad is seen and not seen.any()
+    p.square().sum().backward(create_graph=True)
+    optimizer.zero_grad(set_to_none=False)
+    assert not p.grad.any() and not p.grad.requires_grad
+
+
+def test_gradients_with_a_graph_or_of_inference_mode_are_taken(either):
+    p = nn.Parameter(torch.ones(100))
+    optimizer = SGD([p], lr=1.0)
+    optimizer.zero_grad()
+    p.square().sum().backward(create_graph=True)
+    optimizer.step()
+    assert p.eq(-1).all() and not p.grad.requires_grad
+    with torch.inference_mode():
+        gradient = torch.full((100,), 2.0)
+    p.grad = gradient
+    optimizer.clip(10.0)        # the norm is 20
+    optimizer.step()
+    assert p.isclose(torch.tensor(-2.0)).all() and gradient.eq(2).all()
+
+
+def test_released_gradients_are_none_unless_they_are_kept(large):
+    small, big = nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(100))
+    optimizer = SGD([small, big], lr=1.0)
+    (small.sum() + big.sum()).backward()
+    optimizer.release_gradients()
+    assert big.grad is None and small.grad.eq(1).all()
+    optimizer.step()
+    assert small.eq(-1).all() and not big.any()
+    optimizer.keep_gradients()
+    optimizer.add_param_group({"params": [late := nn.Parameter(torch.zeros(200))]})
+    places = [big.grad.data_ptr(), late.grad.data_ptr()]
+    (big.sum() + late.sum()).backward()
+    optimizer.keep_gradients()      # as it is already
+    optimizer.release_gradients()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert [big.grad.data_ptr(), late.grad.data_ptr()] == places and big.eq(-1).all() and late.eq(-1).all()
+    optimizer.keep_gradients(False)
+    optimizer.zero_grad()
+    assert big.grad is None
+
+
+@pytest.mark.parametrize("n", [100, 256, 1000, 4097])
+def test_large_ones_keep_their_moments_in_8_bits_as_small_ones_do(n, monkeypatch):
+    found = []
+    for size in (flat.WHOLE, 1):
+        monkeypatch.setattr(flat, "WHOLE", size)
+        generator = torch.Generator().manual_seed(n)
+        p = nn.Parameter(torch.randn(n, generator=generator))
+        optimizer = AdamW([p], lr=1e-2, moments="8bit")
+        for _ in range(3):
+            optimizer.zero_grad()
+            (p * torch.randn(n, generator=generator)).sum().backward()
+            optimizer.step()
+        state = optimizer.state[p]
+        assert state["exp_avg_codes"].dtype == torch.uint8 and state["exp_avg_codes"].shape == p.shape
+        found.append([p.detach(), *(state[name] for name in sorted(state))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_sparse_gradient_is_named(either):
+    table = nn.Parameter(torch.zeros(100, 2))
+    optimizer = SGD([("embed_tokens", table)], lr=1.0)
+    table.grad = None
+    nn.functional.embedding(torch.tensor([3, 5]), table, sparse=True).sum().backward()
+    with pytest.raises(mt.InputError, match=r"embed_tokens has a sparse gradient; use a dense one"):
         optimizer.step()

@@ -319,7 +319,6 @@ def test_parameters_frozen_or_moved_later():
         optimizer.step()
 
 
-@pytest.mark.parametrize("layout", ["one buffer"], indirect=True)
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: AdamW([]), "params is empty"),
     (lambda: AdamW(torch.zeros(3)), "params is one tensor"),
