@@ -33,14 +33,14 @@ void tiles() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); _tile_release(); }
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 HEADERS = ["setup.py", *(f"csrc/{name}.h" for name in (
-    "nf4", "nf4_cpu", "bindings", "checks", "checks_rows", "cpu_isa", "rows", "rows_kernels", "attention",
-    "attention_amx", "tiles"))]
+    "nf4", "nf4_cpu", "bindings", "checks", "checks_rows", "cpu_isa", "rows", "rows_kernels", "adamw_8bit_kernels",
+    "attention", "attention_amx", "tiles"))]
 
 CPU = Extension(
     "minitune._C", [f"csrc/{name}.cpp" for name in (
         "bindings", "cpu_isa", "nf4_cpu", "nf4_cpu_avx2", "nf4_cpu_avx512", "bindings_rows", "rows_portable",
         "rows_avx2", "rows_avx512", "bindings_attention", "attention_amx_forward", "attention_amx_backward",
-        "bindings_products")],
+        "bindings_products", "bindings_adamw_8bit")],
     depends=HEADERS, extra_compile_args=FLAGS, libraries=["torch_cpu"], py_limited_api=True, language="c++")
 CUDA = Extension(
     "minitune._C_cuda", ["csrc/bindings_cuda.cpp"], depends=[*HEADERS, "csrc/nf4_cuda.cu"], extra_compile_args=FLAGS,

@@ -1,4 +1,5 @@
-// rows.h: ops of a CPU that go row by row: norms, SwiGLU, rotation, softmax, cross-entropy, matrix times vector.
+// rows.h: ops of a CPU that go row by row: norms, SwiGLU, rotation, softmax, cross-entropy, matrix times vector; and
+// AdamW with moments in 8 bits, which goes block by block.
 //
 // Values are fp32 or bf16 in memory and fp32 in registers; each result is rounded once. A row is worked on by one thread
 // and from left to right in lanes, so results do not depend on the number of threads. The same code (rows_kernels.h) is
@@ -81,7 +82,18 @@ struct Product {          // y = weight · x; tokens: rows of the weight, width:
   void* y;
 };
 
-// One instruction set: each function does the tokens [first, last).
+struct Adamw8 {           // AdamW over n values with moments in 8 bits, in blocks of 256 (minitune/ops/moments8.py)
+  int64_t n;
+  float *param, *grad;
+  uint8_t *mean, *square;       // codes
+  float *mean_absmax, *square_absmax;
+  const float *levels, *levels_square;      // 256 levels, and behind them the tree of the midpoints between
+  double beta1, beta2;
+  float eps, decay, root_scale, step_size, scale;
+  bool scaled;                  // the gradients are multiplied by `scale` first, in place
+};
+
+// One instruction set: each function does the tokens, or blocks, [first, last).
 struct Path {
   void (*rms_norm)(const RmsNorm&, int64_t first, int64_t last);
   void (*rms_norm_backward)(const RmsNormBackward&, int64_t first, int64_t last);
@@ -92,6 +104,7 @@ struct Path {
   void (*softmax)(const Softmax&, int64_t first, int64_t last);
   void (*softmax_backward)(const SoftmaxBackward&, int64_t first, int64_t last);
   void (*product)(const Product&, int64_t first, int64_t last);
+  void (*adamw_8bit)(const Adamw8&, int64_t first, int64_t last);
 };
 extern const Path kPortable, kAvx2, kAvx512;
 const Path& path_of(int isa);     // of an instruction set (cpu_isa.h)

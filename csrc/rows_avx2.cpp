@@ -15,6 +15,7 @@
 
 namespace rows {
 namespace {
+#include "adamw_8bit_kernels.h"
 #include "rows_kernels.h"
 }  // namespace
 const Path kAvx2 = path;

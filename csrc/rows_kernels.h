@@ -300,4 +300,5 @@ const Path path = {
     all_rows<Softmax, softmax_row<float>, softmax_row<BFloat16>>,
     all_rows<SoftmaxBackward, softmax_backward_row<float>, softmax_backward_row<BFloat16>>,
     product,
+    adamw_8bit,
 };

@@ -42,12 +42,12 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     else float32. quant: "nf4" or "nf4-dq" (double quantisation) keeps the layers' linears in 4 bits, quantised one by
     one as they are read (they are no part of state_dict()); a checkpoint that bitsandbytes quantised to NF4 stays as it
     is, without `quant`. lora: fresh adapters to train; adapter: a PEFT adapter folder to go on from or to use, with the
-    tokenizer in it, if there is one; train: base weights to train ("full", "head", "norms", "embedding", "last:4", or
-    a name pattern or several). With none of the three all is frozen. add_tokens: texts that become tokens of their own; with an
-    adapter their rows of embedding and head are trained beside it. memory: what is kept for the backward ("keep",
-    "pointwise", "full", "offload"; "auto" decides by free memory). seed: for the adapters' start. On a CPU it also
-    tells malloc to keep freed memory, which saves a step's page faults, and asks Linux for huge pages under weights;
-    of a model with nothing to train it maps those that lie in the files as they are needed: such a file may be
+    tokenizer in it, if there is one; train: base weights to train ("full", "head", "norms", "embedding", "last:4", or a
+    name pattern or several). With none of the three all is frozen. add_tokens: texts that become tokens of their own;
+    with an adapter their rows of embedding and head are trained beside it. memory: what is kept for the backward
+    ("keep", "pointwise", "full", "offload"; "auto" decides by free memory). seed: for the adapters' start. On a CPU it
+    also tells malloc to keep freed memory, which saves a step's page faults, and asks Linux for huge pages under
+    weights; of a model with nothing to train it maps those that lie in the files as they are needed: such a file may be
     replaced while the model lives, but not be written into.
 
     Raises InputError for whatever is wrong with the folder or the arguments.

@@ -1,6 +1,7 @@
 """adamw_: one AdamW step on a flat buffer, in place, its moments in fp32 or in 8 bits: contract, reference, backend.
 
-Backends: triton (kernels/adamw.py, on a GPU), else PyTorch's own fused step for moments in fp32, else the reference.
+Backends: triton (kernels/adamw.py, on a GPU); else for moments in fp32 PyTorch's own fused step, for those in 8 bits on
+a CPU native (csrc/adamw_8bit_kernels.h); else the reference.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from minitune.errors import InputError
 from minitune.ops import backends, moments8
 from minitune.ops.moments8 import Moment8
+from minitune.ops.versions import written
 
 CHUNK = 262_144
 """Elements handled at a time by the references on a CPU: 1 MiB of fp32, so that the temporary stays in the cache."""
@@ -115,14 +117,21 @@ def adamw_8bit_(param: Tensor, grad: Tensor, exp_avg: Moment8, exp_avg_sq: Momen
     Raises InputError for buffers that break this contract.
     """
     _check_8bit("adamw_8bit_", param, grad, exp_avg, exp_avg_sq, grad_scale)
-    if backends.choose("adamw", param.device) != "triton":
+    backend = backends.choose("adamw_8bit", param.device)
+    if backend == "reference":
         adamw_8bit_reference_(param, grad, exp_avg, exp_avg_sq, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
                               weight_decay=weight_decay, step=step, grad_scale=grad_scale)
         return
-    backends.kernel("adamw").adamw_8bit_(
-        param, grad, exp_avg.codes, exp_avg.absmax, exp_avg_sq.codes, exp_avg_sq.absmax,
-        moments8.table(True, param.device), moments8.table(False, param.device), lr=lr, beta1=beta1, beta2=beta2,
-        eps=eps, weight_decay=weight_decay, step=step, grad_scale=grad_scale)
+    tensors = (param, grad, *exp_avg[:2], *exp_avg_sq[:2], moments8.table(True, param.device),
+               moments8.table(False, param.device))
+    if backend == "native":
+        torch.ops.minitune.rows_adamw_8bit(
+            *tensors, beta1, beta2, eps, 1 - lr * weight_decay, 1 / math.sqrt(1 - beta2**step),
+            lr / (1 - beta1**step), None if grad_scale is None else float(grad_scale))
+        written(param, grad)
+        return
+    backends.kernel("adamw").adamw_8bit_(*tensors, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+                                         step=step, grad_scale=grad_scale)
 
 
 def adamw_8bit_reference_(param: Tensor, grad: Tensor, exp_avg: Moment8, exp_avg_sq: Moment8, *, lr: float,

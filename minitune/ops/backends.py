@@ -28,9 +28,10 @@ OPS: dict[str, tuple[str, ...]] = {
     "nf4": ("native", "triton"), "rms_norm": ("native", "triton"), "swiglu": ("native", "triton"),
     "rope": ("native", "triton"), "linear_cross_entropy": ("native", "triton"), "softmax": ("native",),
     "few_rows": ("native",), "lora_images": ("triton",), "lora_gradients": ("triton",), "adamw": ("triton",),
-    "sgd": ("triton",), "attention": ("native", "triton", "cudnn"), "lora_matmul": ("triton",), "products": ("native",)}
+    "adamw_8bit": ("native", "triton"), "sgd": ("triton",),
+    "attention": ("native", "triton", "cudnn"), "lora_matmul": ("triton",), "products": ("native",)}
 """What each op has beside its reference, the preferred one first."""
-ROWS = ("rms_norm", "swiglu", "rope", "linear_cross_entropy", "softmax", "few_rows")
+ROWS = ("rms_norm", "swiglu", "rope", "linear_cross_entropy", "softmax", "few_rows", "adamw_8bit")
 """Whose native half is for a CPU alone, and for ROWS_DTYPES (csrc/rows.h)."""
 ROWS_DTYPES = (torch.float32, torch.bfloat16)
 TILES = ("attention", "products")

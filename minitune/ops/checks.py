@@ -89,7 +89,7 @@ def cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.de
                      ("few_rows", made.row), ("products", made.apart), ("nf4", made.packed_row)):
         yield Case(op, made.backend(op), *make())
     yield Case("nf4", made.backend("nf4"), *made.packed(), ("codes", "absmax", "values"))
-    yield Case("adamw", made.backend("adamw"), *update.adamw_8bit(), ("8-bit moments",))
+    yield Case("adamw_8bit", made.backend("adamw_8bit"), *update.adamw_8bit(), ("8-bit moments",))
 
 
 def _bits(values: Tensor) -> Tensor:

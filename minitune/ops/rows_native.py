@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 NAMES = ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "losses", "softmax", "softmax_backward",
-         "product")
+         "product", "adamw_8bit")
 
 
 def _nothing(*_: Any) -> None:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from minitune.errors import InputError
-from minitune.ops import moments8
-from minitune.ops.adamw import CHUNK, adamw_, adamw_8bit_, adamw_reference_
+from minitune.ops import adamw, backends, moments8
+from minitune.ops.adamw import CHUNK, adamw_, adamw_8bit_, adamw_8bit_reference_, adamw_reference_
 from minitune.ops.moments8 import Moment8
 
+CPU = torch.device("cpu")
 SETTINGS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 BOTH = pytest.mark.parametrize("op", [adamw_, adamw_reference_])
 
@@ -122,6 +123,44 @@ def test_the_first_step_in_8_bits_is_that_of_fp32(n):
         moments8.encode_(wanted, values)
         torch.testing.assert_close(moment.absmax, wanted.absmax)
         assert (moment.codes.int() - wanted.codes.int()).abs().max() <= 1, "a value within rounding of a midpoint"
+
+
+@pytest.mark.skipif(bool(backends.missing("native", CPU)), reason=str(backends.missing("native", CPU)))
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("n", [1, 255, 256, 1000, 70_001])
+def test_8_bits_in_cpp_are_the_references(n, isa, monkeypatch):
+    """Numbers that are not finite included; a square root may differ in its last bit."""
+    monkeypatch.setenv("MINITUNE_CPU_ISA", isa)
+    from minitune import _C
+    try:
+        _C.cpu_isa()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    found = []
+    for op in (adamw_8bit_, adamw_8bit_reference_):
+        param, moments = buffers(n)[0], [moments8.zeros(n, signed, CPU) for signed in (True, False)]
+        for step in range(1, 6):
+            grad = gradient(n, step)
+            if step == 4 and n > 300:
+                grad[7], grad[300] = float("nan"), -float("inf")
+            op(param, grad, *moments, **SETTINGS, weight_decay=0.1, step=step,
+               grad_scale=torch.tensor(0.37) if step % 2 else None)
+            found.append([param.clone(), grad, *(t.clone() for moment in moments for t in moment[:2])])
+    for ours, theirs in zip(found[:5], found[5:], strict=True):
+        torch.testing.assert_close(ours[0], theirs[0], rtol=5e-7, atol=5e-7, equal_nan=True)
+        for a, b in zip(ours[1:], theirs[1:], strict=True):
+            assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    assert found[4][2].bool().any()
+
+
+def test_8_bits_take_the_extension_where_it_is(monkeypatch):
+    if backends.missing("native", CPU):
+        pytest.skip(backends.missing("native", CPU))
+    monkeypatch.setattr(adamw, "adamw_8bit_reference_", None)
+    param, _ = run_8bit(10, 1)
+    assert not torch.equal(param, buffers(10)[0])
+    with backends.use("reference"), pytest.raises(TypeError):
+        run_8bit(10, 1)
 
 
 def test_8_bits_are_repeatable_and_blind_to_cuts_at_blocks():

@@ -12,7 +12,7 @@ CONFIG = ModelConfig(vocab_size=97, d_model=48, n_layers=1, n_heads=4, n_kv_head
 
 @pytest.mark.parametrize(("owner", "name", "op", "what"), [
     (lora_gradients, "apart", "lora_gradients", "dA"), (sgd, "sgd_", "sgd", "momentum"),
-    (adamw, "adamw_", "adamw", "exp_avg"), (adamw, "adamw_8bit_", "adamw", "8-bit moments that differ, of 392"),
+    (adamw, "adamw_", "adamw", "exp_avg"), (adamw, "adamw_8bit_", "adamw_8bit", "8-bit moments that differ, of 392"),
     (Images, "refresh", "lora_images", "images")])
 def test_what_is_wrong_at_the_end_of_a_step_is_found(monkeypatch, owner, name, op, what):
     right = getattr(owner, name)

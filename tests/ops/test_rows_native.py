@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minitune.ops import backends, linear_cross_entropy, rms_norm, rope, swiglu
+from minitune.ops import backends, linear_cross_entropy, moments8, rms_norm, rope, swiglu
 from tests.tolerance import check, relative
 
 CPU = torch.device("cpu")
@@ -173,7 +173,10 @@ def _calls():
             "rope": (x.clone(), angles, angles, True),
             "losses": (torch.randn(4, 9), labels, torch.empty(4), 0.1, True),
             "softmax": (torch.randn(6, 8), 3, 4, 2), "softmax_backward": (torch.randn(6, 8), torch.rand(6, 8)),
-            "product": (torch.randn(5, 8), torch.randn(8), torch.empty(5))}
+            "product": (torch.randn(5, 8), torch.randn(8), torch.empty(5)),
+            "adamw_8bit": (torch.randn(300), torch.randn(300), *moments8.zeros(300, True, CPU)[:2],
+                           *moments8.zeros(300, False, CPU)[:2], moments8.table(True, CPU), moments8.table(False, CPU),
+                           0.9, 0.99, 1e-8, 1.0, 1.0, 1e-3, 0.5)}
 
 
 @pytest.mark.parametrize("name", list(_calls()))
