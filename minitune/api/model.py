@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,15 +225,22 @@ class Model(Generation):
             save_tokenizer(self._tokenizer, target)
 
     def save(self, folder: str | Path) -> None:
-        """The base weights as a checkpoint folder that transformers and minitune load, its tokenizer with it."""
+        """The base weights as a checkpoint folder that transformers and minitune load, its tokenizer with it.
+
+        In the dtype that config.json names; where weights were trained and the model computes in fp32, in fp32, so that
+        the folder computes what the model does."""
         if self.network.adapters():
             raise InputError("save: the model carries an adapter, which a checkpoint cannot hold; use save_adapter(), "
                              "or save_merged()")
         if self.network.nf4_shapes():
             raise InputError("save: the weights lie in 4 bits; save_merged() writes their decoded values")
         target = as_path("save", "folder", folder)
+        if target.exists() and not target.is_dir():
+            raise InputError(f"save: {target} is a file; name a folder")
+        plain = self.network.dtype == torch.float32 and self.network.trained_names()
+        config = replace(self.config, dtype="float32") if plain else self.config
         target.mkdir(parents=True, exist_ok=True)
-        save_weights(target, base_tensors(self.network, DTYPES[self.config.dtype]))
-        write_config(target, self.config)
+        save_weights(target, base_tensors(self.network, DTYPES[config.dtype]))
+        write_config(target, config)
         if self._tokenizer is not None and self.path is not None:
             save_tokenizer(self._tokenizer, target)

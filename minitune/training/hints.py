@@ -16,6 +16,8 @@ from minitune.config import Training
 
 FEW_STEPS = 10
 """With fewer optimizer steps a learning rate hardly gets to work, whatever the data."""
+STUCK, SAMPLE = 0.9, 65_536
+"""Share of the trained weights that cannot move from which it is said; values looked at of each weight, about."""
 WINDOW = 20
 """Steps whose median loss is looked at."""
 EARLY = 5
@@ -31,8 +33,10 @@ class Filled(Protocol):
     n_filler: int
 
 
-def hints(batches: Iterable[Any], training: Training, total_steps: int, device: torch.device) -> list[str]:
-    """A line for each thing to know before the first step; empty where all is well.
+def hints(batches: Iterable[Any], training: Training, total_steps: int, device: torch.device,
+          network: Any = None) -> list[str]:
+    """A line for each thing to know before the first step; empty where all is well. ``network``: a `Llama`, whose
+    trained base weights are looked at.
 
     The number of steps is not questioned where ``max_steps`` says it, nor filler on a CPU, which leaves most of it out.
     """
@@ -52,7 +56,29 @@ def hints(batches: Iterable[Any], training: Training, total_steps: int, device: 
         share = batches.n_filler / (batches.n_filler + batches.n_tokens)
         found.append(f"{share:.0%} of the rows is filler, which is computed for nothing; take fewer tokens a row "
                      f"(tokens is {batches.tokens:,})")
+    share = 0.0 if network is None or training.optimizer != "adamw" else _stuck(network, training.lr * total_steps)
+    if share > STUCK:
+        found.append(f"{share:.0%} of the trained base weights stay, rounded to {_name(network.dtype)}, what they are, "
+                     f"and so they are read: {total_steps:,} steps of lr {training.lr:g} do not reach the next number; "
+                     "take a higher lr, more steps, or dtype float32")
     return found
+
+
+def _stuck(network: Any, reach: float) -> float:
+    """The share of trained base weights that a move by `reach`, which is all that AdamW's steps of a run come to, does
+    not round to another number of the compute dtype, by samples of each; 0 for fp32."""
+    if network.dtype == torch.float32:
+        return 0.0
+    weights, names = network.hf_weights(), sorted(network.trained_names())
+    samples = [weights[name].flatten()[:: -(-weights[name].numel() // SAMPLE)] for name in names]
+    # The next number is at least eps / 2 of a value away, and rounding goes there from the middle on.
+    stuck = [int((sample.abs() * (torch.finfo(network.dtype).eps / 4) > reach).sum()) * weights[name].numel()
+             / len(sample) for name, sample in zip(names, samples, strict=True)]
+    return sum(stuck) / max(1, sum(weights[name].numel() for name in names))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Divergence:

@@ -72,7 +72,7 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     model.train(True)
     try:
         tell_begin(observers, run)
-        for hint in hints(batches, training, total_steps, device):
+        for hint in hints(batches, training, total_steps, device, getattr(model, "network", None)):
             tell(observers, "on_note", hint)
         drawn = _stream(batches, position.micro_batches, limit)
         runner.go(islice(_groups(drawn, training.micro_batches, device, costs), total_steps - position.step))

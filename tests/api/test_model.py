@@ -1,5 +1,7 @@
 """Model: base weights train as transformers trains them and are saved, all memory policies alike, and it casts."""
 
+import json
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,6 +73,31 @@ def test_a_fully_trained_model_is_saved_and_loads_in_transformers(tmp_path):
     assert mt.load(tmp_path / "saved", dtype="float32", device="cpu").generate([5, 6], 4) == model.generate([5, 6], 4)
 
 
+@pytest.mark.parametrize(("dtype", "saved"), [("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_a_saved_model_computes_what_the_trained_one_does(tmp_path, dtype, saved):
+    """Steps too small for the bf16 of the base's files: of a model that computes in fp32 they are kept."""
+    make("llama-2-gqa", tmp_path / "base", torch.bfloat16)
+    model = mt.load(tmp_path / "base", train="norms", device="cpu", dtype=dtype)
+    for p in model.trainable_parameters():
+        p.data += 1e-4
+    model.save(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["torch_dtype"] == saved
+    tokens = torch.arange(5, 20)
+    with torch.no_grad():
+        again = mt.load(tmp_path / "saved", device="cpu", dtype=dtype)
+        assert torch.equal(again.logits(tokens), model.logits(tokens))
+    mt.load(tmp_path / "base", device="cpu", dtype="float32").save(tmp_path / "copy")       # nothing is trained
+    assert json.loads((tmp_path / "copy" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_file_is_no_folder_to_save_into(tiny, tmp_path):
+    (tmp_path / "saved").write_text("mine")
+    with pytest.raises(mt.InputError, match="saved is a file; name a folder"):
+        mt.load(tiny, train="norms", device="cpu").save(tmp_path / "saved")
+    assert (tmp_path / "saved").read_text() == "mine"
+
+
 class Casts(TorchDispatchMode):
     """Counts the tensors that are made in another dtype."""
 
@@ -85,7 +112,7 @@ class Casts(TorchDispatchMode):
 
 def test_saving_a_trained_model_holds_one_tensor_in_the_files_dtype_at_a_time(tmp_path, monkeypatch):
     make("llama-2-gqa", tmp_path / "base", torch.bfloat16)
-    model = mt.load(tmp_path / "base", train="full", device="cpu")
+    model = mt.load(tmp_path / "base", train="full", device="cpu", dtype="bfloat16")
     before, write = [], writer._write_tensor
     with Casts() as casts:
         monkeypatch.setattr(writer, "_write_tensor", lambda *args: (before.append(casts.made), write(*args)))

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from minitune.config import Training
+from minitune.config import LoRA, ModelConfig, Training
+from minitune.model.init import init_weights
+from minitune.model.llama import Llama
 from minitune.training.hints import EARLY, WINDOW, Divergence, hints
 from minitune.training.loop import fit
 from minitune.training.run import Observer
@@ -28,6 +30,24 @@ def test_a_warmup_as_long_as_the_run_is_told() -> None:
     assert found == "warmup is 100 steps, and the run has 5; the rate rises to lr by the last one"
     assert not hints(Rows(10, 0), Training(warmup=4, **settings), 5, CPU)
     assert not hints(Rows(10, 0), Training(warmup=0.5, **settings), 5, CPU)
+
+
+@pytest.mark.parametrize(("dtype", "train", "settings", "told"), [
+    (torch.bfloat16, "norms", {"lr": 1e-5}, True), (torch.bfloat16, "norms", {"lr": 1e-3}, False),
+    (torch.float32, "norms", {"lr": 1e-5}, False), (torch.bfloat16, None, {"lr": 1e-5}, False),
+    (torch.bfloat16, "full", {"lr": 1e-5}, False), (torch.bfloat16, "full", {"lr": 1e-7}, True),
+    (torch.bfloat16, "norms", {"lr": 1e-5, "optimizer": "sgd"}, False)], ids=str)
+def test_steps_too_small_for_the_dtype_that_weights_are_read_in_are_told(dtype, train, settings, told) -> None:
+    """A value of 1 has its next number of bfloat16 at 1 - 1/256."""
+    config = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48)
+    network = Llama(config, dtype=dtype)
+    init_weights(network, seed=1)
+    network.add_adapters(LoRA(rank=2), seed=1) if train is None else network.unfreeze(train)
+    found = hints(Rows(10, 0), Training(tokens=64, max_steps=20, **settings), 20, CPU, network)
+    assert len(found) == told
+    if told:
+        assert "of the trained base weights stay, rounded to bfloat16, what they are" in found[0]
+        assert f"20 steps of lr {settings['lr']:g} do not reach the next number" in found[0]
 
 
 class Notes(Observer):
