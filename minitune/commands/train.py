@@ -112,7 +112,7 @@ class Train:
                 given = "--adapter brings its own rank, alpha and targets" if self.adapter else "--train has no adapter"
                 raise InputError(f"train: {given}; leave out the flags of LoRA")
             lora = None
-        if ("train",) in self.given and not self.train:
+        if ("train",) in self.given and not (self.train and all(self.train)):
             raise InputError('train: train is empty; name what is to be trained ("full", "last:4", …), or leave it out')
         names = self.train[0] if len(self.train) == 1 else self.train
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, memory=self.memory,

@@ -322,8 +322,11 @@ class Llama(nn.Module):
         names = self.hf_weights()
         for pattern in patterns:
             if not any(matches(pattern, name) for name in names):
-                raise InputError(f"train: {pattern!r} names no weight of this model; names look like "
-                                 '"model.layers.0.self_attn.q_proj.weight"')
+                meant = next((near for near in (f"*{pattern}.weight", f"{pattern}.*")
+                              if any(matches(near, name) for name in names)), None)
+                advice = (f'did you mean "{meant}"?' if meant else
+                          'names look like "model.layers.0.self_attn.q_proj.weight"')
+                raise InputError(f"train: {pattern!r} names no weight of this model; {advice}")
         for projection in self.projections():
             projection.unfreeze(patterns)
         for name, owner, attribute in self.single_weights():
@@ -336,7 +339,8 @@ class Llama(nn.Module):
         patterns = self._known_patterns(train)
         if patterns is not None:
             return patterns
-        if any(matches(train, name) for name in (*self.hf_weights(), *self.nf4_shapes())):
+        names = (*self.hf_weights(), *self.nf4_shapes())
+        if any(sign in train for sign in "*?[._") or any(matches(train, name) for name in names):
             return (train,)
         raise InputError(f'train: {train!r} is not known; say "full", "head", "norms", "embedding", "last:k" with '
                          f'k from 1 to {self.config.n_layers}, a name pattern such as "*.q_proj.weight", or a list')

@@ -78,9 +78,10 @@ max_steps = 2
     assert config["r"] == 3 and config["target_modules"] == ["q_proj"]
 
 
-def test_an_empty_train_in_a_file_is_no_adapters_training(tiny, data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("empty", ["[]", "['']"])
+def test_an_empty_train_in_a_file_is_no_adapters_training(tiny, data, tmp_path, monkeypatch, capsys, empty):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.toml").write_text(f"base = {str(tiny)!r}\ndata = 'data.jsonl'\ntrain = []\n")
+    (tmp_path / "run.toml").write_text(f"base = {str(tiny)!r}\ndata = 'data.jsonl'\ntrain = {empty}\n")
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--config", "run.toml", "--out", "mine", "--device", "cpu"])
     assert 'train is empty; name what is to be trained ("full"' in capsys.readouterr().err

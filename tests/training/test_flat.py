@@ -9,7 +9,7 @@ from torch import nn
 import minitune as mt
 from minitune.ops import linear_cross_entropy, lora_matmul
 from minitune.training import flat
-from minitune.training.optimizers import SGD, AdamW
+from minitune.training.optimizers import SGD, AdamW, clip_grad_norm
 from tests.oracles import make
 
 
@@ -236,3 +236,11 @@ def test_a_sparse_gradient_is_named(either):
     nn.functional.embedding(torch.tensor([3, 5]), table, sparse=True).sum().backward()
     with pytest.raises(mt.InputError, match=r"embed_tokens has a sparse gradient; use a dense one"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("max_norm", [-1.0, float("nan"), "1"])
+def test_a_norm_to_clip_to_that_is_none_is_named(max_norm):
+    optimizer = SGD([nn.Parameter(torch.ones(3))], lr=1.0)
+    for clip in (optimizer.clip, lambda norm: clip_grad_norm([nn.Parameter(torch.ones(3))], norm)):
+        with pytest.raises(mt.InputError, match=r"max_norm is .*; it must be a number of at least 0"):
+            clip(max_norm)
