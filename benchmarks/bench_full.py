@@ -3,7 +3,7 @@
 ``python -m benchmarks.bench_full`` writes benchmarks/results/<date>-full-12x768.json and prints the table. Sides, turns
 and void runs are those of bench_train. transformers runs with its weights in fp32 under autocast, which is what
 minitune does, and with everything in bf16, which takes less memory and keeps 8 bits of each weight; each of them
-compiled too.
+compiled too. minitune runs with its moments in fp32, which is what stands beside the others, and in 8 bits.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def variants(compiled: bool) -> dict[str, dict[str, Any]]:
 def rounds(folder: Path, size: str, shape: str, told: argparse.Namespace) -> dict[str, Any]:
     """All sides in turn, `told.rounds` times: each side's record, or why it did not run."""
     sides = {"ours": arguments("ours", folder, size, shape)}
+    sides["ours, moments in 8 bits"] = [*sides["ours"], "--moments", "8bit"]
     sides |= {name: arguments("peers", folder, size, shape, variant)
               for name, variant in variants(told.compiled).items()}
     records = {name: Record(name, sum(layout(shape))) for name in sides}

@@ -67,7 +67,7 @@ class Ours(Trainer):
     """minitune, as a user would call it: with adapters, or with `full` training every weight."""
 
     def __init__(self, folder: Path, ids: list[int], lengths: tuple[int, ...], quant: Quant | None,
-                 full: bool = False) -> None:
+                 full: bool = False, moments: str = "fp32") -> None:
         import torch
 
         import minitune as mt
@@ -81,7 +81,7 @@ class Ours(Trainer):
         labels[bounds[1:].long() - 1] = -100
         self.batch = mt.Batch(tokens=tokens, labels=labels, cu_seqlens=bounds)
         self.parameters = list(self.model.trainable_parameters())
-        self.optimizer = mt.AdamW(self.parameters, lr=LR)
+        self.optimizer = mt.AdamW(self.parameters, lr=LR, moments=moments)
 
     def loss(self) -> torch.Tensor:
         return self.model.loss(self.batch)
@@ -293,7 +293,7 @@ def handlers(told: argparse.Namespace, size: Size, lengths: tuple[int, ...]) -> 
         return {"steps": Products(told.folder, sum(lengths)).steps}
     trainer: Trainer
     if told.side == "ours":
-        trainer = Ours(told.folder, ids, lengths, told.quant, told.full)
+        trainer = Ours(told.folder, ids, lengths, told.quant, told.full, told.moments)
     elif told.full:
         trainer = FullPeers(told.folder, ids, lengths, told.adapters, told.attention, told.compiled)
     else:
@@ -308,6 +308,7 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), required=True)
     parser.add_argument("--layout", default="4x256")
     parser.add_argument("--full", action="store_true", help="train every weight, not adapters")
+    parser.add_argument("--moments", choices=["fp32", "8bit"], default="fp32", help="minitune's AdamW's")
     parser.add_argument("--adapters", choices=["fp32", "bf16"], default="fp32", help="what is trained lies in")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--compiled", action="store_true")

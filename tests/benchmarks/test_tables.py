@@ -151,12 +151,13 @@ def test_a_folder_without_raw_files_changes_nothing(tmp_path: Path, monkeypatch:
 
 def test_full_fine_tuning_beside_each_way_of_transformers(raw: dict[str, Any]) -> None:
     sides = {"ours": side(1000, 3 * 10**9), "fp32": side(500, 4 * 10**9), "bf16": {"failed": "no compiler"},
-             "bf16, torch.compile": side(800, 2 * 10**9, void=True)}
+             "bf16, torch.compile": side(800, 2 * 10**9, void=True), "ours, moments in 8 bits": side(900, 2 * 10**9)}
     raw |= {"kind": "full", "layouts": {"4x256": {"sides": sides, "losses": compare_losses({})}}}
     lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in tables.full_table(raw) if "| 4x256" in line]
     assert lines[0][:5] == ["minitune", "1,000 (1,000 to 1,000)", "3.00", "", ""]
     assert lines[1][:5] == ["transformers, fp32", "500 (500 to 500)", "4.00", "2.00", "0.75"]
     assert lines[2][:2] == ["transformers, bf16", "did not run"]
-    assert "void: the loss stood still" in lines[3][0] and lines[3][3] == "" and len(lines) == 4
+    assert "void: the loss stood still" in lines[3][0] and lines[3][3] == ""
+    assert lines[4][:5] == ["minitune, moments in 8 bits", "900 (900 to 900)", "2.00", "", ""] and len(lines) == 5
     raw["layouts"]["4x256"]["sides"]["ours"] = {"failed": "no memory"}
     assert [line for line in tables.full_table(raw) if "minitune " in line and "did not run" in line]
