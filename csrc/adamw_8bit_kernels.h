@@ -24,18 +24,27 @@ inline float largest(const float* x) {
   return most;
 }
 
-// The number of midpoints below each x / absmax, found down their tree in eight steps; without a sign, above 0 at least 1.
+// The number of midpoints below each x / absmax; without a sign, above 0 at least 1. Their tree has eight steps: the
+// first four are counted at once, against its 15 topmost midpoints, the others go down.
 inline void encoded(const float* x, int64_t n, const float* tree, bool sign, uint8_t* codes, float* absmax) {
   alignas(64) float scaled[kMoment];
   alignas(64) int32_t node[kMoment];
   *absmax = largest(x);
   const float inverse = 1.0f / (*absmax < 1e-38f ? 1e-38f : *absmax);
+  float top[15];
+  for (int k = 1; k < 16; ++k) {        // in ascending order: node (1 << depth) + place of each depth
+    const int below = __builtin_ctz(unsigned(k));
+    top[k - 1] = tree[(8 >> below) + (k >> (below + 1))];
+  }
 #pragma omp simd
   for (int64_t i = 0; i < kMoment; ++i) {
-    scaled[i] = x[i] * inverse;
-    node[i] = 1;
+    const float value = x[i] * inverse;
+    int32_t count = 0;
+    for (int k = 0; k < 15; ++k) count += int32_t(!(top[k] >= value));
+    scaled[i] = value;
+    node[i] = 16 + count;
   }
-  for (int step = 0; step < 8; ++step)
+  for (int step = 4; step < 8; ++step)
 #pragma omp simd
     for (int64_t i = 0; i < kMoment; ++i) node[i] = 2 * node[i] + int32_t(!(tree[node[i]] >= scaled[i]));
 #pragma omp simd

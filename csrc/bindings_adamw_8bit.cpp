@@ -36,7 +36,7 @@ void adamw_8bit(const Tensor& param, const Tensor& grad, const Tensor& mean, con
   work.step_size = float(step_size);
   work.scaled = scale.has_value();
   work.scale = work.scaled ? float(*scale) : 1.0f;
-  const rows::Path& path = rows::path_of(std::min<int>(cpu_isa(), ISA_AVX2));    // AVX-512 walks down the tree more slowly
+  const rows::Path& path = rows::path_of(std::min<int>(cpu_isa(), ISA_AVX2));    // gathers of AVX-512 are no faster
   if (n)
     torch::stable::parallel_for(0, blocks, kBlocksPerThread,
                                 [&](int64_t first, int64_t last) { path.adamw_8bit(work, first, last); });
