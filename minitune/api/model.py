@@ -48,6 +48,26 @@ def _batch(owner: str, batch: Any) -> Batch:
     return batch
 
 
+def trained_weights(network: Llama) -> str:
+    """Which base weights are trained: all, or the names of the modules, and of which layers."""
+    names = network.trained_names()
+    if len(names) == len(network.hf_weights()):
+        return "all base weights"
+    layers: dict[str, dict[int, None]] = {}     # module -> numbers of its layers
+    for name in (name for name, *_ in network.dense_weights() if name in names):
+        numbers = layers.setdefault(name.rpartition(".")[0].rpartition(".")[2], {})
+        if name.startswith("model.layers."):
+            numbers[int(name.split(".")[2])] = None
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for module, numbers in layers.items():
+        alike.setdefault(tuple(sorted(numbers)), []).append(module)
+    every = tuple(range(network.config.n_layers))
+    return "base weights " + "; ".join(
+        ", ".join(modules) + (" of all layers" if numbers == every else
+                              f" of layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}" if numbers else "")
+        for numbers, modules in alike.items())
+
+
 def _ranks(network: Llama) -> str:
     ranks = sorted({adapter.rank for adapter in network.adapters().values()})
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
@@ -99,6 +119,8 @@ class Model(Generation):
                  f"{self.device}", f"trains {n_trained:,} ({n_trained / total:.2%})" if n_trained else "all frozen"]
         if self.lora is not None:
             parts.append(f"{'DoRA' if self.lora.dora else 'LoRA'} of rank {_ranks(network)} on {_adapted(network)}")
+        elif network.trained_names():
+            parts.append(trained_weights(network))
         return f"Model({'; '.join(parts)})"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:

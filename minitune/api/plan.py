@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from minitune.api.model import Model
+from minitune.api.model import Model, trained_weights
 from minitune.config import Training
 from minitune.data.stream import Stream
 from minitune.errors import InputError
@@ -29,7 +29,7 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
     config = model.config
     kind = str(model.network.dtype).removeprefix("torch.")
     rows = [("model", f"{model.path}: {config.n_layers} layers x {config.d_model}, {kind} on {model.device}"),
-            ("trained", f"{_count(model):,} parameters, by {training.optimizer}, lr {training.lr:g}, "
+            ("trained", f"{_count(model):,} parameters{_which(model)}, by {training.optimizer}, lr {training.lr:g}, "
                         f"{training.schedule}"),
             ("data", f"{data.n_documents:,} documents, {data.n_tokens:,} tokens, {data.n_trained:,} of them trained"),
             ("an epoch", f"{data.count(1):,} rows of {data.tokens:,} tokens, "
@@ -72,6 +72,10 @@ def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, st
     if overlap:
         rows.append(("not at one time", f"{_gb(overlap)}, gradients that come as what was kept goes"))
     return [*rows, ("to come, beside free", f"{_gb(total)} of {_gb(free)}{fits}")]
+
+
+def _which(model: Model) -> str:
+    return f" ({trained_weights(model.network)})" if model.network.trained_names() else ""
 
 
 def _count(model: Model) -> int:

@@ -29,3 +29,5 @@ class Init:
             tokenizer = Path(__file__).parents[1] / "examples" / "base"
         init(self.shape, self.out, tokenizer=tokenizer, seed=self.seed)
         print(f"random weights of shape {self.shape} in {self.out}")
+        if tokenizer is None:
+            print("note: there is no tokenizer with them, which training on text needs: give --tokenizer FOLDER")

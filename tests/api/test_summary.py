@@ -39,6 +39,16 @@ def test_a_model_in_4_bits_and_one_with_trained_weights_count_the_same_base(tiny
     assert model.quant is None and f"trains {base:,} (100.00%)" in repr(model)
 
 
+@pytest.mark.parametrize(("train", "told"), [
+    ("full", "all base weights"), ("head", "base weights embed_tokens"),
+    ("*.2.*.q_proj.weight", "base weights q_proj of layer 2"),
+    ("norms", "base weights norm; input_layernorm, post_attention_layernorm of all layers"),
+    (["last:2", "*.q_proj.weight"], "base weights input_layernorm, post_attention_layernorm, k_proj, v_proj, o_proj, "
+                                    "gate_proj, up_proj, down_proj of layers 2, 3; q_proj of all layers")], ids=str)
+def test_a_model_tells_which_base_weights_are_trained(tiny, train, told):
+    assert repr(mt.load(tiny, device="cpu", train=train)).endswith(f"%); {told})")
+
+
 def test_share_counts_rows_of_added_tokens(tiny):
     model = mt.load(tiny, device="cpu", lora=mt.LoRA(rank=2), add_tokens=["<tool>"])
     n = sum(p.numel() for p in model.trainable_parameters())
