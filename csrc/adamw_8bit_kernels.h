@@ -1,8 +1,6 @@
 // adamw_8bit_kernels.h: AdamW with moments in 8 bits (minitune/ops/moments8.py), block by block, for whatever instruction
 // set the including file has set; see rows_kernels.h. Each operation is rounded by itself, as in the reference in Python.
 
-constexpr int64_t kMoment = 256;       // values of a block, and levels of a code
-
 // x[i] becomes level · absmax.
 inline void decoded(const uint8_t* codes, int64_t n, float absmax, const float* levels, float* x) {
   for (int64_t i = 0; i < kMoment; ++i) x[i] = 0.0f;

@@ -5,7 +5,8 @@
 #include <algorithm>
 
 namespace {
-constexpr int64_t kMoment = 256, kBlocksPerThread = 64;
+using rows::kMoment;
+constexpr int64_t kBlocksPerThread = 64;     // about what one thread does in the time that waking another takes
 
 // The memory of a flat tensor that is written to.
 template <typename T>

@@ -9,6 +9,8 @@
 
 namespace rows {
 
+constexpr int64_t kMoment = 256;       // values of a block of 8-bit moments, and levels of a code
+
 enum Dtype : int32_t { F32 = 0, BF16 = 1 };
 
 // [tokens, inner, width]: the rows of a token lie side by side, tokens are `pitch` values apart.

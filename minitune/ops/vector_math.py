@@ -2,7 +2,7 @@
 
 torch hands cos, sin, sqrt, log and exp of float tensors on a CPU to MKL, a part on each thread. MKL 2024.2, which torch
 2.11 to 2.13 bring, settles at the first call which kernels serve this CPU; a thread that comes in the middle of it gets
-inaccurate ones for its part, silently and rarely (https://github.com/pytorch/pytorch/issues/188792: cos wrong by 1e-4).
+inaccurate ones for its part, silently and rarely (https://github.com/pytorch/pytorch/issues/188792).
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def test_importing_an_op_settles_them_on_one_element():
 @pytest.mark.slow
 @pytest.mark.skipif("2024.2" not in torch.__config__.show(), reason="another MKL")
 def test_no_thread_of_a_fresh_process_gets_inaccurate_kernels():
-    """Without it a few of these processes do: five of 5,700, once."""
+    """Without `settle` a few of these processes do."""
     storms = [subprocess.Popen([sys.executable, "-c", STORM, "1000"], stdout=subprocess.PIPE, text=True)
               for _ in range(6)]
     assert [storm.communicate()[0] for storm in storms] == ["0\n"] * 6
