@@ -6,7 +6,7 @@ import ctypes
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,7 +40,13 @@ class LazyTensor(NamedTuple):
         return made.detach()
 
 
-def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor | LazyTensor]) -> None:
+class Writable(Protocol):
+    """A binary file, as far as it is written to."""
+
+    def write(self, data: Any, /) -> int: ...
+
+
+def write_safetensors(file: Writable, tensors: Mapping[str, Tensor | LazyTensor]) -> None:
     """Write ``tensors`` with the metadata {"format": "pt"}; takes at most 16 MiB beside them (and a lazy one).
 
     Wide dtypes come first, so that every tensor is aligned to its element. Raises InputError for a dtype that the
@@ -63,7 +69,7 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor | LazyTensor]
         _write_tensor(file, tensors[name].detach())
 
 
-def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+def _write_tensor(file: Writable, tensor: Tensor) -> None:
     rows = tensor.view(-1) if tensor.is_contiguous() else tensor
     most = CHUNK // tensor.element_size() // max(1, rows[:1].numel())
     for piece in rows.split(max(1, most)):

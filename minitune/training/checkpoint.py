@@ -1,8 +1,8 @@
 """Checkpoints: all that an interrupted run needs to go on bit for bit, in a folder that holds a whole one at any time.
 
-checkpoint.json has the steps and micro-batches that are done, what the run is made of (`about`), and the evaluations;
-step-N.safetensors, with N from there, the trained weights as the optimizer moves them (fp32), its state, the states of
-torch's generators, and the records of the steps. The JSON is replaced when the tensors it stands for are written and
+checkpoint.json has the steps and micro-batches that are done, what the run is made of (`about`), the evaluations, and
+the CRC-32 of step-N.safetensors. That has the trained weights as the optimizer moves them (fp32), its state, the states
+of torch's generators, and the records of the steps. The JSON is replaced when the tensors it stands for are written and
 synced, and only then older tensors go: a process that is killed in between leaves the older checkpoint, or this one.
 """
 
@@ -12,17 +12,18 @@ import contextlib
 import dataclasses
 import math
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from minitune.checkpoint.fields import integer
 from minitune.checkpoint.files import json_bytes, open_regular, parse_json, show, staged
-from minitune.checkpoint.reader import SPOILT, Checkpoint
+from minitune.checkpoint.reader import CHUNK, SPOILT, Checkpoint
 from minitune.checkpoint.safetensors_header import AGAIN
 from minitune.checkpoint.writer import write_safetensors
 from minitune.errors import InputError
@@ -30,7 +31,7 @@ from minitune.training.optimizers import FlatOptimizer
 from minitune.training.run import EvaluationRecord, Run, SampleAnswer, StepRecord
 
 FOLDER, JSON = "checkpoint", "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 RECORDS = "run/records"
 """A row a step, the fields of StepRecord as fp64 (which holds each of its integers), seen as bytes."""
 _ANEW = "the checkpoint is damaged, and the run cannot be resumed; begin anew in another folder"
@@ -79,8 +80,9 @@ class Checkpoints:
         name = _tensors_of(position.step)
         with staged(self.folder) as staging:
             with staging.open(name) as file:        # takes its name before the JSON that stands for it
-                write_safetensors(file, _tensors(position, model, optimizer, run))
-            staging.write(JSON, json_bytes(content))
+                summed = _Summed(file)
+                write_safetensors(summed, _tensors(position, model, optimizer, run))
+            staging.write(JSON, json_bytes({**content, "crc32": summed.crc32}))
         self.step = position.step
         with contextlib.suppress(OSError):      # older ones, and what a killed process left half written
             for path in self.folder.iterdir():
@@ -101,6 +103,7 @@ class Saved:
     folder: Path
     step: int
     micro_batches: int
+    crc32: int
     about: Mapping[str, Any]
     evaluations: list[EvaluationRecord]
 
@@ -132,6 +135,9 @@ class Saved:
             torch.Generator().set_state(states["cpu"])
         except RuntimeError:
             raise InputError(f"{self.tensors}: generators/cpu is no state of torch's generator; {_ANEW}") from None
+        if _crc32_of(self.tensors) != self.crc32:       # last: what is wrong in one tensor is said of that tensor
+            raise InputError(f"{self.tensors}: its CRC-32 is not the one that {JSON} has, so some of its bytes are not "
+                             f"those that were written; {_ANEW}")
         return Position(self.step, self.micro_batches, states)
 
     def _records(self, rows: Tensor) -> list[StepRecord]:
@@ -156,10 +162,11 @@ def read(folder: Path) -> Saved:
                          f"this version of minitune goes on from format {FORMAT} alone")
     step = integer(str(path), "step", found.get("step"))
     micro_batches = integer(str(path), "micro_batches", found.get("micro_batches"), low=step)
+    crc32 = integer(str(path), "crc32", found.get("crc32"), 0, 2**32 - 1)
     about, evaluations = found.get("run"), found.get("evaluations")
     if not isinstance(about, dict) or not isinstance(evaluations, list):
         raise InputError(f"{path}: run or evaluations is missing; {_ANEW}")
-    saved = Saved(folder, step, micro_batches, about, [_evaluation(path, each) for each in evaluations])
+    saved = Saved(folder, step, micro_batches, crc32, about, [_evaluation(path, each) for each in evaluations])
     if not saved.tensors.is_file():
         raise InputError(f"{saved.tensors}: there is no such file, which {JSON} stands for; {_ANEW}")
     return saved
@@ -169,6 +176,25 @@ def remove(folder: Path) -> None:
     """Remove the checkpoint of a run that is finished; the JSON goes first, since without it there is none."""
     (folder / JSON).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Summed:
+    """A file to write to that sums up what it is given."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.crc32 = file, 0
+
+    def write(self, data: Any) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return self.file.write(data)
+
+
+def _crc32_of(path: Path) -> int:
+    value = 0
+    with open_regular(path) as file:
+        while data := file.read(CHUNK):
+            value = zlib.crc32(data, value)
+    return value
 
 
 def _tensors_of(step: int) -> str:
