@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
+from minitune.arguments import short
 from minitune.commands import COMMANDS
-from minitune.config import short
 from minitune.errors import InputError
 from minitune.names import nearest
 

@@ -2,117 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import reprlib
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
+from minitune.arguments import (
+    check_at_least_zero,
+    check_from_one,
+    check_positive,
+    check_seed,
+    check_share_or_number,
+    check_types,
+    check_whole,
+    names_checked,
+    short,
+)
 from minitune.errors import InputError
-from minitune.names import unknown_names
 
 MemoryPolicy = Literal["auto", "keep", "pointwise", "full", "offload"]
 Quant = Literal["nf4", "nf4-dq"]
 ScheduleName = Literal["constant", "linear", "cosine", "wsd", "slanted-triangular"]
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a layer, by their Hugging Face names: what ``targets="all-linear"`` means."""
-MAX_WHOLE = 2**31 - 1
-"""The largest whole number that a setting takes, seeds apart: lengths and offsets of a batch are int32."""
-
-T = TypeVar("T")
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-
-
-def short(value: object) -> str:
-    """`value` as one short line for a message, however large it is."""
-    return " ".join(_SHORT.repr(value).split())
-
-
-def check_names(owner: str, names: Iterable[str], settings: type[Any], more: str = "") -> None:
-    """InputError for names that are no fields of the dataclass `settings`; `more` ends it."""
-    known = [each.name for each in fields(settings)]
-    unknown = set(names).difference(known)
-    if unknown:
-        raise InputError(f"{owner}: no setting is named {unknown_names(unknown, known)}; there are "
-                         f"{', '.join(known)}{more}")
-
-
-def _names_checked(owner: str) -> Callable[[type[T]], type[T]]:
-    """Of a dataclass: `check_names` for its keyword arguments, where Python would raise a TypeError."""
-
-    def checked(settings: type[T]) -> type[T]:
-        made: Any = settings
-        plain = made.__init__
-
-        @functools.wraps(plain)
-        def init(self: T, *values: Any, **named: Any) -> None:
-            check_names(owner, named, settings)
-            plain(self, *values, **named)
-
-        made.__init__ = init
-        return settings
-
-    return checked
-
-
-def check_whole(owner: str, name: str, value: object, low: int = 1) -> None:
-    """InputError unless `value` is a whole number from `low` to MAX_WHOLE. True is none."""
-    if type(value) is not int or not low <= value <= MAX_WHOLE:
-        raise InputError(f"{owner}: {name} is {short(value)}; it must be a whole number from {low} to {MAX_WHOLE}")
-
-
-def check_seed(owner: str, seed: object) -> None:
-    """InputError unless `seed` is one that torch's generators take."""
-    if type(seed) is not int or not -2**63 <= seed < 2**64:
-        raise InputError(f"{owner}: seed is {short(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
-
-
-def _check_types(owner: str, settings: Any) -> None:
-    """InputError for a field whose value is not of its declared type: a Literal's values, int, float, bool, str, texts;
-    and for a whole number that is too large."""
-    for name, declared in get_type_hints(type(settings)).items():
-        value = getattr(settings, name)
-        choices = get_args(declared) if get_origin(declared) is Literal else ()
-        if choices and value not in choices:
-            raise InputError(f"{owner}: {name} is {short(value)}; it must be one of {', '.join(map(str, choices))}")
-        kinds = [kind for kind in (get_args(declared) or (declared,)) if kind in (int, float, bool, str)]
-        optional = type(None) in get_args(declared) and value is None
-        if kinds and not choices and not optional and get_origin(declared) in (None, UnionType):
-            fits = type(value) in kinds or (float in kinds and type(value) is int)
-            if tuple[str, ...] in get_args(declared) and isinstance(value, tuple | list):
-                fits = all(isinstance(each, str) for each in value)
-            if not fits:
-                raise InputError(f"{owner}: {name} is {short(value)}; it must be {' or '.join(map(_name, kinds))}")
-            if type(value) is int and float not in kinds and name != "seed" and abs(value) > MAX_WHOLE:
-                raise InputError(f"{owner}: {name} is {short(value)}; it must be at most {MAX_WHOLE}")
-
-
-def _name(kind: type) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text, or a list of texts"}[kind]
-
-
-def _positive(owner: str, **values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not 0 < value <= sys.float_info.max:
-            raise InputError(f"{owner}: {name} is {short(value)}; it must be a positive, finite number")
-
-
-def _from_one(owner: str, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise InputError(f"{owner}: {name} is {short(value)}; it must be a whole number of at least 1")
-
-
-def _at_least_zero(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value <= sys.float_info.max:
-            raise InputError(f"{owner}: {name} is {short(value)}; it must be a finite number of at least 0")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Rope:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its extensions to longer contexts.
@@ -135,8 +47,8 @@ class Rope:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        _check_types("rope", self)
-        _positive("rope", theta=self.theta, factor=self.factor, original_max_positions=self.original_max_positions)
+        check_types("rope", self)
+        check_positive("rope", theta=self.theta, factor=self.factor, original_max_positions=self.original_max_positions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +80,9 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_types("model", self)
+        check_types("model", self)
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_positions")
-        _positive("model", norm_eps=self.norm_eps, **{name: getattr(self, name) for name in sizes})
+        check_positive("model", norm_eps=self.norm_eps, **{name: getattr(self, name) for name in sizes})
         if self.n_heads % self.n_kv_heads:
             raise InputError(f"model: n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
@@ -181,13 +93,13 @@ class ModelConfig:
             raise InputError(f"model: windows has {len(self.windows)} entries for {self.n_layers} layers")
 
 
-@_names_checked("LoRA")
+@names_checked("LoRA")
 @dataclass(frozen=True)
 class LoRA:
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W·x becomes W·x + s·B·(A·x), A [rank, in], B [out, rank].
 
-    s = alpha / rank, or alpha / sqrt(rank) with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732). ``targets`` is
-    "all-linear" (all but lm_head), or names of linears ("q_proj", "lm_head"), or patterns on full names
+    s = alpha / rank, or alpha / sqrt(rank) with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732). ``targets`` are
+    "all-linear" (all but lm_head), names of linears ("q_proj", "lm_head"), or patterns on full names
     ("model.layers.[01].*"); the keys of ``rank_pattern`` and ``alpha_pattern`` are such names or patterns too.
     """
 
@@ -198,7 +110,7 @@ class LoRA:
     dropout: float = 0.0
     """Share of the adapter's inputs that is zeroed in training."""
     targets: str | tuple[str, ...] = "all-linear"
-    """"all-linear" (a layer's seven), or names or patterns of linears, such as q_proj or lm_head."""
+    """"all-linear" (a layer's seven), names or patterns of linears, such as q_proj, or several of these."""
     rslora: bool = False
     """s = alpha / sqrt(rank) instead."""
     dora: bool = False
@@ -211,17 +123,22 @@ class LoRA:
     """Other alphas, by name or pattern."""
 
     def __post_init__(self) -> None:
-        _check_types("LoRA", self)
+        check_types("LoRA", self)
         for name in ("rank_pattern", "alpha_pattern"):
             self._check_pattern(name, getattr(self, name))
         check_whole("LoRA", "rank", self.rank)
-        _positive("LoRA", alpha=self.alpha, lr_ratio=self.lr_ratio)
+        check_positive("LoRA", alpha=self.alpha, lr_ratio=self.lr_ratio)
         if not 0 <= self.dropout < 1:
             raise InputError(f"LoRA: dropout is {self.dropout!r}; it must be at least 0 and below 1")
         if not self.targets:
             raise InputError('LoRA: targets is empty; name linears such as ("q_proj", "v_proj") or say "all-linear"')
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
+
+    def target_names(self) -> tuple[str, ...]:
+        """``targets`` one by one, the seven linears that "all-linear" stands for among them."""
+        said = (self.targets,) if isinstance(self.targets, str) else self.targets
+        return tuple(name for each in said for name in (LINEAR_NAMES if each == "all-linear" else (each,)))
 
     def _check_pattern(self, name: str, pattern: object) -> None:
         if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
@@ -232,10 +149,10 @@ class LoRA:
                 check_whole("LoRA", where, value)
             elif type(value) not in (int, float):
                 raise InputError(f"LoRA: {where} is {short(value)}; it must be a number")
-            _positive("LoRA", **{where: value})
+            check_positive("LoRA", **{where: value})
 
 
-@_names_checked("training")
+@names_checked("training")
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """One training run: how long, how fast, in what batches."""
@@ -281,15 +198,17 @@ class Training:
     """Keep a checkpoint to resume from every so many steps; by default only where the run is interrupted."""
 
     def __post_init__(self) -> None:
-        _check_types("training", self)
+        check_types("training", self)
         check_seed("training", self.seed)
-        _from_one("training", tokens=self.tokens, micro_batches=self.micro_batches, epochs=self.epochs,
+        check_from_one("training", tokens=self.tokens, micro_batches=self.micro_batches, epochs=self.epochs,
                   max_steps=self.max_steps, log_every=self.log_every, evaluate_every=self.evaluate_every,
                   save_every=self.save_every)
-        _positive("training", lr=self.lr, decay=self.decay)
-        _at_least_zero("training", warmup=self.warmup or 0.0, min_lr_ratio=self.min_lr_ratio or 0.0,
+        check_positive("training", lr=self.lr, decay=self.decay)
+        check_at_least_zero("training", warmup=self.warmup or 0.0, min_lr_ratio=self.min_lr_ratio or 0.0,
                        weight_decay=self.weight_decay, momentum=self.momentum, clip=self.clip,
                        label_smoothing=self.label_smoothing)
+        for name, value in (("warmup", self.warmup), ("decay", self.decay)):
+            check_share_or_number("training", name, value or 0.0, "steps")
         self._check_rates()
         if self.moments == "8bit" and self.optimizer == "sgd":
             raise InputError('training: moments is "8bit", which only adamw has; leave it out with optimizer="sgd"')
@@ -322,7 +241,7 @@ MAX_SHARE = 1000
 """The most times that a file may be seen in one epoch."""
 
 
-@_names_checked("data")
+@names_checked("data")
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """How the data is read: names of fields, long samples, files mixed in, what is held out for validation."""
@@ -349,11 +268,9 @@ class Data:
             object.__setattr__(self, name, tuple(value))
         if isinstance(self.valid, os.PathLike):
             object.__setattr__(self, "valid", os.fspath(self.valid))
-        _check_types("data", self)
-        _at_least_zero("data", valid_split=self.valid_split)
-        if self.valid_split >= 1 and self.valid_split != int(self.valid_split):
-            raise InputError(f"data: valid_split is {self.valid_split!r}; below 1 it is a share of the samples, else a "
-                             "whole number of them")
+        check_types("data", self)
+        check_at_least_zero("data", valid_split=self.valid_split)
+        check_share_or_number("data", "valid_split", self.valid_split, "samples")
         if self.valid is not None and self.valid_split:
             raise InputError("data: both valid and valid_split are given; name a file, or hold samples out, not both")
         self.fields()

@@ -9,7 +9,7 @@ import platform
 import torch
 
 from minitune.api.loading import config_of
-from minitune.config import check_whole
+from minitune.arguments import check_whole
 from minitune.devices import choose_device, choose_dtype
 from minitune.model.memory import free_bytes
 from minitune.ops import checks, tuned

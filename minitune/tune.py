@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from minitune.api.loading import config_of
-from minitune.config import LoRA, check_whole
+from minitune.arguments import check_whole
+from minitune.config import LoRA
 from minitune.devices import choose_device, choose_dtype
 from minitune.errors import InputError
 from minitune.model.llama import Llama

@@ -11,7 +11,7 @@ from minitune.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minitune"
-LEVELS = [{"errors", "names"}, {"arguments", "config", "devices"}, {"kernels"}, {"ops"}, {"model"},
+LEVELS = [{"errors", "names"}, {"arguments"}, {"config", "devices"}, {"kernels"}, {"ops"}, {"model"},
           {"checkpoint", "data"}, {"training", "objectives"}, {"report"}, {"api"}, {"demo", "doctor", "tune"},
           {"commands"}, {"cli"}]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -25,6 +25,8 @@ WRONG = {
     "large rank": (lambda: mt.LoRA(rank=2**31), "rank is 2147483648; it must be at most 2147483647"),
     "large alpha": (lambda: mt.LoRA(alpha=LARGE), "positive, finite"),
     "large warmup": (lambda: mt.Training(warmup=LARGE), "finite number"),
+    "warmup between": (lambda: mt.Training(warmup=1.5), "warmup is 1.5; below 1 it is a share of the steps"),
+    "decay between": (lambda: mt.Training(schedule="wsd", decay=2.5), "decay is 2.5; below 1 it is a share"),
     "tokens": (lambda: mt.Training(tokens=3_000_000_000), "tokens is 3000000000; it must be at most 2147483647"),
     "tokens as text": (lambda: mt.Training(tokens="8"), "tokens is '8'; it must be a whole number"),
     "seed": (lambda: mt.Training(seed=99999999999999999999), r"seed is 99999999999999999999; .* to 2\*\*64 - 1"),

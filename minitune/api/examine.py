@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minitune.api.model import Model
-from minitune.config import short
+from minitune.arguments import short
 from minitune.data.batch import Batch
 from minitune.data.chat import check_messages
 from minitune.data.formats import Prompt, prompts_of

@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from minitune.arguments import answers_names
-from minitune.config import ModelConfig, short
+from minitune.arguments import answers_names, short
+from minitune.config import ModelConfig
 from minitune.data.ending import Ending, FinishReason, Turn, Writer, turn_of
 from minitune.data.ids import as_prompts
 from minitune.data.tokenizer import Tokenizer

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from minitune.api.model import ABOUT, Model, as_path
-from minitune.arguments import answers_names
+from minitune.arguments import answers_names, check_seed, short
 from minitune.checkpoint.adapter import match_adapter, match_rows, take_copies
 from minitune.checkpoint.adapter_reader import base_copies, read_adapter, read_token_rows
 from minitune.checkpoint.files import read_json_object
 from minitune.checkpoint.hf_config import is_prequantized, read_config
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import Quantized, load_weights
-from minitune.config import LoRA, MemoryPolicy, ModelConfig, Quant, check_seed, short
+from minitune.config import LoRA, MemoryPolicy, ModelConfig, Quant
 from minitune.data.tokenizer import Tokenizer, load_tokenizer
 from minitune.devices import DTYPES, choose_device, choose_dtype
 from minitune.errors import InputError

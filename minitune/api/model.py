@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from minitune.api.generation import Generation
+from minitune.arguments import short
 from minitune.checkpoint.adapter import write_adapter
 from minitune.checkpoint.files import json_bytes, staged
 from minitune.checkpoint.hf_config import write_config
 from minitune.checkpoint.merge import Onto, base_tensors, merged_config, merged_tensors
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import save_weights
-from minitune.config import LINEAR_NAMES, LoRA, Quant, short
+from minitune.config import LINEAR_NAMES, LoRA, Quant
 from minitune.data.batch import IGNORED, Batch
 from minitune.data.ids import flat_integers
 from minitune.data.tokenizer import Tokenizer, save_tokenizer

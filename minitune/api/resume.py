@@ -14,8 +14,9 @@ from torch import Tensor
 
 from minitune.api.examine import as_asked
 from minitune.api.model import Model
+from minitune.arguments import short
 from minitune.checkpoint.files import read_json_object
-from minitune.config import Training, short
+from minitune.config import Training
 from minitune.data.batch import Batch
 from minitune.data.corpus import raw
 from minitune.data.formats import Prompt
@@ -116,6 +117,10 @@ def _said(name: str, now: Any, before: Any) -> str:
     of, last = _part(name), name.rpartition(".")[2]
     if of == "base" or (of in ("data", "valid") and last in ("data", "valid", "sha256", "samples", "batches")):
         return f"the {'validation data' if of == 'valid' else of} is not what it was"
+    if of == "trained_weights":
+        differ = sorted(set(now or ()) ^ set(before or ()))
+        return (f"other weights are trained than then: {short(differ[0])[1:-1]} is{'' if differ[0] in now else ' not'}"
+                + (f", and {len(differ) - 1} more differ" if differ[1:] else ""))
     is_now, was = ("not given" if value is None else short(value) for value in (now, before))
     return f"{name.removeprefix('training.').replace('data.', 'data: ')} is {is_now} and was {was}"
 

@@ -22,7 +22,8 @@ from minitune.api.examine import (
 )
 from minitune.api.model import Model, as_path
 from minitune.api.resume import about, check_out, check_position, saved_in
-from minitune.config import Training, check_names, check_whole, short
+from minitune.arguments import check_names, check_whole, short
+from minitune.config import Training
 from minitune.data.account import overlap
 from minitune.data.batch import Batch
 from minitune.data.samples import are_samples, how_to_give

@@ -133,9 +133,7 @@ def _target_modules(paths: list[str], lora: LoRA, linears: Collection[str] | Non
     if linears is not None:
         exact = {path for path in linears if short_name(path) in names} == set(paths)
     else:
-        said = names if lora.targets == "all-linear" else list(lora.targets)
-        exact = not isinstance(lora.targets, str) or lora.targets == "all-linear"
-        exact = exact and sorted(said) == names and same_in_every_layer(paths)
+        exact = sorted(set(lora.target_names())) == names and same_in_every_layer(paths)
     return names if exact else sorted(paths)
 
 

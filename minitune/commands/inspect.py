@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from minitune.config import Data, check_seed, check_whole
+from minitune.arguments import check_seed, check_whole
+from minitune.config import Data
 
 
 @dataclass(frozen=True)

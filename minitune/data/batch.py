@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from minitune.config import short
+from minitune.arguments import short
 from minitune.errors import InputError
 from minitune.ops.documents import Documents
 

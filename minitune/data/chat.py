@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
-from minitune.config import short
+from minitune.arguments import short
 from minitune.data.document import Segment, encode_samples
 from minitune.data.mask import trained_spans
 from minitune.data.template import REASONING, ChatTemplate, Conversation

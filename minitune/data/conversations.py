@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from minitune.config import short
+from minitune.arguments import short
 from minitune.data.jsonl import decode_value
 from minitune.data.template import REASONING
 from minitune.errors import InputError

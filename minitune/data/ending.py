@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from minitune.config import short
+from minitune.arguments import short
 from minitune.data.tokenizer import UNKNOWN_ID, Tokenizer
 from minitune.errors import InputError
 

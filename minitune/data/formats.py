@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minitune.config import short
+from minitune.arguments import short
 from minitune.data.conversations import check_trained, text_of, to_messages, to_tools, untrained
 from minitune.data.document import Segment
 from minitune.data.fields import COMMON, FORMATS, MEANINGFUL, Format, check_field_map, recognise

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitune.config import MAX_WHOLE, short
+from minitune.arguments import MAX_WHOLE, short
 from minitune.errors import InputError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitune.config import check_whole, short
+from minitune.arguments import check_whole, short
 from minitune.data.batch import IGNORED, Batch
 from minitune.data.document import Document
 from minitune.errors import InputError

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from minitune.config import short
+from minitune.arguments import short
 from minitune.data.jsonl import decode_value
 from minitune.errors import InputError
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from minitune.arguments import answers_names
-from minitune.config import Long, check_seed, check_share, check_whole, short
+from minitune.arguments import answers_names, check_seed, check_whole, short
+from minitune.config import Long, check_share
 from minitune.data.account import Part, notes_of, source_of
 from minitune.data.batch import Batch
 from minitune.data.corpus import raw

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from minitune.config import short
+from minitune.arguments import short
 from minitune.data.jsonl import decode_value
 from minitune.data.template_process import PROCESS
 from minitune.errors import InputError

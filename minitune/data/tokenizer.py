@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from minitune.config import short
+from minitune.arguments import short
 from minitune.data import chat
 from minitune.data.mask import Spans
 from minitune.data.spans import encode_rendered

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitune.config import short
+from minitune.arguments import short
 from minitune.errors import InputError
 
 ROLES = ("bos", "eos", "pad", "unk")

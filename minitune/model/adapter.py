@@ -75,12 +75,8 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def targeted(lora: LoRA, path: str) -> bool:
-    """Whether `lora.targets` names the linear at this Hugging Face path. "all-linear" leaves the head out, as in
-    PEFT."""
-    if lora.targets == "all-linear":
-        return path != HEAD
-    names = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
-    return any(matches(name, path) for name in names)
+    """Whether `lora.targets` names the linear at this Hugging Face path."""
+    return any(matches(name, path) for name in lora.target_names())
 
 
 def make_adapter(path: str, in_features: int, out_features: int, lora: LoRA, seed: int,
@@ -96,13 +92,15 @@ def make_adapter(path: str, in_features: int, out_features: int, lora: LoRA, see
 
 
 def check_targets(lora: LoRA, paths: list[str]) -> None:
-    """Every target and every pattern must name something, else it is a typo: InputError."""
-    targets = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
-    named = {"targets": () if lora.targets == "all-linear" else targets, "rank_pattern": lora.rank_pattern,
-             "alpha_pattern": lora.alpha_pattern}
+    """Every target must name a linear, every pattern one that has an adapter, else it is a typo: InputError."""
+    named = {"targets": lora.target_names(), "rank_pattern": lora.rank_pattern, "alpha_pattern": lora.alpha_pattern}
     for kind, names in named.items():
         for name in names:
-            if any(matches(name, path) for path in paths):
+            found = [path for path in paths if matches(name, path)]
+            if found and kind != "targets" and not any(targeted(lora, path) for path in found):
+                raise InputError(f"LoRA: {kind} has {name!r}, but targets gives no adapter to what it names, such as "
+                                 f"{found[0]!r}; add it to targets, or leave it out here")
+            if found:
                 continue
             meant = nearest(name, [*LINEAR_NAMES, HEAD])
             hint = f"; did you mean {meant}? Its" if meant else "; its"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitune.config import check_seed, check_whole, short
+from minitune.arguments import check_seed, check_whole, short
 from minitune.errors import InputError
 from minitune.model import half
 from minitune.model.attention_half import AttentionHalf

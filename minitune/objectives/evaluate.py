@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitune.config import short
+from minitune.arguments import short
 from minitune.data.batch import Batch
 from minitune.data.stream import Stream
 from minitune.errors import InputError

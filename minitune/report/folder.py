@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from minitune.arguments import short
 from minitune.checkpoint.files import json_bytes, read_json_object, staged
-from minitune.config import short
 from minitune.errors import InputError
 from minitune.report.environment import environment
 from minitune.report.metrics import AnswersFile, MetricsFile

@@ -10,7 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from minitune.config import Training, short
+from minitune.arguments import short
+from minitune.config import Training
 from minitune.data.batch import Batch
 from minitune.errors import InputError
 from minitune.training.checkpoint import Checkpoints, Position, Saved

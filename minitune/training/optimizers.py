@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitune.config import short
+from minitune.arguments import short
 from minitune.errors import InputError
 from minitune.ops.adamw import adamw_, adamw_8bit_
 from minitune.ops.moments8 import BLOCK

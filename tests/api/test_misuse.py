@@ -14,6 +14,8 @@ MISUSE = {
     "dtype": (lambda f: mt.load(f, dtype="int8"), "dtype"),
     "target": (lambda f: mt.load(f, lora=mt.LoRA(targets=("qproj",))), "qproj"),
     "pattern": (lambda f: mt.load(f, lora=mt.LoRA(rank_pattern={"o_prj": 2})), "o_prj"),
+    "pattern beside targets": (lambda f: mt.load(f, lora=mt.LoRA(targets="q_proj", alpha_pattern={"k_proj": 2})),
+                               "alpha_pattern has 'k_proj', but targets gives no adapter to what it names, such as"),
     "path": (lambda f: mt.load(None), "path is None"),
     "batch": (lambda f: mt.load(f).loss("text"), "loss: batch is 'text'; give an mt.Batch"),
     "batch of ids": (lambda f: mt.load(f).loss_sum([1, 2]), r"loss_sum: batch is \[1, 2\]; give an mt.Batch"),

@@ -28,6 +28,8 @@ def test_a_model_tells_its_shape_and_what_is_trained(tiny):
     assert repr(mt.load(tiny, device="cpu", lora=mixed)).endswith(
         "DoRA of rank 2 to 4 on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj in 1 of 4 layers)")
     assert repr(mt.load(tiny, device="cpu", lora=mt.LoRA(targets="lm_head"))).endswith("on lm_head)")
+    everything = mt.LoRA(targets=("all-linear", "lm_head"))
+    assert repr(mt.load(tiny, device="cpu", lora=everything)).endswith("up_proj, down_proj, lm_head)")
 
 
 def test_a_model_in_4_bits_and_one_with_trained_weights_count_the_same_base(tiny):

@@ -15,9 +15,9 @@ from typing import Any, TypeVar, get_origin
 
 from tyro import MISSING
 
+from minitune.arguments import short
 from minitune.commands.flags.declared import Misfit, choices, convert, describe, options, settings
 from minitune.commands.flags.suggestions import done_here, instead, instead_of_value
-from minitune.config import short
 from minitune.errors import InputError
 from minitune.names import nearest
 

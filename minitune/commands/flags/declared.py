@@ -83,8 +83,8 @@ def _convert(value: Any, hint: Any) -> Any:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal and any(value == choice and type(value) is type(choice) for choice in inner):
         return value
-    if origin in (tuple, list) and isinstance(value, list):
-        return origin(convert(each, inner[0]) for each in value)
+    if origin in (tuple, list) and not isinstance(value, dict):     # a value alone is a list of one, as behind a flag
+        return origin(convert(each, inner[0]) for each in (value if isinstance(value, list) else [value]))
     if origin in (dict, Mapping) and isinstance(value, dict):
         return {key: convert(each, inner[1]) for key, each in value.items()}
     if hint is Path and isinstance(value, str):

@@ -17,13 +17,14 @@ from typing import Annotated, Any, get_args, get_origin
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes
 
+from minitune.arguments import short
 from minitune.commands import COMMANDS
 from minitune.commands.flags.config_file import LARGEST, read_defaults
 from minitune.commands.flags.declared import choices, describe, options, positionals, settings
 from minitune.commands.flags.help import own, shown, word
 from minitune.commands.flags.settings_file import SETTINGS
 from minitune.commands.flags.suggestions import instead, instead_of_value
-from minitune.config import LINEAR_NAMES, short
+from minitune.config import LINEAR_NAMES
 from minitune.errors import InputError
 from minitune.names import nearest
 

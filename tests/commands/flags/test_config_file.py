@@ -48,6 +48,12 @@ def test_a_file_gives_every_kind_of_setting_flat_or_in_tables(tmp_path):
                             training=Training(max_steps=12, lr=1e-3, warmup=10))
 
 
+def test_one_text_is_a_list_of_one_as_behind_a_flag(tmp_path):
+    file = _file(tmp_path, 'base = "b"\ndata = "d"\ntrain = "last:1"\nask = "Who?"\ntargets = "q_proj"')
+    command = parse("train", ["--config", file])
+    assert (command.train, command.ask, command.lora.targets) == (("last:1",), ("Who?",), "q_proj")
+
+
 def test_flags_win_over_the_file_and_none_unsets(tmp_path):
     file = _file(tmp_path, WHOLE)
     command = parse("train", ["other", f"--config={file}", "--rank", "2", "--dtype", "None", "--max_steps", "3",
