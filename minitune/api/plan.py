@@ -10,7 +10,7 @@ from minitune.api.model import Model, trained_weights
 from minitune.config import Training
 from minitune.data.stream import Stream
 from minitune.errors import InputError
-from minitune.model.memory import at_work_bytes, free_bytes, kept_bytes
+from minitune.model.memory import free_bytes, step_bytes
 from minitune.training.flat import is_whole
 
 
@@ -54,11 +54,11 @@ def n_steps(data: Stream, training: Training) -> int:
 
 def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, str]]:
     network = model.network
-    policy, size, trained = network.policy_of(tokens), network.dtype.itemsize, network.trained_values()
+    policy = network.policy_of(tokens)
     moments = {"adamw": 2 if training.moments == "8bit" else 8, "sgd": 4 if training.momentum else 0}
     state = _count(model) * (4 + moments[training.optimizer])
-    kept = kept_bytes(model.config, tokens, policy, size) + trained.kept_bytes(policy, size)
-    work = at_work_bytes(model.config, tokens, network.dtype, model.device) + trained.at_work_bytes(size)
+    kept, work = step_bytes(model.config, tokens, policy, network.dtype, model.device, network.needs_composed,
+                            network.trained_values())
     # Large gradients begin with the first backward, which takes what was kept away as it makes them.
     large = 4 * sum(p.numel() for p in model.trainable_parameters() if is_whole(p))
     overlap = min(large, kept) if training.micro_batches == 1 else 0

@@ -74,6 +74,14 @@ COMPOSED = 3
 """A half under plain autograd keeps about so many times what the hand-written one does."""
 
 
+def step_bytes(config: ModelConfig, tokens: int, policy: MemoryPolicy, dtype: torch.dtype, device: torch.device,
+               composed: bool = False, trained: Trained = ADAPTERS) -> tuple[int, int]:
+    """(bytes that lie between forward and backward; about those that the backward takes beside them at a time)."""
+    kept = kept_bytes(config, tokens, policy, dtype.itemsize) * (COMPOSED if composed and policy == "keep" else 1)
+    work = at_work_bytes(config, tokens, dtype, device) + trained.at_work_bytes(dtype.itemsize)
+    return kept + trained.kept_bytes(policy, dtype.itemsize), work
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that a forward pass may still take on `device`; without end where the system does not tell."""
     if device.type == "cuda":
@@ -114,15 +122,13 @@ def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype:
     """
     if memory != "auto":
         return memory
-    size, free = dtype.itemsize, free_bytes(device)
+    free = free_bytes(device)
     own = device.type == "cuda" and not composed and trained.values * STATE_BYTES <= SMALL_SHARE * free
-    work = at_work_bytes(config, tokens, dtype, device) + trained.at_work_bytes(size) + 4 * trained.to_come
-    room = free * (OWN_SHARE if own else SHARE) - work
-    policies: tuple[MemoryPolicy, ...] = ("keep", "pointwise")
-    for policy in policies[:1] if composed else policies:
-        kept = kept_bytes(config, tokens, policy, size) * (COMPOSED if composed else 1)
-        if kept + trained.kept_bytes(policy, size) <= room:
+    room = free * (OWN_SHARE if own else SHARE) - 4 * trained.to_come
+    policies: tuple[MemoryPolicy, ...] = ("keep", "full") if composed else ("keep", "pointwise", "full")
+    for policy in policies:
+        kept, work = step_bytes(config, tokens, policy, dtype, device, composed, trained)
+        if kept + work <= room:
             return policy
-    full = kept_bytes(config, tokens, "full", size)
-    parks = device.type == "cuda" and not composed and full > room
-    return "offload" if parks and full <= free_bytes(torch.device("cpu")) * SHARE else "full"
+    parks = device.type == "cuda" and not composed
+    return "offload" if parks and kept <= free_bytes(torch.device("cpu")) * SHARE else "full"

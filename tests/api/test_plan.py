@@ -41,6 +41,15 @@ def test_the_loss_is_that_of_the_first_step(tiny, data):
     assert abs(mt.train(model, batches, training=training).records[0].loss - before) < 1e-3     # B is zero at the start
 
 
+@pytest.mark.parametrize(("lora", "times"), [(mt.LoRA(rank=4, dora=True), 3), (mt.LoRA(rank=4, dropout=0.1), 3)])
+def test_layers_under_plain_autograd_keep_more(lora, times, tiny, data):
+    kept = []
+    for each in (mt.LoRA(rank=4), lora):
+        model, batches = _load(tiny, data, Training(tokens=64), lora=each, memory="keep")
+        kept.append(_bytes(dict(plan(model, batches, Training(tokens=64)))["kept for the backward (keep)"]))
+    assert kept[1] == pytest.approx(times * kept[0], rel=0.05)
+
+
 def _bytes(text):
     number, unit = text.split()[:2]
     return float(number.replace(",", "")) * {"MB": 1e6, "GB": 1e9}[unit]
