@@ -13,20 +13,24 @@ if TYPE_CHECKING:
     from minitune.ops import nf4
     from minitune.ops.backends import backends
     from minitune.report.tensorboard import TensorBoard
+    from minitune.training.graph import GraphedStep
     from minitune.training.loop import TrainingDiverged
     from minitune.training.optimizers import SGD, AdamW
     from minitune.training.run import EvaluationRecord, Observer, Run, StepRecord
+    from minitune.training.step import StepResult, train_step
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "AdamW", "Answer", "Batch", "Data", "Evaluation", "EvaluationRecord", "InputError", "LoRA", "Model",
-           "ModelConfig", "Observer", "Rope", "Run", "StepRecord", "TensorBoard", "Training", "TrainingDiverged",
-           "backends", "data", "evaluate", "init", "load", "nf4", "train"]
+__all__ = ["SGD", "AdamW", "Answer", "Batch", "Data", "Evaluation", "EvaluationRecord", "GraphedStep", "InputError",
+           "LoRA", "Model", "ModelConfig", "Observer", "Rope", "Run", "StepRecord", "StepResult", "TensorBoard",
+           "Training", "TrainingDiverged", "backends", "data", "evaluate", "init", "load", "nf4", "train",
+           "train_step"]
 _HOME = {"api": ("Answer", "Model", "init", "load", "train"),
          "config": ("Data", "LoRA", "ModelConfig", "Rope", "Training"),
          "data.batch": ("Batch",), "errors": ("InputError",), "ops.backends": ("backends",),
          "training.loop": ("TrainingDiverged",), "training.optimizers": ("SGD", "AdamW"),
          "objectives.evaluate": ("Evaluation", "evaluate"), "report.tensorboard": ("TensorBoard",),
-         "training.run": ("EvaluationRecord", "Observer", "Run", "StepRecord")}
+         "training.run": ("EvaluationRecord", "Observer", "Run", "StepRecord"),
+         "training.step": ("StepResult", "train_step"), "training.graph": ("GraphedStep",)}
 """Where each public name lives: loaded at its first use, so that `minitune --help` does not wait for torch."""
 _MODULES = {"data": "data", "nf4": "ops.nf4"}
 

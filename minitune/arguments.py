@@ -128,5 +128,5 @@ def check_from_one(owner: str, **values: int | None) -> None:
 
 def check_at_least_zero(owner: str, **values: float) -> None:
     for name, value in values.items():
-        if not 0 <= value <= sys.float_info.max:
+        if not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
             raise InputError(f"{owner}: {name} is {short(value)}; it must be a finite number of at least 0")

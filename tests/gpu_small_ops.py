@@ -124,7 +124,7 @@ def _step(network: Llama, device: torch.device) -> Tensor:
     documents = Documents.from_lengths(LENGTHS, device)
     tokens = torch.randint(0, CONFIG.vocab_size, (TOKENS,)).to(device)
     hidden = network(tokens, documents.positions().to(device), documents)
-    losses = network.token_losses(hidden, tokens.roll(1), 0.1)
+    losses = network.losses_at(hidden, tokens.roll(1), 0.1)
     losses.sum().backward()
     return losses.detach()
 

@@ -149,7 +149,7 @@ class Model(Generation):
 
     def losses_at(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]."""
-        return self.network.token_losses(hidden, labels, label_smoothing)
+        return self.network.losses_at(hidden, labels, label_smoothing)
 
     def logits(self, tokens: Tensor | Sequence[int], cu_seqlens: Tensor | None = None) -> Tensor:
         """tokens int64 [T], one document or those that cu_seqlens int32 [n + 1] bounds -> fp32 [T, vocab_size]."""
@@ -161,7 +161,7 @@ class Model(Generation):
     def token_losses(self, batch: Batch) -> Tensor:
         """fp32 [T]: negative log-likelihood at trained positions, without their weights, and 0 elsewhere."""
         batch = _batch("token_losses", batch).to(self.device)
-        losses = sft.token_losses(self, batch)
+        losses = self.losses_at(self.hidden(batch)[batch.trained], batch.labels[batch.trained])
         return losses.new_zeros(batch.n_tokens).index_put((batch.trained,), losses)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:

@@ -12,7 +12,7 @@ from minitune.config import LoRA, Training
 from minitune.data.stream import stream
 from minitune.demo.questions import QUESTIONS
 from minitune.errors import InputError
-from minitune.objectives.sft import mean_loss
+from minitune.objectives.evaluate import evaluate
 from minitune.report.metrics import MetricsFile
 from minitune.report.plot import LossPlot
 from minitune.report.tables import Answer, print_answers, print_table
@@ -96,7 +96,7 @@ def examine(model: Model) -> State:
     """The greedy answers to all questions, and the mean loss over the tokens of heldout.jsonl."""
     model.eval()
     batches = stream(EXAMPLES / "heldout.jsonl", model.tokenizer, tokens=TRAINING.tokens, shuffle=False)
-    held_out = mean_loss(model, batches)
+    held_out = evaluate(model, batches).loss
     answers = tuple(model.complete(question.prompt, MAX_NEW_TOKENS).strip() for question in QUESTIONS)
     return State(answers, held_out)
 

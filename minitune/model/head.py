@@ -38,7 +38,7 @@ class Head(nn.Module):
         logits = few_rows.product(hidden, weight.to(hidden.dtype), None, self.packed)
         return self._with_trained(hidden, logits).float()
 
-    def losses(self, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    def losses_at(self, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]; logits are never whole."""
         if not self.is_adapted:
             return linear_cross_entropy(hidden, weight, labels, smoothing)

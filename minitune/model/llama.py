@@ -145,10 +145,10 @@ class Llama(nn.Module):
                     projection.packed, projection.decoded = None, projection.decoded if self._at_hand else None
                 self.output.packed = None
 
-    def token_losses(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    def losses_at(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]; logits are never whole."""
         with self.turn:
-            return self.output.losses(hidden, self.head_weight, labels, label_smoothing)
+            return self.output.losses_at(hidden, self.head_weight, labels, label_smoothing)
 
     @property
     def device(self) -> torch.device:

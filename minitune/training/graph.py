@@ -21,8 +21,8 @@ from minitune.errors import InputError
 from minitune.ops import attention
 from minitune.ops.documents import Documents
 from minitune.ops.transfer import sent
-from minitune.training.optimizers import FlatOptimizer, clip_grad_norm
-from minitune.training.step import Objective, StepResult
+from minitune.training.optimizers import FlatOptimizer
+from minitune.training.step import Objective, StepResult, own_loss, update
 
 DEVICE = "cuda"
 WARM_UPS = 3
@@ -63,19 +63,19 @@ def _with(batch: Batch, **changed: Any) -> Batch:
 
 
 class GraphedStep:
-    """`training.step.train_step` for micro-batches of one size: the same gradients and updates, bit for bit, as that
+    """`mt.train_step` for micro-batches of one size: the same gradients and updates, bit for bit, as that
     has on the same `padded` batches.
 
     example: a micro-batch of the host, of T tokens as all that follow. n_documents, n_trained: how many documents and
     trained positions one may have, at most. `objective` has to take what differs from batch to batch from the batch's
-    tensors, as `sft` does. The model must not be moved, nor its parameters replaced, as long as this is used.
+    tensors, as `model.loss_sum` does. As long as this is used the model must not be moved, nor its parameters replaced.
 
     Raises InputError where no graph can be recorded: not on a GPU, an optimizer of another kind, layers under plain
     autograd, "offload", dynamic RoPE, an attention that reads the documents' lengths on the host.
     """
 
-    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, example: Batch, objective: Objective, *,
-                 n_documents: int, n_trained: int):
+    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, example: Batch, objective: Objective = own_loss,
+                 *, n_documents: int, n_trained: int):
         self.model, self.optimizer, self.objective = model, _checked(model, optimizer, example), objective
         self.sizes = example.n_tokens, n_documents, n_trained
         host = padded(example, n_documents, n_trained)
@@ -94,8 +94,10 @@ class GraphedStep:
         self._reached = [p for p, version in zip(self._parameters, before, strict=True) if _version(p) != version]
         optimizer.zero_grad()
 
-    def __call__(self, micro_batches: Sequence[Batch], lr: float, clip: float) -> StepResult:
+    def __call__(self, micro_batches: Sequence[Batch], lr: float | None = None, clip: float = 1.0) -> StepResult:
         """As `train_step`, of batches on the host."""
+        if isinstance(micro_batches, Batch):
+            micro_batches = [micro_batches]
         n_step = sum(batch.n_trained for batch in micro_batches)
         if n_step == 0:
             raise InputError("GraphedStep: no token of this step is trained (all labels are -100); check the data")
@@ -115,10 +117,7 @@ class GraphedStep:
         assert total is not None
         # The replay wrote the gradients behind autograd's back.
         torch.autograd.graph.increment_version([p.grad for p in self._reached if p.grad is not None])
-        norm = clip_grad_norm(self.optimizer, clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_ratio", 1.0)
-        self.optimizer.step()
+        norm = update(self.optimizer, lr, clip)
         return StepResult(total / n_step, norm, n_step, sum(batch.n_tokens for batch in micro_batches))
 
     def _addresses(self) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitune.arguments import short
+from minitune.arguments import check_at_least_zero, short
 from minitune.errors import InputError
 from minitune.ops.adamw import adamw_, adamw_8bit_
 from minitune.ops.moments8 import BLOCK
@@ -276,7 +275,7 @@ class AdamW(FlatOptimizer):
         self.state[flat.params[i]] = {"step": flat.steps[i], **moments[0], **moments[1]}
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        _at_least_zero("AdamW", lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
+        check_at_least_zero("AdamW", lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(
                 isinstance(b, int | float) and 0 <= b < 1 for b in betas):
@@ -311,7 +310,7 @@ class SGD(FlatOptimizer):
             self.state[flat.params[i]] = {**flat.state("momentum_buffer", i)}
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        _at_least_zero("SGD", lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
+        check_at_least_zero("SGD", lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
         if group["momentum"] >= 1:
             raise InputError(f"SGD: momentum is {group['momentum']!r}; it must be below 1")
         if group["nesterov"] and not group["momentum"]:
@@ -345,9 +344,3 @@ def _flatten(group: dict[str, Any]) -> list[Buffer]:
 def _check_max_norm(max_norm: float | None) -> None:
     if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm >= 0):
         raise InputError(f"clip: max_norm is {short(max_norm)}; it must be a number of at least 0, or None")
-
-
-def _at_least_zero(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise InputError(f"{owner}: {name} is {short(value)}; it must be a finite number of at least 0")

@@ -30,17 +30,25 @@ class StepResult:
     n_tokens: int
 
 
-def train_step(model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, lr: float, clip: float,
-               objective: Objective) -> StepResult:
+def own_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """The objective of an `mt.Model` that names no other: weight · loss of the next token, `model.loss_sum`."""
+    total, n = model.loss_sum(batch)
+    return total, n
+
+
+def train_step(model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, lr: float | None = None,
+               clip: float = 1.0, objective: Objective = own_loss) -> StepResult:
     """Gradients of all micro-batches, clipped to the global norm `clip` (0: not clipped), then one update.
 
     The number of trained tokens of the whole step is known on the host before it begins and divides every loss, so any
-    split gives the same gradient. Nothing here asks the device. A group's learning rate is `lr` times its
-    ``lr_ratio``, where it has one. Works with any torch optimizer; with minitune's the update is one launch
-    for all small parameters of a group.
+    split gives the same gradient. Nothing here asks the device. A group's learning rate becomes `lr` times its
+    ``lr_ratio``, where it has one; without `lr` the groups keep theirs. Works with any torch optimizer; with minitune's
+    the update is one launch for all small parameters of a group.
 
     Raises InputError where no token of the step is trained.
     """
+    if isinstance(micro_batches, Batch):
+        micro_batches = [micro_batches]
     loss, n_step = gradients(model, micro_batches, optimizer, objective)
     norm = update(optimizer, lr, clip)
     return StepResult(loss, norm, n_step, sum(batch.n_tokens for batch in micro_batches))
@@ -68,10 +76,10 @@ def gradients(model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim
     return total / n_step, n_step
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> Tensor:
+def update(optimizer: torch.optim.Optimizer, lr: float | None, clip: float) -> Tensor:
     """The second half: clips the gradients and takes the step -> their global norm before."""
     norm = clip_grad_norm(optimizer, clip)
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups if lr is not None else ():
         group["lr"] = lr * group.get("lr_ratio", 1.0)
     optimizer.step()
     if isinstance(optimizer, FlatOptimizer):

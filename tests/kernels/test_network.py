@@ -38,7 +38,7 @@ def _step(network, policy, device, twice=False):
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(0, 61, (sum(LENGTHS),), generator=generator).to(device)
     hidden = network(tokens, documents.positions().to(device), documents)
-    losses = network.token_losses(hidden, tokens.roll(1), 0.1)
+    losses = network.losses_at(hidden, tokens.roll(1), 0.1)
     parameters = [p for p in network.parameters() if p.requires_grad]
     for _ in range(twice):
         torch.autograd.grad(losses.sum(), parameters, retain_graph=True)

@@ -29,7 +29,7 @@ class Tiny:
         return self.network(batch.tokens, batch.positions, batch.documents)
 
     def losses_at(self, hidden, labels, label_smoothing=0.0):
-        return self.network.token_losses(hidden, labels, label_smoothing)
+        return self.network.losses_at(hidden, labels, label_smoothing)
 
 
 @contextlib.contextmanager

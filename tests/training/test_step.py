@@ -86,3 +86,17 @@ def test_an_objective_that_miscounts_is_refused(fakes):
     with pytest.raises(ValueError, match="counted 1 trained tokens where the batch has 5"):
         train_step(model, [fakes.make_batch(9)], SGD(model.param_groups(1.0), 1.0), 1.0, 1.0,
                    lambda m, b: (m.loss_sum(b)[0], 1))
+
+
+def test_the_models_own_loss_and_the_groups_own_rates_are_the_default(fakes):
+    model, other = fakes.TinyModel(), fakes.TinyModel()
+    batches = [joined(fakes, LENGTHS[:3]), joined(fakes, LENGTHS[3:])]
+    optimizers = [torch.optim.SGD([{"params": [m.A], "lr": 0.3}, {"params": [m.B], "lr": 0.1}]) for m in (model, other)]
+    train_step(model, batches, optimizers[0])
+    for batch in batches:
+        (other.loss_sum(batch)[0] / sum(b.n_trained for b in batches)).backward()
+    torch.nn.utils.clip_grad_norm_([other.A, other.B], 1.0)
+    optimizers[1].step()
+    torch.testing.assert_close(model.A, other.A)
+    torch.testing.assert_close(model.B, other.B)
+    assert [group["lr"] for group in optimizers[0].param_groups] == [0.3, 0.1]
