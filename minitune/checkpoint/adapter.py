@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,40 +17,15 @@ from minitune.checkpoint.adapter_reader import AdapterTensors, TokenTensors
 from minitune.checkpoint.files import json_bytes, listing, read_json_object, show, staged
 from minitune.checkpoint.folders import ADAPTER as CONFIG
 from minitune.checkpoint.folders import WEIGHTS as TENSORS
-from minitune.checkpoint.patterns import compress, same_in_every_layer, short_name
+from minitune.checkpoint.patterns import compress, short_name
 from minitune.checkpoint.writer import write_safetensors
 from minitune.config import LoRA
 from minitune.errors import InputError
+from minitune.model.adapter import Adapter
 from minitune.model.llama import Llama
+from minitune.model.token_rows import TokenRows
 
 PREFIX = "base_model.model."
-
-
-class Adapter(Protocol):
-    """What a network's adapter shows: A [rank, in] and B [out, rank], DoRA's m [out] or None, the rank and the
-    numerator of its scale."""
-
-    @property
-    def A(self) -> Tensor: ...
-    @property
-    def B(self) -> Tensor: ...
-    @property
-    def m(self) -> Tensor | None: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def alpha(self) -> float: ...
-
-
-class Rows(Protocol):
-    """What a network's trained token rows show: ids, rising, and the rows [n, d_model] of embedding and head."""
-
-    @property
-    def ids(self) -> tuple[int, ...]: ...
-    @property
-    def embedding(self) -> Tensor: ...
-    @property
-    def head(self) -> Tensor | None: ...
 
 
 def write_adapter(
@@ -58,15 +33,14 @@ def write_adapter(
     adapters: Mapping[str, Adapter],
     lora: LoRA,
     base: str | None,
-    linears: Collection[str] | None = None,
-    rows: Rows | None = None,
+    linears: Collection[str],
+    rows: TokenRows | None = None,
 ) -> None:
     """Write PEFT's two files, fp32, under temporary names and then renamed; peft, transformers and vLLM load them.
 
-    ``adapters``: Hugging Face module path ("model.layers.0.self_attn.q_proj") -> adapter. ``linears`` are the paths of
-    all of the network's linears, if the caller knows them: ``target_modules`` then holds short names wherever these
-    select exactly the adapted modules. ``rows``: trained rows of the vocabulary, which peft calls trainable tokens.
-    Without ``linears``, short names are written only where ``lora.targets`` said so.
+    ``adapters``: Hugging Face module path ("model.layers.0.self_attn.q_proj") -> adapter. ``linears``: the paths of
+    all of the network's linears; ``target_modules`` holds short names where these select exactly the adapted ones.
+    ``rows``: trained rows of the vocabulary, which peft calls trainable tokens.
     """
     if not adapters:
         raise InputError(f"{folder}: there is no adapter to write")
@@ -82,7 +56,7 @@ def write_adapter(
         "r": rank,
         "lora_alpha": _plain(alpha),
         "lora_dropout": float(lora.dropout),
-        "target_modules": _target_modules(list(adapters), lora, linears),
+        "target_modules": _target_modules(list(adapters), linears),
         "rank_pattern": compress({path: each.rank for path, each in adapters.items()}, rank),
         "alpha_pattern": compress({path: _plain(each.alpha) for path, each in adapters.items()}, _plain(alpha)),
         "bias": "none",
@@ -112,7 +86,7 @@ def write_adapter(
         staging.remove_first(CONFIG)  # an old alpha over new tensors would go unseen
 
 
-def _token_indices(rows: Rows) -> list[int] | dict[str, list[int]]:
+def _token_indices(rows: TokenRows) -> list[int] | dict[str, list[int]]:
     """A list where the head is tied to the embedding, as peft has it."""
     ids = list(rows.ids)
     return ids if rows.head is None else {"embed_tokens": ids, "lm_head": ids}
@@ -128,12 +102,9 @@ def _most_common(values: list[Any], preferred: Any) -> Any:
     return preferred if counts[preferred] == max(counts.values()) else counts.most_common(1)[0][0]
 
 
-def _target_modules(paths: list[str], lora: LoRA, linears: Collection[str] | None) -> list[str]:
+def _target_modules(paths: list[str], linears: Collection[str]) -> list[str]:
     names = sorted({short_name(path) for path in paths})
-    if linears is not None:
-        exact = {path for path in linears if short_name(path) in names} == set(paths)
-    else:
-        exact = sorted(set(lora.target_names())) == names and same_in_every_layer(paths)
+    exact = {path for path in linears if short_name(path) in names} == set(paths)
     return names if exact else sorted(paths)
 
 
@@ -161,7 +132,7 @@ def match_adapter(found: Mapping[str, AdapterTensors], adapters: Mapping[str, Ad
 
 def _pairs(found: AdapterTensors, adapter: Adapter) -> list[tuple[str, Tensor, Tensor]]:
     """(letter, tensor of the file, tensor of the network)."""
-    pairs = [("A", found.A, adapter.A), ("B", found.B, adapter.B)]
+    pairs: list[tuple[str, Tensor, Tensor]] = [("A", found.A, adapter.A), ("B", found.B, adapter.B)]
     return pairs if found.m is None or adapter.m is None else [*pairs, ("m", found.m, adapter.m)]
 
 
@@ -174,7 +145,7 @@ def _trained_on(folder: Path | None) -> str:
 
 
 @torch.no_grad()
-def match_rows(found: TokenTensors, rows: Rows, folder: Path) -> None:
+def match_rows(found: TokenTensors, rows: TokenRows, folder: Path) -> None:
     """Copy trained token rows into the network's. InputError where they are of another width."""
     for name, source, out in (("embed_tokens", found.embedding, rows.embedding), ("lm_head", found.head, rows.head)):
         if source is not None and out is not None:      # a head without rows of its own keeps the base's

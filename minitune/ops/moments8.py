@@ -75,20 +75,25 @@ def decode(moment: Moment8) -> Tensor:
     return table(moment.signed, moment.codes.device)[0][moment.codes.int()] * scale
 
 
-@functools.lru_cache(maxsize=16)
-def table(signed: bool, device: torch.device) -> Tensor:
-    """fp32 [2, 256]: the levels, sorted; and the midpoints between them as a search tree, which the kernel walks down.
-
-    A level has a decade 10^-6 … 10^0 and a fraction of 0 to 6 bits (1 to 7 where there is no sign), linear between
-    0.1 and 1; beside them stand 0 and 1. Node k of the tree, from 1 on, has the children 2·k and 2·k + 1, so the 8 th
-    step ends at 256 + the number of midpoints below; place 0 is empty.
-    """
+def dynamic_levels(signed: bool) -> Tensor:
+    """The 256 levels, fp32, sorted: a decade 10^-6 … 10^0 and a fraction of 0 to 6 bits (1 to 7 where there is no
+    sign), linear between 0.1 and 1; beside them stand 0 and 1."""
     values = [0.0, 1.0]
     for bits in range(7):
         bounds = torch.linspace(0.1, 1, 2**(bits + (not signed)) + 1, dtype=torch.float32)
         fractions = ((10 ** (bits - 6)) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
         values += [*fractions, *(-fraction for fraction in fractions if signed)]
-    levels = torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@functools.lru_cache(maxsize=16)
+def table(signed: bool, device: torch.device) -> Tensor:
+    """fp32 [2, 256]: the levels, sorted; and the midpoints between them as a search tree, which the kernel walks down.
+
+    Node k of the tree, from 1 on, has the children 2·k and 2·k + 1, so the 8 th
+    step ends at 256 + the number of midpoints below; place 0 is empty.
+    """
+    levels = dynamic_levels(signed)
     midpoints = (levels[1:] + levels[:-1]) / 2
     tree = torch.zeros(256)
     for depth in range(8):

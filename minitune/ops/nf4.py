@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minitune.errors import InputError
 from minitune.ops import backends
+from minitune.ops.moments8 import dynamic_levels
 from minitune.ops.transfer import sent
 
 TABLE = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -310,15 +311,6 @@ def table(device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def nested_code(device: torch.device) -> Tensor:
-    """The 256 levels of the nested absmax, fp32, sorted (Dettmers et al. 2022, arXiv:2110.02861, dynamic quantisation).
-
-    A level has a sign, a decade 10^-6 … 10^0 and a fraction of 0 to 6 bits, linear between 0.1 and 1; beside them
-    stand 0 and 1.
-    """
-    levels = [0.0, 1.0]
-    for bits in range(7):
-        bounds = torch.linspace(0.1, 1, 2**bits + 1, dtype=torch.float32)
-        fractions = (10 ** (bits - 6)) * ((bounds[:-1] + bounds[1:]) / 2)
-        levels += [*fractions.tolist(), *(-fractions).tolist()]
+    """The 256 levels of the nested absmax, fp32, sorted: those of signed moments in 8 bits."""
     with torch.inference_mode(False):
-        return sent(torch.tensor(sorted(levels), dtype=torch.float32), device)
+        return sent(dynamic_levels(signed=True), device)
