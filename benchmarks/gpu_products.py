@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_timing import copy_rate, emit, error, matrix_rate, reason, timed
-from minitune.ops.backends import kernel, missing
+from minitune.ops.backends import missing
 
 RANKS = (16, 64)
 """Of each adapter."""
@@ -125,8 +125,10 @@ def forward_variants(p: Product) -> Iterator[tuple[str, Callable[[], None]]]:
         augmented_tail()
 
     def triton() -> None:
+        from minitune.kernels import lora_matmul as ours
+
         torch.mm(p.x, p.a.t(), out=p.s)
-        kernel("lora_matmul").forward(p.x, p.w, p.s, p.b, None, out=p.y)
+        ours.forward(p.x, p.w, p.s, p.b, None, out=p.y)
 
     yield from {"bare": bare, "addmm": addmm, "augmented, tail by the producer": augmented,
                 "augmented, S as a product": augmented_tail, "augmented, X copied": augmented_copy}.items()
@@ -164,7 +166,8 @@ def backward_variants(p: Product) -> Iterator[tuple[str, Callable[[], None]]]:
         augmented_tail()
 
     def triton() -> None:
-        ours = kernel("lora_matmul")
+        from minitune.kernels import lora_matmul as ours
+
         torch.mm(p.dy, p.b, out=p.ds)
         ours.backward_input(p.dy, p.w, p.ds, p.a, out=p.dx)
         p.da, p.db = ours.backward_adapters(p.dy, p.x, p.s, p.ds)

@@ -72,8 +72,10 @@ def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, 
     check_flat("adamw_", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_scale("adamw_", grad_scale, param.device)
     if backends.choose("adamw", param.device) == "triton":
-        backends.kernel("adamw").adamw_(param, grad, exp_avg, exp_avg_sq, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-                                        weight_decay=weight_decay, step=step, grad_scale=grad_scale)
+        from minitune.kernels import adamw as kernel
+
+        kernel.adamw_(param, grad, exp_avg, exp_avg_sq, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+                      weight_decay=weight_decay, step=step, grad_scale=grad_scale)
         return
     if param.device.type not in FUSED_DEVICES:
         adamw_reference_(param, grad, exp_avg, exp_avg_sq, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
@@ -130,8 +132,10 @@ def adamw_8bit_(param: Tensor, grad: Tensor, exp_avg: Moment8, exp_avg_sq: Momen
             lr / (1 - beta1**step), None if grad_scale is None else float(grad_scale))
         written(param, grad)
         return
-    backends.kernel("adamw").adamw_8bit_(*tensors, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
-                                         step=step, grad_scale=grad_scale)
+    from minitune.kernels import adamw as kernel
+
+    kernel.adamw_8bit_(*tensors, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+                       step=step, grad_scale=grad_scale)
 
 
 def adamw_8bit_reference_(param: Tensor, grad: Tensor, exp_avg: Moment8, exp_avg_sq: Moment8, *, lr: float,

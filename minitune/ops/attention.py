@@ -59,10 +59,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
     """Shapes as in `reference` -> (out, what `backward` takes). Our kernels write into `rows` [T, heads·head_dim] where
     they are given; the other ways have memory of their own."""
     way = forward_way(q, k, documents, window)
-    if way in ("triton", "native"):
-        place = None if rows is None else rows.unflatten(-1, (-1, q.shape[2]))
-        out, lse = (attention_cpu.forward_tiles(q, k, v, documents, window, place) if way == "native" else
-                    backends.kernel("attention").forward(q, k, v, documents.spans[0], window, out=place))
+    place = None if rows is None else rows.unflatten(-1, (-1, q.shape[2]))
+    if way == "triton":
+        from minitune.kernels import attention as kernel
+
+        out, lse = kernel.forward(q, k, v, documents.spans[0], window, out=place)
+        return out, Saved(q, k, v, documents, window, None, out, lse)
+    if way == "native":
+        out, lse = attention_cpu.forward_tiles(q, k, v, documents, window, place)
         return out, Saved(q, k, v, documents, window, None, out, lse)
     if way in ("flash", "cudnn"):
         out, lse = (attention_library.cudnn_forward(q, k, v, documents) if way == "cudnn" else
@@ -172,4 +176,6 @@ def backward(dout: Tensor, saved: Saved, gradient: Tensor, keep_graph: bool = Fa
     elif way == "native":
         attention_cpu.backward_tiles(dout, q, k, v, out, lse, documents, window, parts)
     else:
-        backends.kernel("attention").backward(dout, q, k, v, out, lse, *documents.spans, window, gradients=parts)
+        from minitune.kernels import attention as kernel
+
+        kernel.backward(dout, q, k, v, out, lse, *documents.spans, window, gradients=parts)

@@ -16,7 +16,6 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -185,11 +184,6 @@ def _no_cudnn(device: torch.device) -> str | None:
 @functools.lru_cache(maxsize=1)
 def _no_triton() -> str | None:
     return None if importlib.util.find_spec("triton") else "triton is not installed"
-
-
-def kernel(name: str) -> ModuleType:
-    """kernels/<name>.py: Triton kernels and their launchers."""
-    return importlib.import_module(f"minitune.kernels.{name}")
 
 
 @functools.lru_cache(maxsize=4)

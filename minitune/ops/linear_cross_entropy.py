@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,9 @@ def losses_(logits: Tensor, labels: Tensor, losses: Tensor, smoothing: float, gr
     """logits [n, V] and labels [n] -> losses fp32 [n]; with `gradient` each row of logits becomes the gradient of its
     loss, p - (1 - ε)·onehot - ε/V, formed in fp32: 1 - p may be far smaller than p."""
     if backends.choose("linear_cross_entropy", logits.device, dtype=logits.dtype) == "triton":
-        backends.kernel("linear_cross_entropy").losses_(logits, labels, losses, smoothing=smoothing, gradient=gradient)
+        from minitune.kernels import linear_cross_entropy as kernel
+
+        kernel.losses_(logits, labels, losses, smoothing=smoothing, gradient=gradient)
         written(losses, logits if gradient else None)
         return
     if backends.by_rows("linear_cross_entropy", logits):
@@ -91,7 +93,9 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def weighed(x: Tensor, weights: Tensor) -> Tensor:
     """x [n, d] with each row times its weight, fp32 [n], in x's dtype."""
     if backends.choose("linear_cross_entropy", x.device, dtype=x.dtype) == "triton":
-        return cast(Tensor, backends.kernel("linear_cross_entropy").weigh(x, weights))
+        from minitune.kernels import linear_cross_entropy as kernel
+
+        return kernel.weigh(x, weights)
     return (x * weights[:, None]).to(x.dtype)
 
 

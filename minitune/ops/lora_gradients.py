@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -24,6 +22,8 @@ def apart(da: Tensor, db: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The same. da and db are given up: a result may lie in the memory of its operand."""
     small = db.shape[1] <= MAX_RANK and max(da.numel(), db.numel()) < 2**30
     if small and da.is_contiguous() and backends.choose("lora_gradients", db.device, dtype=db.dtype) == "triton":
-        return cast(tuple[Tensor, Tensor], backends.kernel("lora_gradients").apart(da, db, scale))
+        from minitune.kernels import lora_gradients as kernel
+
+        return kernel.apart(da, db, scale)
     wide = torch.promote_types(da.dtype, torch.float32)
     return da.to(wide), db.to(wide).mul_(scale)

@@ -30,7 +30,8 @@ class Images:
             return
         places, parameters, factors = zip(*copies, strict=True)
         if backends.choose("lora_images", flat.device) == "triton" and all(p.is_contiguous() for p in parameters):
-            kernel = backends.kernel("lora_images")
+            from minitune.kernels import lora_images as kernel
+
             kernel.refresh(self._table(kernel, flat, places, parameters, factors), flat)
             return
         scaled = torch._foreach_mul(list(parameters), list(factors))

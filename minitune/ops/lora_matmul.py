@@ -115,7 +115,9 @@ def forward(x: Tensor, w: LoraWeights, *, out: Tensor | None = None,
             return augmented.forward(augmented.joined(x, behind, s), whole, around.n_rows, w.bias, out), s
     if w.packed is None and w.way("forward", len(x)) == "triton":
         with _dense(w) as weight:
-            return backends.kernel("lora_matmul").forward(x, weight, s, w.b, w.bias, out=out), s
+            from minitune.kernels import lora_matmul as kernel
+
+            return kernel.forward(x, weight, s, w.b, w.bias, out=out), s
     return _base(x, w, out).addmm_(s, w.b.mT), s
 
 
@@ -163,7 +165,9 @@ def backward_input(dy: Tensor, ds: Tensor | None, w: LoraWeights) -> Tensor:
             return augmented.backward_input(augmented.joined(dy, behind, ds), whole, around.columns)
     with _dense(w) as weight:
         if w.way("input", len(dy)) == "triton":
-            dx: Tensor = backends.kernel("lora_matmul").backward_input(dy, weight, ds, w.a)
+            from minitune.kernels import lora_matmul as kernel
+
+            dx = kernel.backward_input(dy, weight, ds, w.a)
             return dx
         dx = products.mm(dy, weight)
     return dx.addmm_(ds, w.a)
@@ -181,6 +185,8 @@ def backward_adapters(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, w: LoraWeigh
     dB comes as the transpose of Sᵀ·dy: so both products read their large operand row by row.
     """
     if w.way("adapters", len(dy)) == "triton":
-        da, db = backends.kernel("lora_matmul").backward_adapters(dy, x, s, ds)
+        from minitune.kernels import lora_matmul as kernel
+
+        da, db = kernel.backward_adapters(dy, x, s, ds)
         return da, db
     return ds.mT @ x, (s.mT @ dy).mT

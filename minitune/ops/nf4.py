@@ -152,7 +152,9 @@ def quantize(weight: Tensor, double_quant: bool = True, blocksize: int = BLOCKSI
     if backend == "native":
         packed, absmax = torch.ops.minitune.nf4_quantize(flat, table(flat.device), blocksize)
     elif backend == "triton":
-        packed, absmax = backends.kernel("nf4").quantize(flat, table(flat.device), blocksize)
+        from minitune.kernels import nf4 as kernel
+
+        packed, absmax = kernel.quantize(flat, table(flat.device), blocksize)
     else:
         packed, absmax = quantize_reference(flat, blocksize)
     if not bool(absmax.isfinite().all()):      # a NaN or an infinity makes its block's absmax one
@@ -246,7 +248,9 @@ def _into(weight: NF4Weight, dtype: torch.dtype | None, out: Tensor) -> Tensor:
     if backend == "native":
         torch.ops.minitune.nf4_dequantize_out(*operands(weight), target)
     elif backend == "triton":
-        backends.kernel("nf4").dequantize(*operands(weight), target)
+        from minitune.kernels import nf4 as kernel
+
+        kernel.dequantize(*operands(weight), target)
     else:
         _reference_into(weight, target)
     torch.autograd.graph.increment_version(out)      # a write through a raw pointer does not
@@ -291,7 +295,10 @@ def absmax_of(weight: NF4Weight, first: int = 0, last: int | None = None) -> Ten
     return weight.nested_code[stored.int()] * scales + weight.nested_offset
 
 
-def operands(weight: NF4Weight) -> tuple[Tensor | int | None, ...]:
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, int]
+
+
+def operands(weight: NF4Weight) -> Operands:
     """The arguments that every backend's dequantise takes first."""
     return (weight.packed, weight.absmax, weight.nested_absmax, weight.nested_code, weight.nested_offset,
             table(weight.device), weight.blocksize)

@@ -3,7 +3,7 @@ residual stream and branch before it, and the stream's gradient after its backwa
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +35,9 @@ def forward(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None = None,
     """
     weight = weight.to(x.dtype)     # of a trained one, which lies in fp32, every backend reads the same
     if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
-        y, rstd, total = backends.kernel("rms_norm").forward(x, weight, eps, branch, out=out)
+        from minitune.kernels import rms_norm as kernel
+
+        y, rstd, total = kernel.forward(x, weight, eps, branch, out=out)
         written(out)
         return y, rstd, x if total is None else total
     y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
@@ -61,7 +63,9 @@ def forward_s(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None, a: T
     kernel for both was measured to be the faster way; else None in its place, and whoever wants S makes it. `out` must
     be neither x nor the branch."""
     if a is not None and emits(x.device, x.dtype, (x.shape[1], len(a), len(x))):
-        y, rstd, total, s = backends.kernel("rms_norm").forward_s(x, weight.to(x.dtype), eps, branch, a, out=out)
+        from minitune.kernels import rms_norm as kernel
+
+        y, rstd, total, s = kernel.forward_s(x, weight.to(x.dtype), eps, branch, a, out=out)
         written(out)
         return y, rstd, x if total is None else total, s
     return *forward(x, weight, eps, branch, out=out), None
@@ -78,7 +82,9 @@ def apply(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     """y from x and its stored 1/rms, with the bits of `forward`: what recomputing costs."""
     weight = weight.to(x.dtype)
     if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
-        return cast(Tensor, backends.kernel("rms_norm").apply(x, rstd, weight))
+        from minitune.kernels import rms_norm as kernel
+
+        return kernel.apply(x, rstd, weight)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if backends.by_rows("rms_norm", x):
         torch.ops.minitune.rows_rms_norm(x, None, weight, 0.0, True, rstd, None, y)
@@ -97,9 +103,11 @@ def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, past: Tensor |
     """
     weight = weight.to(x.dtype)
     if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
-        dx = backends.kernel("rms_norm").backward(dy, x, rstd, weight, past, out=out)
+        from minitune.kernels import rms_norm as kernel
+
+        dx = kernel.backward(dy, x, rstd, weight, past, out=out)
         written(out)
-        return cast(Tensor, dx)
+        return dx
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if backends.by_rows("rms_norm", x):
         torch.ops.minitune.rows_rms_norm_backward(dy, x, rstd, weight, past, dx)
@@ -119,7 +127,9 @@ def backward_weight(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
     """dy and x [..., d], 1/rms [..., 1] -> the gradient of a weight that is trained, fp32 [d] (fp64 stays): the sum of
     dy·x·rstd over all rows. To be asked for before `backward` writes over dy."""
     if backends.choose("rms_norm", x.device, dtype=x.dtype) == "triton":
-        return cast(Tensor, backends.kernel("rms_norm").backward_weight(dy, x, rstd))
+        from minitune.kernels import rms_norm as kernel
+
+        return kernel.backward_weight(dy, x, rstd)
     total = torch.zeros(x.shape[-1], dtype=rstd.dtype, device=x.device)
     for rows in in_cache(len(x), x[:1].numel(), x.device):
         total += (x[rows].to(rstd.dtype) * rstd[rows]).mul_(dy[rows]).flatten(0, -2).sum(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -108,7 +107,9 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tenso
     """In place; ``back=True`` turns the other way, which is the backward of the rotation."""
     if backends.choose("rope", x.device, dtype=x.dtype) == "triton":
         written(x)
-        return cast(Tensor, backends.kernel("rope").rotate_(x, cos, sin, back=back))
+        from minitune.kernels import rope as kernel
+
+        return kernel.rotate_(x, cos, sin, back=back)
     if backends.by_rows("rope", x):
         torch.ops.minitune.rows_rope(x, cos, sin, back)
         written(x)
@@ -130,9 +131,11 @@ def join(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, out: Tensor,
     """q [T, heads, head_dim], k and v [T, kv_heads, head_dim] -> side by side in `out` [T, heads + 2·kv_heads,
     head_dim], q and k rotated with the bits of `rotate_`."""
     if backends.choose("rope", out.device, dtype=out.dtype) == "triton":
-        parts = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
+        from minitune.kernels import rope as kernel
+
+        q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
         written(out)
-        return cast(Tensor, backends.kernel("rope").join(*parts, cos, sin, out, back=back))
+        return kernel.join(q, k, v, cos, sin, out, back=back)
     for place, part in zip(out.split((q.shape[1], k.shape[1], k.shape[1]), dim=1), (q, k, v), strict=True):
         place.copy_(part)
     rotate_(out[:, : q.shape[1] + k.shape[1]], cos, sin, back=back)

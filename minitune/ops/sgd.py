@@ -29,8 +29,10 @@ def sgd_(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, *, lr: flo
     """
     _check("sgd_", param, grad, momentum_buffer, momentum, nesterov, grad_scale)
     if backends.choose("sgd", param.device) == "triton":
-        backends.kernel("sgd").sgd_(param, grad, momentum_buffer, lr=lr, momentum=momentum, nesterov=nesterov,
-                                    weight_decay=weight_decay, first=first, grad_scale=grad_scale)
+        from minitune.kernels import sgd as kernel
+
+        kernel.sgd_(param, grad, momentum_buffer, lr=lr, momentum=momentum, nesterov=nesterov,
+                    weight_decay=weight_decay, first=first, grad_scale=grad_scale)
         return
     if param.device.type not in FUSED_DEVICES:
         sgd_reference_(param, grad, momentum_buffer, lr=lr, momentum=momentum, nesterov=nesterov,

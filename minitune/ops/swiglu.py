@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +20,9 @@ def forward(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """The same without autograd's book-keeping, in `out` [T, f] where that is given."""
     if backends.choose("swiglu", gate_up.device, dtype=gate_up.dtype) == "triton":
         written(out)
-        return cast(Tensor, backends.kernel("swiglu").forward(gate_up, out=out))
+        from minitune.kernels import swiglu as kernel
+
+        return kernel.forward(gate_up, out=out)
     if backends.by_rows("swiglu", gate_up):
         h = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2) if out is None else out
         torch.ops.minitune.rows_swiglu(gate_up, h)
@@ -40,8 +40,10 @@ def backward(dh: Tensor, gate_up: Tensor, *, want_h: bool = False, overwrite: bo
     ``overwrite`` the gradient may take gate_up's place; else it lies in `out` [T, 2·f] where that is given.
     """
     if backends.choose("swiglu", dh.device, dtype=dh.dtype) == "triton":
-        gradient = backends.kernel("swiglu").backward(dh, gate_up, gradient=gate_up if overwrite else out,
-                                                      h=dh if want_h else None)
+        from minitune.kernels import swiglu as kernel
+
+        gradient = kernel.backward(dh, gate_up, gradient=gate_up if overwrite else out,
+                                   h=dh if want_h else None)
         written(gate_up if overwrite else out, dh if want_h else None)
         return gradient, dh if want_h else None
     if backends.by_rows("swiglu", gate_up):

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from minitune.kernels import adamw as kernels
 from minitune.kernels.launch import Config
 from minitune.ops import adamw as op
 from minitune.ops import backends, moments8
@@ -38,7 +39,7 @@ def _run(step_op, n, device, steps=5, scale=None, **more):
 @pytest.mark.parametrize("n", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("scale", [None, torch.tensor(0.37)], ids=["as it is", "scaled"])
 def test_five_steps_follow_the_reference(n, scale, device):
-    found = _run(backends.kernel("adamw").adamw_, n, device, scale=scale, config=SMALL)
+    found = _run(kernels.adamw_, n, device, scale=scale, config=SMALL)
     expected = _run(op.adamw_reference_, n, "cpu", scale=scale)
     for name, a, b in zip(("param", "grad", "exp_avg", "exp_avg_sq"), found, expected, strict=True):
         assert relative(a, b) <= 1e-6, name
@@ -46,7 +47,7 @@ def test_five_steps_follow_the_reference(n, scale, device):
 
 
 def test_is_bitwise_repeatable_and_blind_to_cuts_and_tiles(device):
-    kernel = backends.kernel("adamw").adamw_
+    kernel = kernels.adamw_
     whole, again = (_run(kernel, 2500, device, config=config) for config in (None, SMALL))
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
 
@@ -58,16 +59,15 @@ def test_is_bitwise_repeatable_and_blind_to_cuts_and_tiles(device):
 
 
 def test_nothing_is_written_beyond_the_end(device):
-    kernel = backends.kernel("adamw")
     scale = torch.tensor(0.5, device=device)
     buffers = [torch.full((300,), 7.0, device=device) for _ in range(4)]
-    kernel.adamw_(*(b[:130] for b in buffers), **SETTINGS, step=1, grad_scale=scale)
+    kernels.adamw_(*(b[:130] for b in buffers), **SETTINGS, step=1, grad_scale=scale)
     flat = [torch.full((600,), 7.0, device=device) for _ in range(2)]
     codes = [torch.full((600,), 7, dtype=torch.uint8, device=device) for _ in range(2)]
     absmax = [torch.full((3,), 7.0, device=device) for _ in range(2)]
     tables = [moments8.table(signed, flat[0].device) for signed in (True, False)]
-    kernel.adamw_8bit_(*(b[:300] for b in flat), codes[0][:300], absmax[0][:2], codes[1][:300], absmax[1][:2], *tables,
-                       **SETTINGS, step=1, grad_scale=scale)
+    kernels.adamw_8bit_(*(b[:300] for b in flat), codes[0][:300], absmax[0][:2], codes[1][:300], absmax[1][:2], *tables,
+                        **SETTINGS, step=1, grad_scale=scale)
     for end, written in ((130, buffers), (300, [*flat, *codes]), (2, absmax)):
         assert all(bool((b[:end] != 7).all() and (b[end:] == 7).all()) for b in written)
 
@@ -131,7 +131,7 @@ def test_codes_on_both_sides_of_every_midpoint(signed, device):
 def test_the_public_op_takes_the_kernel_where_it_is_asked_for(device):
     with backends.use("triton"):
         found = _run(op.adamw_, 500, device)
-    assert torch.equal(found[0], _run(backends.kernel("adamw").adamw_, 500, device)[0])
+    assert torch.equal(found[0], _run(kernels.adamw_, 500, device)[0])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")      # the interpreter's numpy
@@ -150,10 +150,9 @@ def test_what_is_not_finite_stays_visible_in_its_block(bad, device):
 
 def test_an_empty_buffer_is_left_alone(device):
     empty = torch.zeros(0, device=device)
-    backends.kernel("adamw").adamw_(empty, empty, empty, empty, **SETTINGS, step=1)
+    kernels.adamw_(empty, empty, empty, empty, **SETTINGS, step=1)
 
 
 def test_the_constants_are_those_of_the_op(device):
-    kernels = backends.kernel("adamw")
     assert kernels.BLOCK.value == moments8.BLOCK
     assert kernels.TINY_BITS.value == struct.unpack("<I", struct.pack("<f", moments8.TINY))[0]

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from minitune.kernels import lora_matmul as kernels
 from minitune.kernels.launch import Config
-from minitune.ops import backends
 from tests import tolerance
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -24,11 +24,6 @@ def _poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def kernels():
-    return backends.kernel("lora_matmul")
 
 
 def _random(device, dtype, *shapes, pitched=0):
@@ -56,7 +51,7 @@ def _check(name, value, compute, *operands, dtype=None):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward(shape, dtype, kernels, device):
+def test_forward(shape, dtype, device):
     """fp32 contiguous, bf16 with rows that lie apart; a bias where T is odd."""
     tokens, depth, width, rank = shape
     pitched = dtype == torch.bfloat16
@@ -76,7 +71,7 @@ def test_forward(shape, dtype, kernels, device):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_backward_input(shape, dtype, kernels, device):
+def test_backward_input(shape, dtype, device):
     """fp32 contiguous, bf16 with rows that lie apart."""
     tokens, depth, width, rank = shape
     pitched = dtype == torch.bfloat16
@@ -90,11 +85,11 @@ def test_backward_input(shape, dtype, kernels, device):
 
 
 @pytest.fixture
-def small_gpu(kernels, monkeypatch):
+def small_gpu(monkeypatch):
     """Splits at sizes that the interpreter can bear."""
-    monkeypatch.setattr(kernels, "ENOUGH", 5)
-    monkeypatch.setattr(kernels, "FULL", 12)
-    monkeypatch.setattr(kernels, "LEAST_STEPS", 2)
+    monkeypatch.setattr("ENOUGH", 5)
+    monkeypatch.setattr("FULL", 12)
+    monkeypatch.setattr("LEAST_STEPS", 2)
 
 
 # (T, N, K, R): fewer than 5 tiles of 32 columns and 32 of the rank split T.
@@ -105,7 +100,7 @@ ADAPTER_SHAPES = {"whole tiles": (64, 160, 192, 16), "divides nothing": (37, 165
 @pytest.mark.usefixtures("small_gpu")
 @pytest.mark.parametrize("shape", ADAPTER_SHAPES.values(), ids=ADAPTER_SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_backward_adapters(shape, dtype, kernels, device):
+def test_backward_adapters(shape, dtype, device):
     tokens, width, depth, rank = shape
     dy, x, s, ds = _random(device, dtype, (tokens, width), (tokens, depth), (tokens, rank), (tokens, rank), pitched=2)
     found = kernels.backward_adapters(dy, x, s, ds, config=ADAPTERS)
@@ -117,7 +112,7 @@ def test_backward_adapters(shape, dtype, kernels, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [16, 100], ids=["narrow", "wide"])
-def test_default_configurations(rank, dtype, kernels, device):
+def test_default_configurations(rank, dtype, device):
     """A training step's calls and their sums, as they are launched; the product twice, to the bit."""
     tokens, depth, width = 70, 144, 112      # whole 16-byte reads, part of a tile
     x, weight, a, b, dy = _random(device, dtype, (tokens, depth), (width, depth), (rank, depth), (width, rank),
@@ -133,14 +128,14 @@ def test_default_configurations(rank, dtype, kernels, device):
     _check("dB", db, lambda dy, s: dy.mT @ s, dy, s, dtype=torch.float32)
 
 
-def test_no_tokens(kernels, device):
+def test_no_tokens(device):
     x, dy, s, weight, b = _random(device, torch.float32, (0, 24), (0, 40), (0, 8), (40, 24), (40, 8))
     assert kernels.forward(x, weight, s, b, None).shape == (0, 40)
     assert kernels.backward_input(dy, weight, None, None).shape == (0, 24)
     assert [g.count_nonzero().item() for g in kernels.backward_adapters(dy, x, s, s)] == [0, 0]
 
 
-def test_rows_behind_two_to_the_31_elements(kernels, device):
+def test_rows_behind_two_to_the_31_elements(device):
     """Only the pages that hold a row are touched."""
     torch.use_deterministic_algorithms(False)
     pitch, tokens, dtype = 1 << 26, 40, torch.bfloat16

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from minitune.errors import InputError
+from minitune.kernels import nf4 as kernels
 from minitune.ops import backends, nf4
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -140,13 +141,12 @@ def test_what_is_not_finite_reaches_absmax(bad, at, device):
     values = torch.randn(150)
     values[at] = bad
     values = values.to(device)
-    _, absmax = backends.kernel("nf4").quantize(values, nf4.table(values.device), 64)
+    _, absmax = kernels.quantize(values, nf4.table(values.device), 64)
     assert absmax.isfinite().tolist() == [block != at // 64 for block in range(3)]
     with backends.use("triton"), pytest.raises(InputError, match="1 values that are NaN or infinite, of 150"):
         nf4.quantize(values)
 
 
 def test_the_constants_are_those_of_the_op(device):
-    kernels = backends.kernel("nf4")
     assert kernels.NESTED_BLOCKSIZE.value == nf4.NESTED_BLOCKSIZE
     assert kernels.TINY_BITS.value == struct.unpack("<I", struct.pack("<f", nf4.TINY))[0]

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from minitune.kernels import sgd as kernels
 from minitune.kernels.launch import Config
 from minitune.ops import backends
 from minitune.ops import sgd as op
@@ -33,7 +34,7 @@ def _run(step_op, n, device, kind, steps=4, scale=None, **more):
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("scale", [None, torch.tensor(0.37)], ids=["as it is", "scaled"])
 def test_four_steps_follow_the_reference(n, kind, scale, device):
-    found = _run(backends.kernel("sgd").sgd_, n, device, kind, scale=scale, config=SMALL)
+    found = _run(kernels.sgd_, n, device, kind, scale=scale, config=SMALL)
     expected = _run(op.sgd_reference_, n, "cpu", kind, scale=scale)
     assert relative(found[0], expected[0]) <= 1e-6
     assert torch.equal(found[1], expected[1])
@@ -44,7 +45,7 @@ def test_four_steps_follow_the_reference(n, kind, scale, device):
 
 
 def test_is_bitwise_repeatable_and_blind_to_cuts_and_tiles(device):
-    kernel = backends.kernel("sgd").sgd_
+    kernel = kernels.sgd_
 
     def cut(*buffers, **settings):
         for part in (slice(0, 48), slice(48, 1024), slice(1024, None)):
@@ -57,7 +58,7 @@ def test_is_bitwise_repeatable_and_blind_to_cuts_and_tiles(device):
 
 def test_nothing_is_written_beyond_the_end(device):
     buffers = [torch.full((300,), -7.0, device=device) for _ in range(3)]
-    backends.kernel("sgd").sgd_(*(b[:130] for b in buffers), lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.0,
+    kernels.sgd_(*(b[:130] for b in buffers), lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.0,
                                 first=False, grad_scale=torch.tensor(0.5, device=device))
     assert all(bool((b[130:] == -7.0).all() and (b[:130] != -7.0).all()) for b in buffers)
 
@@ -65,4 +66,4 @@ def test_nothing_is_written_beyond_the_end(device):
 def test_the_public_op_takes_the_kernel_where_it_is_asked_for(device):
     with backends.use("triton"):
         found = _run(op.sgd_, 500, device, (0.9, True))
-    assert torch.equal(found[0], _run(backends.kernel("sgd").sgd_, 500, device, (0.9, True))[0])
+    assert torch.equal(found[0], _run(kernels.sgd_, 500, device, (0.9, True))[0])
