@@ -87,9 +87,9 @@ def test_backward_input(shape, dtype, device):
 @pytest.fixture
 def small_gpu(monkeypatch):
     """Splits at sizes that the interpreter can bear."""
-    monkeypatch.setattr("ENOUGH", 5)
-    monkeypatch.setattr("FULL", 12)
-    monkeypatch.setattr("LEAST_STEPS", 2)
+    monkeypatch.setattr(kernels, "ENOUGH", 5)
+    monkeypatch.setattr(kernels, "FULL", 12)
+    monkeypatch.setattr(kernels, "LEAST_STEPS", 2)
 
 
 # (T, N, K, R): fewer than 5 tiles of 32 columns and 32 of the rank split T.
