@@ -121,3 +121,23 @@ def test_import_is_light_and_patches_nothing():
 def test_importing_minitune_alone_does_not_load_torch():
     code = "import sys, minitune; assert 'torch' not in sys.modules and minitune.__version__"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_calls_of_a_step_that_architecture_lists_are_there():
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8").split("```text\n")[1].split("```")[0]
+    lines = [line.split("  (")[0].split() for line in text.splitlines()]
+    assert len(lines) > 10
+    for file, *names in lines:
+        found = set()
+        for node in ast.parse((ROOT / file).read_text("utf-8")).body:
+            found.add(getattr(node, "name", None))
+            found |= {f"{node.name}.{each.name}" for each in getattr(node, "body", ())
+                      if isinstance(node, ast.ClassDef) and isinstance(each, ast.FunctionDef)}
+        assert {name.strip(",") for name in names} <= found, file
+
+
+def test_the_order_of_data_names_every_file():
+    import minitune.data
+
+    named = set(minitune.data.__doc__.replace(",", " ").split())
+    assert {path.stem for path in (PACKAGE / "data").glob("*.py")} - {"__init__"} <= named

@@ -1,4 +1,15 @@
-"""Data: tokenizers, sample formats, packing, and the stream of Batches that training reads."""
+"""Data: from files to the stream of Batches that training reads. The files of this folder in the order of the work:
+
+    rows, jsonl, samples          a file's rows, or a list's
+    fields, formats, conversations    which fields a row has -> Sample: segments of text, or a chat
+    tokenizer, tokenizer_files, tokenizer_backends, ids, ending     texts to ids, and what ends a turn
+    chat, template, template_process, template_child, spans, mask   a chat rendered, and what of it is trained
+    document, encode              Sample -> ids with flags, in chunks
+    read, corpus, cache           a whole file of them as flat arrays, kept for the next run
+    ledger, account               where each token went
+    pieces, packing, batch        documents packed into rows of T tokens
+    stream, holdout               the epochs of it all, and what is held out of them
+"""
 
 from minitune.data.batch import IGNORED, Batch
 from minitune.data.document import Document

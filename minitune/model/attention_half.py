@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minitune.config import ModelConfig
-from minitune.model.half import Context, Half, Kept, Need, Way
+from minitune.model.half import Context, Half, Kept, Need, Wanted
 from minitune.model.lora import Projection, frozen
 from minitune.ops import attention, lora_matmul, rms_norm, rope
 from minitune.ops.lora_matmul import LoraWeights
@@ -95,12 +95,12 @@ class AttentionHalf(Half):
         return y, kept
 
     def backward_from(self, dy: Tensor, past: Tensor | None, kept: Kept, weights: tuple[LoraWeights, LoraWeights],
-                      context: Context, way: Way) -> tuple[Tensor | None, list[Tensor]]:
+                      context: Context, wanted: Wanted) -> tuple[Tensor | None, list[Tensor]]:
         w_qkv, w_o = weights
         ds_o = lora_matmul.backward_s(dy, w_o)
         gradients_o = self.o.gradients(dy, kept["attended"], kept["s_o"], ds_o, w_o)
         d_out = lora_matmul.backward_input(dy, ds_o, w_o)
-        d_rows, d_norms = self.backward_through_attention(d_out, kept, context, way, w_qkv)
+        d_rows, d_norms = self.backward_through_attention(d_out, kept, context, wanted, w_qkv)
         del d_out
         for name in ("qk", "raw_qk", "v", "attended", "lse", "graph"):      # before the last product
             kept.pop(name, None)
@@ -109,23 +109,23 @@ class AttentionHalf(Half):
         if normed is None and self.qkv.reads_input(kept["s_qkv"]):
             normed = rms_norm.apply(kept["x"], kept["rstd"], self.norm)
         gradients = [*self.qkv.gradients(d_rows, normed, kept["s_qkv"], ds, w_qkv), *gradients_o, *d_norms]
-        if not way.need_dx and not self.norm.requires_grad:
+        if not wanted.need_dx and not self.norm.requires_grad:
             return None, gradients
         d_normed = lora_matmul.backward_input(d_rows, ds, w_qkv)
         if self.norm.requires_grad:
             gradients.append(rms_norm.backward_weight(d_normed, kept["x"], kept["rstd"]))
-        if not way.need_dx:
+        if not wanted.need_dx:
             return None, gradients
         return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm, past, out=d_normed), gradients
 
-    def backward_through_attention(self, d_out: Tensor, kept: Kept, context: Context, way: Way,
+    def backward_through_attention(self, d_out: Tensor, kept: Kept, context: Context, wanted: Wanted,
                                    w_qkv: LoraWeights) -> tuple[Tensor, list[Tensor]]:
         """d_out [T, heads·head_dim] -> (the gradient of what the q, k, v product gave, [T, rows], where the backward
         of that product wants it; those of the heads' norms that are trained)."""
         saved = attention.Saved(*self.halves(kept["qk"]), kept["v"], context.documents, self.window, kept["graph"],
                                 kept["attended"].unflatten(-1, (-1, self.config.head_dim)), kept["lse"])
         d_heads = d_out.unflatten(-1, (-1, self.config.head_dim))
-        apart = attention.backward_apart(d_heads, saved, not way.overwrite)
+        apart = attention.backward_apart(d_heads, saved, not wanted.overwrite)
         rows = lora_matmul.gradient_rows(len(d_out), w_qkv)     # not before: the library's backward takes memory too
         if rows is None:
             rows = d_out.new_empty(len(d_out), self.qkv.n_rows)
@@ -133,7 +133,7 @@ class AttentionHalf(Half):
         if apart is not None:       # they are turned on their way into one buffer
             rope.join(*apart, context.cos, context.sin, d_qkv, back=True)
         else:
-            attention.backward(d_heads, saved, d_qkv, not way.overwrite)
+            attention.backward(d_heads, saved, d_qkv, not wanted.overwrite)
             rope.rotate_(d_qk, context.cos, context.sin, back=True)
         d_norms: list[Tensor] = []
         if self.q_norm is not None and self.k_norm is not None:

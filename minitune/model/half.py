@@ -85,12 +85,12 @@ class Half(nn.Module, ABC):
 
     @abstractmethod
     def backward_from(self, dy: Tensor, past: Tensor | None, kept: Kept, weights: tuple[LoraWeights, LoraWeights],
-                      context: Context, way: Way) -> tuple[Tensor | None, list[Tensor]]:
+                      context: Context, wanted: Wanted) -> tuple[Tensor | None, list[Tensor]]:
         """dy [T, d], the gradient of the branch, and `past`, that of the sum -> (dx [T, d] or None, gradients of
         `trained_parameters`). Neither is written to; of the dict `kept` what is used up is taken out."""
 
 
-class Way(NamedTuple):
+class Wanted(NamedTuple):
     """How a backward may go: whether its input's gradient is wanted, and whether what was kept may be overwritten."""
 
     need_dx: bool
@@ -136,8 +136,8 @@ class _Half(torch.autograd.Function):
             return past, past if need_branch else None, None, None, *[None] * ctx.n_parameters
         past, dy = _packed(past), dy.contiguous()
         kept = dict(zip(ctx.names, ctx.saved_tensors[ctx.n_norms:], strict=True)) | ctx.others
-        way = Way(ctx.needs_input_grad[0] or need_branch, overwrite=last)
-        dx, gradients = half.backward_from(dy, past, kept, ctx.weights, ctx.context, way)
+        wanted = Wanted(ctx.needs_input_grad[0] or need_branch, overwrite=last)
+        dx, gradients = half.backward_from(dy, past, kept, ctx.weights, ctx.context, wanted)
         if last:        # a loss that is still referenced must not keep a library's graph alive, nor the images
             ctx.others, ctx.weights = {}, None
         return dx, dx if need_branch else None, None, None, *gradients
@@ -175,12 +175,12 @@ class _Layer(torch.autograd.Function):
         y, kept = first.forward_keeping(x, None, w_first, ctx.context)
         rest = second.forward_keeping(x, y, w_second, ctx.context, "kept")[1]
         del y
-        d, gradients = second.backward_from(dy, past, rest, w_second, ctx.context, Way(True, overwrite=True))
+        d, gradients = second.backward_from(dy, past, rest, w_second, ctx.context, Wanted(True, overwrite=True))
         del rest, w_second      # the memory of one half at a time
         need_branch = ctx.needs_input_grad[1]
-        way = Way(ctx.needs_input_grad[0] or need_branch, overwrite=True)
+        wanted = Wanted(ctx.needs_input_grad[0] or need_branch, overwrite=True)
         assert d is not None
-        dx, earlier = first.backward_from(d, d, kept, w_first, ctx.context, way)
+        dx, earlier = first.backward_from(d, d, kept, w_first, ctx.context, wanted)
         if _is_last_backward():
             ctx.images = None       # a loss that is still referenced must not keep them alive
         return dx, dx if need_branch else None, None, None, *earlier, *gradients

@@ -24,6 +24,15 @@ class Projection(nn.Module):
     ``parts`` maps a Hugging Face module path to its number of rows. A frozen weight lies in the compute dtype, or, with
     a ``buffer`` to decode into, in NF4 (`put_nf4`); one that is trained is split into a fp32 Parameter for each part
     (`unfreeze`), and `copied` into one again, in the compute dtype, wherever a product reads it.
+
+    The forms that the weights take here, and who makes them:
+    weight, bias       as the checkpoint has them, in the compute dtype; `weight` is empty where they lie in NF4
+    nf4, fused         parts in NF4 as they come (`put_nf4`), and all of them, once they are there
+    trained            fp32 Parameters of parts that are trained (`unfreeze`)
+    cast               copies of those in the compute dtype, for passes without a backward (`refresh_cast`)
+    images             the adapters' A and s·B in the compute dtype, as of the last pass (`Llama.refresh_images`)
+    around             the weight in a buffer with the images in its margins (`lay_out`; ops/augmented.py)
+    packed, decoded    for generation: laid out for a few rows, decoded once for single ones (`prepare`)
     """
 
     def __init__(self, parts: Mapping[str, int], in_features: int, bias: bool, dtype: torch.dtype,

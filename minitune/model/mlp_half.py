@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minitune.config import ModelConfig
-from minitune.model.half import Context, Half, Kept, Need, Way
+from minitune.model.half import Context, Half, Kept, Need, Wanted
 from minitune.model.lora import Projection, frozen
 from minitune.ops import lora_matmul, rms_norm, swiglu
 from minitune.ops.lora_matmul import LoraWeights
@@ -54,13 +54,13 @@ class MlpHalf(Half):
         return y, kept
 
     def backward_from(self, dy: Tensor, past: Tensor | None, kept: Kept, weights: tuple[LoraWeights, LoraWeights],
-                      context: Context, way: Way) -> tuple[Tensor | None, list[Tensor]]:
+                      context: Context, wanted: Wanted) -> tuple[Tensor | None, list[Tensor]]:
         w_gate_up, w_down = weights
         ds_down = lora_matmul.backward_s(dy, w_down)
         dh = lora_matmul.backward_input(dy, ds_down, w_down)
         want_h = "h" not in kept and self.down.reads_input(kept["s_down"])
-        place = None if way.overwrite else lora_matmul.gradient_rows(len(dy), w_gate_up)
-        d_gate_up, h = swiglu.backward(dh, kept["gate_up"], want_h=want_h, overwrite=way.overwrite, out=place)
+        place = None if wanted.overwrite else lora_matmul.gradient_rows(len(dy), w_gate_up)
+        d_gate_up, h = swiglu.backward(dh, kept["gate_up"], want_h=want_h, overwrite=wanted.overwrite, out=place)
         gradients_down = self.down.gradients(dy, kept.pop("h", h), kept["s_down"], ds_down, w_down)
         del dh, h       # the last product takes the most memory: what is used up goes before it
         ds = lora_matmul.backward_s(d_gate_up, w_gate_up)
@@ -69,11 +69,11 @@ class MlpHalf(Half):
             normed = rms_norm.apply(kept["x"], kept["rstd"], self.norm)
         gradients = [*self.gate_up.gradients(d_gate_up, normed, kept["s_gate_up"], ds, w_gate_up), *gradients_down]
         del normed
-        if not way.need_dx and not self.norm.requires_grad:
+        if not wanted.need_dx and not self.norm.requires_grad:
             return None, gradients
         d_normed = lora_matmul.backward_input(d_gate_up, ds, w_gate_up)
         if self.norm.requires_grad:
             gradients.append(rms_norm.backward_weight(d_normed, kept["x"], kept["rstd"]))
-        if not way.need_dx:
+        if not wanted.need_dx:
             return None, gradients
         return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm, past, out=d_normed), gradients

@@ -2,4 +2,5 @@
 
 from minitune.ops import vector_math
 
+# Before any thread calls one: MKL's first calls race (vector_math says how).
 vector_math.settle()

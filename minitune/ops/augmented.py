@@ -3,6 +3,10 @@
 The weight lies in a buffer [N + R', K + R'] with s·B behind its rows and A below them; the op that makes x leaves room
 for S behind each row of x. Then x·Wᵀ + S·Bᵀ is one product of depth K + R', and dy·W + dS·A one of depth N + R': no
 second pass over y or dx, for R'/K more arithmetic. R' is the rank rounded up until rows are multiples of 128 bytes.
+
+                 K      R'                     K   R'                             N   R'
+    whole = N  [ W     s·B ]        x_rows = [ x | S ]  [T, K + R']    dy_rows = [ dy | dS ]  [T, N + R']
+            R' [ A      0  ]        y = x_rows · whole[:N]ᵀ            dx = dy_rows · whole[:, :K]
 """
 
 from __future__ import annotations
