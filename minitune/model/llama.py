@@ -165,7 +165,8 @@ class Llama(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     def projections(self) -> list[Projection]:
-        return [m for m in self.modules() if isinstance(m, Projection)]
+        return [projection for layer in self.blocks() for half_ in (layer.attention, layer.mlp)
+                for projection in half_.projections()]
 
     def hf_weights(self) -> dict[str, Tensor]:
         """Every tensor of the checkpoint by its Hugging Face name, as a view of where it lies here; those in NF4 are
@@ -219,7 +220,7 @@ class Llama(nn.Module):
 
     def adapters(self) -> dict[str, Adapter]:
         """Every adapter by the Hugging Face path of its linear."""
-        found = {path: a for projection in self.projections() for path, a in projection.own_adapters().items()}
+        found = {path: a for projection in self.projections() for path, a in projection.own_adapters.items()}
         return found if self.output.adapter is None else found | {HEAD: self.output.adapter}
 
     def linears(self) -> list[str]:

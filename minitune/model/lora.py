@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,9 +22,12 @@ from minitune.ops.nf4_linear import DecodeBuffer, FusedNF4, nf4_linear
 class Projection(nn.Module):
     """Several linears that share their input, as one product: weight [N, K], the rows of each part below each other.
 
-    ``parts`` maps a Hugging Face module path to its number of rows. A frozen weight lies in the compute dtype, or, with
-    a ``buffer`` to decode into, in NF4 (`put_nf4`); one that is trained is split into a fp32 Parameter for each part
-    (`unfreeze`), and `copied` into one again, in the compute dtype, wherever a product reads it.
+    ``parts`` maps a Hugging Face module path to its number of rows, ``rows`` to where they lie, ``own_adapters`` to its
+    adapter: in the order of the parts, that of A's rows and B's columns in the images.
+
+    A frozen weight lies in the compute dtype, or, with a ``buffer`` to decode into, in NF4 (`put_nf4`); one that is
+    trained is split into a fp32 Parameter for each part (`unfreeze`), and `copied` into one again, in the compute
+    dtype, wherever a product reads it.
 
     The forms that the weights take here, and who makes them:
     weight, bias       as the checkpoint has them, in the compute dtype; `weight` is empty where they lie in NF4
@@ -39,6 +43,8 @@ class Projection(nn.Module):
                  device: torch.device, buffer: DecodeBuffer | None = None):
         super().__init__()
         self.parts = dict(parts)
+        ends = list(itertools.accumulate(parts.values()))
+        self.rows = {path: slice(end - parts[path], end) for path, end in zip(parts, ends, strict=True)}
         self.n_rows, self.n_columns = sum(parts.values()), in_features
         self.buffer, self.nf4 = buffer, None if buffer is None else dict[str, NF4Weight | Tensor]()
         self.fused: FusedNF4 | None = None
@@ -46,6 +52,7 @@ class Projection(nn.Module):
         self.weight = frozen(torch.empty(rows, in_features, dtype=dtype, device=device))
         self.bias = frozen(torch.empty(self.n_rows, dtype=dtype, device=device)) if bias else None
         self.adapters = nn.ModuleDict()
+        self.own_adapters: dict[str, Adapter] = {}
         self.trained = nn.ParameterDict()
         self.enabled = True
         self.images: tuple[Tensor, Tensor] | None = None
@@ -55,13 +62,6 @@ class Projection(nn.Module):
         self.packed: Tensor | None = None
         self.decoded: Tensor | None = None
 
-    def rows(self) -> Iterator[tuple[str, slice]]:
-        """Each part's path and its rows of the fused weight."""
-        start = 0
-        for path, count in self.parts.items():
-            yield path, slice(start, start + count)
-            start += count
-
     def hf_weights(self) -> dict[str, Tensor]:
         """Hugging Face tensor name -> that part's rows (or its own trained Parameter). Weights in NF4 are left out:
         see `nf4_shapes`."""
@@ -69,7 +69,7 @@ class Projection(nn.Module):
         if self.fused is not None:
             found = {f"{path}.weight": part for path, part in zip(self.parts, self.fused.parts, strict=True)
                      if isinstance(part, Tensor)}
-        for path, rows in self.rows():
+        for path, rows in self.rows.items():
             for kind, fused in (("weight", self.weight if self.buffer is None else None), ("bias", self.bias)):
                 if fused is not None:
                     name = f"{path}.{kind}"
@@ -158,17 +158,16 @@ class Projection(nn.Module):
         for path, count in self.parts.items():
             adapter = make_adapter(path, self.n_columns, count, lora, seed, self.weight.device)
             if adapter is not None:
-                self.adapters[_key(path)] = adapter
+                self.adapters[_key(path)] = self.own_adapters[path] = adapter
         if self.has_magnitudes:
             lengths = self._row_lengths()
-            for path, rows in self.rows():
-                if path in self.own_adapters():
-                    self.own_adapters()[path].start_magnitude(lengths[rows])
+            for path, adapter in self.own_adapters.items():
+                adapter.start_magnitude(lengths[self.rows[path]])
 
     @property
     def has_magnitudes(self) -> bool:
         """Whether an adapter is one of DoRA's."""
-        return any(adapter.m is not None for adapter in self.own_adapters().values())
+        return any(adapter.m is not None for adapter in self.own_adapters.values())
 
     def _row_lengths(self) -> Tensor:
         """fp32 [N]: the length of each row of W + s·B·A, with the images as they are; of W where there are none."""
@@ -188,30 +187,19 @@ class Projection(nn.Module):
         """fp32 [N], what DoRA multiplies the rows of the output by, 1 for other parts; None without DoRA."""
         if self.lengths is None or not self.enabled:
             return None
-        adapters = self.own_adapters()
-        return torch.cat([adapters[path].gain(self.lengths[rows]) if path in adapters
-                          else torch.ones_like(self.lengths[rows]) for path, rows in self.rows()])
-
-    def own_adapters(self) -> dict[str, Adapter]:
-        """Path -> adapter, in the order of the parts; the order of A's rows and B's columns in the images."""
-        found = {}
-        for path in self.parts:
-            if _key(path) in self.adapters:
-                adapter = self.adapters[_key(path)]
-                assert isinstance(adapter, Adapter)
-                found[path] = adapter
-        return found
+        return torch.cat([self.own_adapters[path].gain(self.lengths[rows]) if path in self.own_adapters
+                          else torch.ones_like(self.lengths[rows]) for path, rows in self.rows.items()])
 
     def image_slices(self) -> Iterator[tuple[Adapter, slice, slice]]:
         """(adapter, its rows of the fused weight, its place among the ranks)."""
-        start, rows = 0, dict(self.rows())
-        for path, adapter in self.own_adapters().items():
-            yield adapter, rows[path], slice(start, start + adapter.rank)
+        start = 0
+        for path, adapter in self.own_adapters.items():
+            yield adapter, self.rows[path], slice(start, start + adapter.rank)
             start += adapter.rank
 
     def image_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of the images a [R, K] and b [N, R]."""
-        width = sum(adapter.rank for adapter in self.own_adapters().values())
+        width = sum(adapter.rank for adapter in self.own_adapters.values())
         return (width, self.n_columns), (self.n_rows, width)
 
     def image_copies(self) -> Iterator[tuple[Tensor, Tensor, float]]:
@@ -237,7 +225,7 @@ class Projection(nn.Module):
     def trained_parameters(self) -> list[Tensor]:
         """fp32 parameters that get a gradient, in the order of `gradients`: A and B of each adapter unless they are
         switched off, then the `base_parameters`."""
-        adapters = self.own_adapters().values() if self.enabled else ()
+        adapters = self.own_adapters.values() if self.enabled else ()
         return [p for adapter in adapters for p in (adapter.A, adapter.B)] + self.base_parameters()
 
     def base_parameters(self) -> list[Tensor]:
@@ -260,11 +248,10 @@ class Projection(nn.Module):
             da, db = lora_matmul.backward_adapters(dy, x, s, ds, w)
             for adapter, rows, ranks in self.image_slices():
                 found += lora_gradients.apart(da[ranks], db[rows, ranks], adapter.scale)
-        rows_of = dict(self.rows())
         for key, parameter in self.trained.items():
             if parameter.requires_grad:
                 path, _, kind = key.replace("/", ".").rpartition(".")
-                part = dy[:, rows_of[path]]
+                part = dy[:, self.rows[path]]
                 if kind == "bias":
                     found.append(part.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)))
                 else:
@@ -297,7 +284,7 @@ class Projection(nn.Module):
         for kind, fused in (("weight", self.weight), ("bias", self.bias)):
             if fused is not None and self.is_split(kind):
                 copy = fused.new_empty(self.n_rows, *fused.shape[1:])
-                for path, rows in self.rows():
+                for path, rows in self.rows.items():
                     copy[rows].copy_(self.trained[_key(f"{path}.{kind}")])
                 whole.append(copy)
             else:
@@ -321,7 +308,7 @@ class Projection(nn.Module):
     @property
     def needs_composed(self) -> bool:
         """Dropout and DoRA take plain autograd instead of the hand-written halves."""
-        dropout = self.training and any(a.dropout for a in self.own_adapters().values())
+        dropout = self.training and any(a.dropout for a in self.own_adapters.values())
         return dropout or (self.enabled and self.has_magnitudes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -344,7 +331,7 @@ class Projection(nn.Module):
         y = F.linear(x, weight, bias) if self.fused is None else nf4_linear(x, self.fused, bias)
         if not self.enabled:
             return y
-        adapters = self.own_adapters()
+        adapters = self.own_adapters
         if not adapters:
             return y
         zero = y.new_zeros(())

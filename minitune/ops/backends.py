@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -139,10 +140,11 @@ def by_rows(op: str, x: Tensor) -> bool:
 
 def side_by_side(x: Tensor) -> bool:
     """Whether x is [T, d] or [T, heads, d] whose heads, and their values, lie side by side; rows may lie apart."""
-    if x.dim() not in (2, 3) or x.stride(-1) != 1:
+    shape, strides = x.shape, x.stride()
+    if len(shape) not in (2, 3) or strides[-1] != 1:
         return False
-    heads = x.dim() == 2 or x.shape[1] < 2 or x.stride(1) == x.shape[2]
-    return heads and (len(x) < 2 or x.stride(0) >= x[0].numel())
+    heads = len(shape) == 2 or shape[1] < 2 or strides[1] == shape[2]
+    return heads and (shape[0] < 2 or strides[0] >= math.prod(shape[1:]))
 
 
 def missing(name: str, device: torch.device) -> str | None:
