@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -34,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_start, tables_gpu
-from benchmarks.harness import RESULTS, ROOT, machine, save
+from benchmarks.harness import RESULTS, ROOT, machine, rewrite, save
 from minitune.errors import InputError
 
 LIMITS = {"build": 50, "tests": 105, "tune": 45, "products": 50, "attention": 45, "ops": 35, "layer": 25, "step": 40,
@@ -71,12 +73,19 @@ def missing(where: str) -> str | None:
     return None
 
 
+def end_with_parent() -> None:
+    """Of a child process, before it starts: to be killed when this one is, which a session of its own would outlive."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+
+
 def run_bounded(words: list[str], seconds: float, root: Path = ROOT,
                 **variables: str) -> tuple[str, str, int | None]:
     """Run `words` from the root; (stdout, last of stderr, exit code or None when cut off). All its children end too."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(words, cwd=root, stdout=out, stderr=err, stdin=subprocess.DEVNULL,
-                                   start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **variables})
+                                   start_new_session=True, preexec_fn=end_with_parent,
+                                   env={**os.environ, "PYTHONUNBUFFERED": "1", **variables})
         code: int | None = None
         try:
             code = process.wait(seconds)
@@ -99,9 +108,18 @@ def parse_rows(text: str) -> tuple[list[dict[str, Any]], bool]:
     for line in text.splitlines():
         if line.startswith("{"):
             with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+                rows.append(written(json.loads(line)))
     ended = bool(rows) and rows[-1].get("what") == "end"
     return (rows[:-1] if ended else rows), ended
+
+
+def written(value: Any) -> Any:
+    """As JSON has it: a number that is not finite, of a run that went wrong, as a text."""
+    if isinstance(value, dict):
+        return {key: written(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [written(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_build(where: str, seconds: float, root: Path = ROOT) -> dict[str, Any]:
@@ -222,16 +240,18 @@ def main() -> None:
     os.environ["TRITON_CACHE_DIR"] = str(gpu_start.cache_folder())      # of every part
     if told.start and not attempt(gpu_start.unpack, told.start):
         sys.exit(2)
-    TUNED.unlink(missing_ok=True)       # of another GPU, torch or commit, perhaps
+    if "tune" in told.parts:
+        TUNED.unlink(missing_ok=True)       # of another GPU, torch or commit, perhaps
     raw: dict[str, Any] = {"kind": "gpu", "device": where, "machine": machine(), "parts": {}}
+    path = save("gpu" if where == "cuda" else "gpu-cpu", raw, told.out)
     for name in told.parts:
         print(f"{name} … at most {LIMITS[name]} s", file=sys.stderr, flush=True)
         raw["parts"][name] = run_part(name, where, LIMITS[name])
+        rewrite(path, raw)      # so far: whoever ends this process loses one part
         print(f"{name}: {raw['parts'][name]['status']}", file=sys.stderr, flush=True)
-    path = save("gpu" if where == "cuda" else "gpu-cpu", raw, told.out)
+    packed = told.tar is None or attempt(gpu_start.pack, told.tar)
     print("\n".join(tables_gpu.gpu_tables(json.loads(path.read_text()))))
     print(f"raw figures: {path.name}")
-    packed = told.tar is None or attempt(gpu_start.pack, told.tar)
     sys.exit(not packed or any(part["status"] != "passed" for part in raw["parts"].values()))
 
 

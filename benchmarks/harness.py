@@ -318,8 +318,20 @@ def save(name: str, data: Mapping[str, Any], folder: Path | None = None, suffix:
     if suffix == ".json":
         full = {"name": name, "when": f"{now:%Y-%m-%dT%H:%M:%SZ}", **data}
         full.setdefault("machine", machine())
-        text = json.dumps(scrub(full), indent=1, allow_nan=False) + "\n"
+        text = _json(full)
     else:
         text = scrub(data["text"])
     path.write_text(text)
     return path
+
+
+def rewrite(path: Path, data: Mapping[str, Any]) -> None:
+    """Put `data` in place of what `save` wrote there, under the same name and time; whole or not at all."""
+    kept = json.loads(path.read_text())
+    part = path.with_suffix(".part")
+    part.write_text(_json({"name": kept["name"], "when": kept["when"], **data}))
+    part.replace(path)
+
+
+def _json(full: Mapping[str, Any]) -> str:
+    return json.dumps(scrub(full), indent=1, allow_nan=False) + "\n"

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,33 @@ def test_a_part_that_is_cut_off_keeps_its_rows() -> None:
     out, _, code = gpu.run_bounded(["sh", "-c", program], 1)
     assert code is None
     assert gpu.parse_rows(out) == ([{"what": "a"}], False)
+
+
+def test_numbers_that_are_not_finite_reach_the_raw_file(tmp_path: Path) -> None:
+    rows, ended = gpu.parse_rows('{"losses": [1.5, NaN], "norm": {"x": Infinity}, "right": false}\n{"what": "end"}\n')
+    assert ended and rows == [{"losses": [1.5, "nan"], "norm": {"x": "inf"}, "right": False}]
+    path = harness.save("toy", {"rows": []}, tmp_path)
+    harness.rewrite(path, {"rows": rows})
+    found = json.loads(path.read_text())
+    assert found["rows"] == rows and (found["name"], len(list(tmp_path.iterdir()))) == ("toy", 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end a child with its parent")
+def test_a_part_ends_with_the_run_that_is_killed() -> None:
+    program = "from benchmarks import gpu; gpu.run_bounded(['sh', '-c', 'echo $$ > \"$0\"; exec sleep 600', '{}'], 60)"
+    with tempfile.TemporaryDirectory() as place:
+        said = Path(place, "pid")
+        parent = subprocess.Popen([sys.executable, "-c", program.format(said)], cwd=harness.ROOT)
+        while not (said.exists() and said.read_text().strip()):
+            time.sleep(0.05)
+        child = Path("/proc", said.read_text().strip())
+        assert child.exists()
+        parent.kill()
+        parent.wait()
+        end = time.monotonic() + 20
+        while child.exists() and (child / "stat").read_text().split()[2] != "Z":
+            assert time.monotonic() < end, "it goes on without its parent"
+            time.sleep(0.05)
 
 
 def test_what_runs_unasked_fits_into_eight_minutes() -> None:
