@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import traceback
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,25 @@ def memory(_: Path) -> None:
 
     for policy in ("full", "offload"):
         report(policy, count, Case("Llama-2-7B", "nf4-dq", (2048,), policy, "8bit"))
+    report("parking", parking)
+
+
+def parking() -> dict[str, Any]:
+    """Which of three parked tensors are still held by the parking: after each is parked, and after a fetch."""
+    import torch
+
+    from minitune.model.offload import Parking
+
+    place, held, seen, tickets = Parking(), [], [], []
+    with device.fake_gpu():
+        for _ in range(3):
+            x = torch.zeros(1000, device="cuda")
+            held.append(weakref.ref(x))
+            tickets.append(place.park(x))
+            del x
+            seen.append([each() is not None for each in held])
+        place.fetch(tickets[-1], last=True)
+    return {"held": [*seen, [each() is not None for each in held]]}
 
 
 def report(name: str, run: Callable[..., dict[str, Any]], *args: Any, **options: Any) -> None:

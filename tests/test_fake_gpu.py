@@ -81,6 +81,7 @@ def test_a_fault_would_be_seen(library):
 
 def test_a_7b_qlora_step_holds_no_more_than_was_promised(library):
     found = _run(library, "memory")
-    assert not any(row.get("error") or row["waits"] for row in found.values()), found
+    assert not any(row.get("error") or row.get("waits") for row in found.values()), found
+    assert found["parking"]["held"] == [[True], [False, True], [False, False, True], [False] * 3]
     assert 5.2e9 < found["full"]["peak_bytes"] + WORKSPACES < 5.6e9
     assert 4.7e9 < found["offload"]["peak_bytes"] + WORKSPACES < 5.0e9

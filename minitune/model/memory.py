@@ -101,6 +101,11 @@ def free_bytes(device: torch.device) -> int:
     return free
 
 
+def pinned_bytes(n_bytes: int) -> int:
+    """What a pinned buffer takes of the host's memory: torch's allocator rounds up to a power of two."""
+    return 1 << max(0, n_bytes - 1).bit_length()
+
+
 def reuse_freed_memory() -> None:
     """Tell glibc's malloc to keep freed memory for the next tensor instead of handing it back to the kernel.
 
@@ -130,5 +135,6 @@ def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype:
         kept, work = step_bytes(config, tokens, policy, dtype, device, composed, trained)
         if kept + work <= room:
             return policy
-    parks = device.type == "cuda" and not composed
-    return "offload" if parks and kept <= free_bytes(torch.device("cpu")) * SHARE else "full"
+    parked = config.n_layers * pinned_bytes(kept // config.n_layers)
+    parks = device.type == "cuda" and not composed and parked <= free_bytes(torch.device("cpu")) * SHARE
+    return "offload" if parks else "full"

@@ -2,6 +2,10 @@
 
 Copies run on a stream of their own beside the computation. In the backward, which asks for them in the reverse order,
 the next one is on its way while the last one is worked on. On a CPU the same happens with plain copies.
+
+All memory of the device belongs to the computing stream, which waits for a copy before memory that it reads or writes
+is given back. `record_stream` would leave that to the allocator, which learns of it late: the host runs layers ahead,
+and would find none of their memory free.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minitune.errors import InputError
-from minitune.model.memory import free_bytes
+from minitune.model.memory import free_bytes, pinned_bytes
 
 RESERVE = 256 << 20
 """Bytes of the host's memory that parking leaves to others."""
@@ -30,6 +34,10 @@ class Ticket:
         self.back: Tensor | None = None
         self.arrived: torch.cuda.Event | None = None
 
+    def __del__(self) -> None:
+        if self.back is not None and self.arrived is not None:      # on its way to whom nobody fetches any more
+            torch.cuda.current_stream(self.device).wait_event(self.arrived)
+
 
 class Parking:
     """Where the layers' inputs of a pass lie. Host buffers are used again and again, step after step."""
@@ -38,9 +46,12 @@ class Parking:
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         self._newest: weakref.ref[Ticket] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
 
     def park(self, x: Tensor) -> Ticket:
-        """Begin to copy x to the host; its own memory is free once the copy is done and nobody else holds it."""
+        """Begin to copy x to the host; its own memory is free when the next one is parked, or the first one fetched,
+        and nobody else holds it."""
+        self._let_go()
         if (x.shape, x.dtype) not in self._free:        # a pass of another length: its buffers alone are kept
             self._free = {(x.shape, x.dtype): []}
         free = self._free[x.shape, x.dtype]
@@ -50,7 +61,7 @@ class Parking:
             stream.wait_stream(torch.cuda.current_stream(x.device))
             with torch.cuda.stream(stream):
                 host.copy_(x, non_blocking=True)
-            x.record_stream(stream)
+            self._leaving = x, _mark(stream)
         else:
             host.copy_(x)
         ticket = Ticket(host, x.device, self._newest)
@@ -60,6 +71,7 @@ class Parking:
     def fetch(self, ticket: Ticket, last: bool) -> Tensor:
         """The tensor, on its device again; the one that was parked before it sets out. With `last` the host buffer is
         given up, and a second fetch is an error."""
+        self._let_go()
         self._begin(ticket)
         back, ticket.back = ticket.back, None
         if back is None or ticket.host is None:
@@ -89,9 +101,14 @@ class Parking:
         stream.wait_stream(torch.cuda.current_stream(ticket.device))    # who had this memory before may still read it
         with torch.cuda.stream(stream):
             ticket.back.copy_(ticket.host, non_blocking=True)
-        ticket.back.record_stream(stream)
-        ticket.arrived = torch.cuda.Event()
-        ticket.arrived.record(stream)
+        ticket.arrived = _mark(stream)
+
+    def _let_go(self) -> None:
+        """Give up the tensor that was parked last, whose copy had a layer's time to end."""
+        if self._leaving is not None:
+            x, done = self._leaving
+            torch.cuda.current_stream(x.device).wait_event(done)
+            self._leaving = None
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._streams:
@@ -102,11 +119,18 @@ class Parking:
         return Parking, ()      # a copy of a model parks for itself
 
 
+def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """A point behind all that `stream` has to do now."""
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
+
+
 def _room(x: Tensor) -> Tensor:
     """A host buffer like x, pinned for a GPU. InputError where it does not fit: pinned memory cannot be swapped out, so
     a system that runs short of it ends processes."""
-    free = free_bytes(torch.device("cpu"))
-    if x.nbytes + RESERVE > free:
-        raise InputError(f'memory "offload": a layer\'s input takes {x.nbytes / 1e6:,.0f} MB of host memory, and '
+    free, taken = free_bytes(torch.device("cpu")), pinned_bytes(x.nbytes) if x.device.type == "cuda" else x.nbytes
+    if taken + RESERVE > free:
+        raise InputError(f'memory "offload": a layer\'s input takes {taken / 1e6:,.0f} MB of host memory, and '
                          f'{free / 1e6:,.0f} MB are free; take shorter micro-batches, or memory="full"')
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from minitune.errors import InputError
-from minitune.model import offload
+from minitune.model import memory, offload
+
+
+def test_pinned_memory_is_counted_as_torch_takes_it():
+    assert [memory.pinned_bytes(n) for n in (1, 2, 3, 4096, 81_920_000)] == [1, 2, 4, 4096, 2**27]
 
 
 def test_a_host_without_room_is_said_and_buffers_at_hand_need_none(monkeypatch):
