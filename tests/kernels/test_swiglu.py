@@ -11,7 +11,7 @@ from minitune.ops import swiglu as op
 from tests.tolerance import check
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = {"a piece that is not full": (37, 70), "several pieces, the last not full": (3, 1030), "one value": (2, 1)}
+SHAPES = {"a piece that is not full": (37, 70), "several pieces, the last not full": (3, 1030), "one column": (50, 1)}
 TINY = Config({"BLOCK": 32}, num_warps=1)
 
 
