@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import reprlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
@@ -16,6 +18,9 @@ from minitune.names import unknown_names
 
 MAX_WHOLE = 2**31 - 1
 """The largest whole number that a setting takes, seeds apart: lengths and offsets of a batch are int32."""
+
+LONGEST_NAME = 255
+"""Bytes of a file's name, on all usual file systems."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,6 +87,15 @@ def check_share_or_number(owner: str, name: str, value: float, of: str) -> None:
     if value >= 1 and value != int(value):
         raise InputError(f"{owner}: {name} is {value!r}; below 1 it is a share of the {of}, else a whole number of "
                          "them")
+
+
+def check_path(owner: str, name: str, path: str | os.PathLike[str]) -> Path:
+    """The path; InputError for one that no system takes, which is a text given by mistake, as a rule."""
+    found = os.fspath(path)
+    if "\0" in found or any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(found).parts):
+        raise InputError(f"{owner}: {name} is {short(found)}; it must be a path, and this one is too long, or holds a "
+                         "null character (texts are given as samples: [{\"text\": \"…\"}, …])")
+    return Path(found)
 
 
 def check_seed(owner: str, seed: object) -> None:

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from minitune.arguments import short
 from minitune.commands import COMMANDS
-from minitune.errors import InputError
+from minitune.errors import InputError, NotSaved
 from minitune.names import nearest
 
 DESCRIPTION = "Fine-tune Llama-family models with LoRA on one NVIDIA GPU or a CPU."
@@ -89,7 +89,7 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 def _ending(error: Exception) -> tuple[int | None, str]:
     """(exit code, message) of an error that a user can understand; (None, "") for one that is a fault of ours."""
     if isinstance(error, InputError):
-        return 2, str(error)
+        return 1 if isinstance(error, NotSaved) else 2, str(error)
     if isinstance(error, OSError):
         return 2, f"{error.filename or 'a file'}: {error.strerror or error}"
     found = re.search(r"tried to allocate (\d+) bytes", str(error))     # torch's allocator of host memory

@@ -188,7 +188,7 @@ class Training:
     label_smoothing: float = 0.0
     """Share of each target that is spread over the whole vocabulary; the reported loss is the smoothed one."""
     seed: int = 0
-    """Random seed of adapters, shuffling and dropout."""
+    """Random seed of shuffling and dropout; of the adapters' start too, which in Python mt.load(seed=) sets."""
     log_every: int = 1
     """Report every so many steps; without a terminal some twenty reports are printed, metrics.jsonl holds all."""
     evaluate_every: int | None = None

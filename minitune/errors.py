@@ -3,3 +3,7 @@
 
 class InputError(Exception):
     """Something the user gave is wrong. The message names the file, the line or field, the value, and what to do."""
+
+
+class NotSaved(InputError):
+    """A run came to its end, and what it trained cannot be written: exit code 1."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minitune.api.generation import Generation
-from minitune.arguments import short
+from minitune.arguments import check_path, short
 from minitune.checkpoint.adapter import write_adapter
 from minitune.checkpoint.files import json_bytes, staged
 from minitune.checkpoint.hf_config import write_config
@@ -39,7 +39,12 @@ ABOUT = "minitune.json"
 def as_path(owner: str, name: str, value: Any) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise InputError(f"{owner}: {name} is {short(value)}; give a path")
-    return Path(value)
+    return check_path(owner, name, value)
+
+
+def _described(value: object) -> str:
+    """A tensor by dtype and shape, for a message."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else short(value)
 
 
 def _batch(owner: str, batch: Any) -> Batch:
@@ -139,6 +144,7 @@ class Model(Generation):
 
     def hidden(self, batch: Batch) -> Tensor:
         """[T, d_model] on the model's device, after the final norm."""
+        batch = _batch("hidden", batch)
         if batch.highest_token >= self.config.vocab_size:
             raise InputError(f"the batch holds the token id {batch.highest_token}; the vocabulary ends at "
                              f"{self.config.vocab_size - 1}")
@@ -148,8 +154,22 @@ class Model(Generation):
         return out
 
     def losses_at(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]."""
+        """hidden [n, d_model] and labels int64 [n], each a token -> negative log-likelihood fp32 [n]."""
+        self._check_rows("losses_at", hidden)
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != hidden.shape[:1]:
+            raise InputError(f"losses_at: labels is {_described(labels)}; it must be int64 [{len(hidden)}], a token "
+                             "for each row of hidden")
         return self.network.losses_at(hidden, labels, label_smoothing)
+
+    def logits_at(self, hidden: Tensor) -> Tensor:
+        """hidden [n, d_model] -> fp32 [n, vocab_size], differentiable: for rows that you choose, few at a time."""
+        self._check_rows("logits_at", hidden)
+        return self.network.logits(hidden)
+
+    def _check_rows(self, owner: str, hidden: Tensor) -> None:
+        if not isinstance(hidden, Tensor) or hidden.dim() != 2 or hidden.shape[1] != self.config.d_model:
+            raise InputError(f"{owner}: hidden is {_described(hidden)}; it must be [n, {self.config.d_model}], rows of "
+                             "what model.hidden(batch) gives")
 
     def logits(self, tokens: Tensor | Sequence[int], cu_seqlens: Tensor | None = None) -> Tensor:
         """tokens int64 [T], one document or those that cu_seqlens int32 [n + 1] bounds -> fp32 [T, vocab_size]."""

@@ -54,7 +54,11 @@ def check_out(out: Path | None, resume: Any) -> None:
     if not (out / "config.json").is_file():
         raise InputError(f"{out}: is not the folder of a run, so there is nothing to resume; name another one")
     if _is_finished(out):
-        trained = next((f", {out / name}" for name in ("adapter", "model") if (out / name).is_dir()), "")
+        trained = next((f", {out / name}" for name in ("adapter", "model") if (out / name / "config.json").is_file()
+                        or (out / name / "adapter_config.json").is_file()), None)
+        if trained is None:
+            raise InputError(f"{out}: the run came to its end, but what it trained was not written, and there is no "
+                             "checkpoint; begin anew in another folder, with save_every")
         raise InputError(f"{out}: the run is finished, there is nothing to resume; to train on, begin a new one from "
                          f"what it has trained{trained}")
     raise InputError(f"{out}: holds no checkpoint to resume from: the run has ended, or was killed before its first "

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from minitune.api.examine import (
     Examiner,
@@ -85,6 +88,9 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
     _check_observers(observers)
     if quiet is not None and not isinstance(quiet, bool):
         raise InputError(f"train: quiet is {short(quiet)}; it must be True, False or None (by where it runs)")
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise InputError("train: gradients are switched off here (torch.no_grad, set_grad_enabled or inference_mode); "
+                         "call it where they are on")
     backends.asked()        # an unknown name in MINITUNE_BACKEND is told before anything is read
     with contextlib.ExitStack() as claim:
         check_out(folder, resume)
@@ -267,8 +273,20 @@ def _folder(folder: Path, model: Model, batches: Iterable[Batch], about: Mapping
               "lora": None if model.lora is None else asdict(model.lora), "adapter": model.adapter_path,
               "quant": model.quant, "trained_weights": sorted(network.trained_names()),
               "add_tokens": [] if model._tokenizer is None else model._tokenizer.added, **about}
+    _check_room(model, folder)
     save = model.save_adapter if adapted else model.save_merged if network.nf4_shapes() else model.save
     return run_folder(folder, save, functools.partial(_sound, model), _what(model), config)
+
+
+def _check_room(model: Model, folder: Path) -> None:
+    """InputError where what will be trained does not fit on the disk: that must be known before it is."""
+    weights = model.trainable_parameters() if model.lora is not None else model.network.parameters()
+    needed = sum(p.numel() * p.element_size() for p in weights)
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise InputError(f"{folder}: what is trained takes {needed / 1e6:,.1f} MB of disk, and {free / 1e6:,.1f} MB "
+                         "are free; make room, or name a folder elsewhere")
 
 
 def _longest_row(batches: Iterable[Batch]) -> int | None:

@@ -30,7 +30,8 @@ class Source:
     """What became of the raw tokens of one file, each counted once: tokens = trained + masked + truncated + dropped.
 
     ``samples`` are the file's, ``documents`` those of them with something to pack, ``pieces`` what they were split into
-    (as many, where none was split). ``masked`` are seen but no target: prompts, BOS, the first token of each piece.
+    (as many, where none was split). ``masked`` are no target: prompts, BOS, the first token of each piece, and all of a
+    piece in which nothing is trained, which is not packed.
     ``truncated`` were cut off, ``dropped`` belong to no document that is seen: ``reasons`` says of how many samples and
     tokens, and why. ``share``: how often each sample is seen in an epoch.
     """

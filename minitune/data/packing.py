@@ -119,7 +119,8 @@ def make_batch(pieces: Iterable[Piece], tokens: int, weighted: bool = False) -> 
     labels = torch.where(target, ids, IGNORED).roll(-1)
     weights = None
     if weighted:
-        each = torch.tensor([1.0 if weight is None else weight for _, _, weight in found] + [1.0] * (rest > 0))
+        each = torch.tensor([1.0 if weight is None else weight for _, _, weight in found] + [1.0] * (rest > 0),
+                            dtype=torch.float32)
         weights = each.repeat_interleave(bounds.diff())
     return Batch(tokens=ids, labels=labels, cu_seqlens=bounds.int(), weights=weights, n_filler=rest)
 

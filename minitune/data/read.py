@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minitune.arguments import check_path
 from minitune.data import cache as store
 from minitune.data.corpus import Builder, Corpus
 from minitune.data.encode import Encoded, chunks, encode
@@ -36,7 +37,7 @@ def read_corpus(path: str | Path, tokenizer: Tokenizer, field_map: Mapping[str, 
     ``cache``: None uses the cache for files of at least `MIN_FILE` bytes, True for any, False for none. Raises
     InputError for whatever is wrong with the file.
     """
-    path = Path(path)
+    path = check_path("data", "a file", path)
     before = _state(path)
     wanted = before is not None and (cache is True or (cache is None and before[0] >= store.MIN_FILE))
     entry = store.entry(path, tokenizer, field_map) if wanted else None

@@ -34,9 +34,11 @@ class Stream:
     `next` draws from one iteration that the stream itself keeps. Epochs are packed anew, so one may have a batch more
     than another.
 
+    Documents, or pieces of long ones, in which nothing is trained are left out: so each batch trains something.
+
     ``ledger`` tells where every token went (`minitune.data.ledger`). Of epoch 0: ``n_documents``, ``n_tokens`` (the
-    documents' own), ``n_trained`` (targets among them), ``n_masked``, ``n_filler``: n_trained + n_masked + n_filler =
-    count(1) · tokens. ``parts`` are the files that it draws from.
+    packed documents' own), ``n_trained`` (targets among them), ``n_masked``, ``n_filler``: n_trained + n_masked +
+    n_filler = count(1) · tokens. ``parts`` are the files that it draws from.
     """
 
     def __init__(self, parts: Sequence[Part], tokens: int, *, epochs: int = 1, seed: int = 0, shuffle: bool = True,
@@ -56,6 +58,8 @@ class Stream:
         sizes = [len(each.owners) for each in self._pieces]
         self._base = [sum(sizes[:place]) for place in range(len(sizes))]
         self._weighted = any(bool((~part.corpus.weights[part.kept].isnan()).any()) for part in parts)
+        # Pieces without a target, which teach nothing and which no other sees: they are packed nowhere.
+        self._idle = set((torch.cat([each.trained for each in self._pieces]) == 0).nonzero().flatten().tolist())
         self._counts: list[int] = []        # batches of each epoch, as far as they were asked for
         self._first: list[list[int]] | None = None      # the rows of epoch 0, until they are asked for
         self._cursor: Iterator[Batch] | None = None
@@ -146,13 +150,13 @@ class Stream:
         return sorted(sorted(row) for row in rows)
 
     def _order(self, epoch: int) -> list[int]:
-        """The pieces of an epoch, in the files' order."""
+        """The pieces of an epoch with something to train, in the files' order."""
         order: list[int] = []
         for place, (pieces, base) in enumerate(zip(self._pieces, self._base, strict=True)):
             first = pieces.first.tolist()
             for index in self._drawn(place, epoch):
                 order += range(base + first[index], base + first[index + 1])
-        return order
+        return [index for index in order if index not in self._idle] if self._idle else order
 
     def _drawn(self, place: int, epoch: int) -> Sequence[int]:
         """The documents (places in ``kept``) of file `place` in an epoch, sorted.

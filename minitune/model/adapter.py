@@ -39,10 +39,11 @@ class Adapter(nn.Module):
         self.scale = self.alpha / (math.sqrt(self.rank) if lora.rslora else self.rank)
         self.dropout = lora.dropout
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{path}".encode()))
-        a = torch.empty(self.rank, in_features).uniform_(-1, 1, generator=generator) / math.sqrt(in_features)
-        self.A = nn.Parameter(a.to(device))
-        self.B = nn.Parameter(torch.zeros(out_features, self.rank, device=device))
-        self.register_parameter("m", nn.Parameter(torch.ones(out_features, device=device)) if lora.dora else None)
+        a = torch.empty(self.rank, in_features, dtype=torch.float32).uniform_(-1, 1, generator=generator)
+        self.A = nn.Parameter((a / math.sqrt(in_features)).to(device))
+        self.B = nn.Parameter(torch.zeros(out_features, self.rank, dtype=torch.float32, device=device))
+        m = nn.Parameter(torch.ones(out_features, dtype=torch.float32, device=device)) if lora.dora else None
+        self.register_parameter("m", m)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in] -> s·(dropout(x)·Aᵀ)·Bᵀ [T, out] in x's dtype: the composed path."""

@@ -22,4 +22,4 @@ def init_weights(network: Llama, seed: int, std: float = 0.02) -> None:
             narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             scale = std / (2 * network.config.n_layers) ** 0.5 if narrow else std
-            weight.copy_(torch.randn(weight.shape, generator=generator).mul_(scale))
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float32).mul_(scale))

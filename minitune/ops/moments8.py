@@ -90,12 +90,12 @@ def dynamic_levels(signed: bool) -> Tensor:
 def table(signed: bool, device: torch.device) -> Tensor:
     """fp32 [2, 256]: the levels, sorted; and the midpoints between them as a search tree, which the kernel walks down.
 
-    Node k of the tree, from 1 on, has the children 2·k and 2·k + 1, so the 8 th
-    step ends at 256 + the number of midpoints below; place 0 is empty.
+    Node k of the tree, from 1 on, has the children 2·k and 2·k + 1, so the 8 th step ends at 256 + the number of
+    midpoints below; place 0 is empty.
     """
     levels = dynamic_levels(signed)
     midpoints = (levels[1:] + levels[:-1]) / 2
-    tree = torch.zeros(256)
+    tree = torch.zeros(256, dtype=torch.float32)
     for depth in range(8):
         span = 256 >> depth
         tree[1 << depth:2 << depth] = midpoints[span // 2 - 1::span]

@@ -62,7 +62,7 @@ class OneRow:
         s = shape
         self.norm, self.eps = norm, s.eps
         rotated = s.n_heads + s.n_kv_heads
-        self.rstd, self.head_rstd = torch.empty(1, 1), torch.empty(1, rotated, 1)
+        self.rstd, self.head_rstd = (torch.empty(shape, dtype=torch.float32) for shape in ((1, 1), (1, rotated, 1)))
         self.total, self.mlp_total, self.branch, self.normed = (torch.empty(1, s.d_model, dtype=dtype)
                                                                 for _ in range(4))
         self.qkv = torch.empty(1, (rotated + s.n_kv_heads) * s.head_dim, dtype=dtype)

@@ -12,7 +12,7 @@ from typing import Any
 
 from minitune.arguments import short
 from minitune.checkpoint.files import json_bytes, read_json_object, staged
-from minitune.errors import InputError
+from minitune.errors import InputError, NotSaved
 from minitune.report.environment import environment
 from minitune.report.metrics import AnswersFile, MetricsFile
 from minitune.report.plot import LossPlot
@@ -127,7 +127,13 @@ class RunFolder(Observer):
             warnings.warn(f"{self.folder / self.what} is not written: the last step made weights that are not finite; "
                           "begin anew with a lower lr", stacklevel=2)
             return
-        self.save(self.folder / self.what)
+        try:
+            self.save(self.folder / self.what)
+        except InputError as error:     # days after the start, perhaps: no fault of what was given
+            stands = (self.folder / checkpoint.FOLDER / checkpoint.JSON).exists()
+            advice = ("the last checkpoint stands: make room, and resume" if stands else
+                      "what was trained is lost, since no checkpoint was kept on the way (save_every)")
+            raise NotSaved(f"{error}; {advice}") from error
         run.adapter = self.folder / self.what
         if run.end in ("finished", "out of data"):
             checkpoint.remove(self.folder / checkpoint.FOLDER)

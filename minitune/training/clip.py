@@ -15,7 +15,7 @@ BLOCK = 4096
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The L2 norm of all elements together: fp32, 0-dim, on the first tensor's device. Deterministic."""
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     device = tensors[0].device
     squares = torch.stack([_square_sum(t).to(device, non_blocking=True) for t in tensors])
     return squares.sum().sqrt().float()

@@ -45,7 +45,8 @@ def padded(batch: Batch, n_documents: int, n_trained: int) -> Batch:
             raise InputError(f"padded: the batch has {own} {name}, the graph has room for {most}; record one with room "
                              "for more")
     last = batch.n_tokens - 1
-    labels, weights = batch.labels.clone(), torch.ones(last + 1) if batch.weights is None else batch.weights.clone()
+    plain = torch.ones(last + 1, dtype=torch.float32) if batch.weights is None else batch.weights
+    labels, weights = batch.labels.clone(), plain.clone()
     labels[last], weights[last] = 0, 0.0
     bounds, extra = batch.cu_seqlens, n_documents - len(batch.documents.lengths)
     bounds = torch.cat((bounds, bounds[-1:].expand(extra)))
@@ -81,7 +82,7 @@ class GraphedStep:
         host = padded(example, n_documents, n_trained)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._batch = _with(host, **{name: sent(getattr(host, name), model.device) for name in TENSORS})
-        self._factor = sent(torch.ones(()), model.device)
+        self._factor = sent(torch.ones((), dtype=torch.float32), model.device)
         self.optimizer.keep_gradients()
         self.optimizer.zero_grad()
         before = [_version(p) for p in self._parameters]
@@ -106,7 +107,8 @@ class GraphedStep:
         if self._addresses() != self._places:
             raise InputError("GraphedStep: a parameter or a gradient lies elsewhere than when the graph was recorded; "
                              "record a new one")
-        self._factor.copy_(_pinned(torch.ones(()) / n_step, self._factor.device), non_blocking=True)
+        factor = torch.ones((), dtype=torch.float32) / n_step
+        self._factor.copy_(_pinned(factor, self._factor.device), non_blocking=True)
         total: Tensor | None = None
         for batch in ready:
             for name in TENSORS:

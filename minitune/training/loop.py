@@ -23,6 +23,8 @@ from minitune.training.run import Observer, Run, RunInfo, tell, tell_begin
 from minitune.training.runner import Evaluate, Group, Runner, TrainingDiverged
 from minitune.training.step import Objective
 
+NOTHING = "training: the data has no trained token (no batch, or all labels are -100)"
+
 
 @runtime_checkable
 class Epochs(Protocol):
@@ -43,7 +45,7 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
 
     `batches` holds micro-batches and is read again for each epoch: a list, or a data set with a method ``epoch(i)``,
     which gives each its own order. An iterator ends the run when it ends. A step takes ``training.micro_batches`` of
-    them, across the border of two epochs too; one that would have no trained token takes the next as well.
+    them, across the border of two epochs too; those in which nothing is trained are passed over, and not counted.
     ``max_steps``, where given, decides alone, and the data is repeated as often as needed; else the run has ``epochs``
     times the data. `evaluate` is called before the first step, every ``training.evaluate_every`` steps (a tenth of the
     run) and after the last one, with the model in eval mode; it must not draw from torch's generators, so that it
@@ -78,7 +80,7 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
         drawn = _stream(batches, position.micro_batches, limit)
         runner.go(islice(_groups(drawn, training.micro_batches, device, costs), total_steps - position.step))
         if not run.records:
-            raise InputError("training: the data has no trained token (no batch, or all labels are -100)")
+            raise InputError(NOTHING)
         runner.check_weights()
         run.end = "finished" if len(run.records) == total_steps else "out of data"
     except BaseException as error:
@@ -112,10 +114,12 @@ def _plan(batches: Iterable[Batch], training: Training) -> tuple[int, int | None
     length = None
     if isinstance(batches, Epochs):
         length = batches.count(training.epochs)
+    elif isinstance(batches, Sequence):
+        length = sum(_trains(batch) for batch in batches) * training.epochs
     elif isinstance(batches, Sized):
         length = len(batches) * training.epochs
     if length == 0:
-        raise InputError("training: there are no batches; the data holds nothing to train on")
+        raise InputError(NOTHING)
     if training.max_steps is not None:
         return training.max_steps, None
     if length is None:
@@ -125,8 +129,8 @@ def _plan(batches: Iterable[Batch], training: Training) -> tuple[int, int | None
 
 
 def _stream(batches: Iterable[Batch], skip: int, limit: int | None) -> Iterator[Batch]:
-    """The batches [skip, limit) of those that come again and again, each epoch in its own order if they know one; an
-    iterator's once only, and so too those of data in which nothing is trained."""
+    """Of the batches that train something, those [skip, limit). They come again and again, each epoch in its own order
+    if they know one; an iterator's once only, and so too those of data in which nothing is trained."""
     return islice(_endless(batches, skip), None if limit is None else max(0, limit - skip))
 
 
@@ -145,6 +149,8 @@ def _endless(batches: Iterable[Batch], skip: int) -> Iterator[Batch]:
             if not isinstance(batch, Batch):
                 raise InputError(f"training: the data gives {short(batch)}; it must give batches, as mt.data.stream "
                                  "and mt.data.pack make them, or be a list of samples (dicts)")
+            if not _trains(batch):
+                continue
             n_trained += batch.n_trained
             if skip:
                 skip -= 1
@@ -152,6 +158,11 @@ def _endless(batches: Iterable[Batch], skip: int) -> Iterator[Batch]:
                 yield batch
         if n_trained == 0 or drawn is batches:
             return
+
+
+def _trains(batch: Any) -> bool:
+    """Whether something of a batch is trained: others count in no step. What is no Batch is told when it comes."""
+    return not isinstance(batch, Batch) or batch.n_trained > 0
 
 
 def _groups(batches: Iterable[Batch], size: int, device: torch.device, costs: Costs | None) -> Iterator[Group]:
@@ -163,10 +174,10 @@ def _groups(batches: Iterable[Batch], size: int, device: torch.device, costs: Co
         n_tokens, n_filler = n_tokens + batch.n_tokens, n_filler + n_own
         flops += 0.0 if costs is None else costs.of_batch(batch, n_own)
         group.append(_to(batch, device))
-        if len(group) >= size and any(b.n_trained for b in group):
+        if len(group) == size:
             yield Group(group, n_tokens, n_filler, flops)
             group, n_tokens, n_filler, flops = [], 0, 0, 0.0
-    if any(b.n_trained for b in group):
+    if group:
         yield Group(group, n_tokens, n_filler, flops)
 
 

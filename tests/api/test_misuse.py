@@ -7,6 +7,12 @@ pytest.importorskip("transformers")
 import minitune as mt
 from tests.oracles import make
 
+
+def _losses_at(folder, labels):
+    model = mt.load(folder)
+    return model.losses_at(torch.zeros(2, model.config.d_model), labels)
+
+
 MISUSE = {
     "no folder": (lambda f: mt.load("nowhere"), "nowhere"),
     "quant": (lambda f: mt.load(f, quant="fp4"), "quant is 'fp4'"),
@@ -57,6 +63,13 @@ MISUSE = {
     "text": (lambda f: mt.load(f).complete(3), "expected text"),
     "temperature": (lambda f: mt.load(f).generate([1], 3, temperature=-1), "temperature"),
     "top_p": (lambda f: mt.load(f).generate([1], 3, temperature=1, top_p=0), "top_p"),
+    "hidden of ids": (lambda f: mt.load(f).hidden([1, 2]), "hidden: batch is"),
+    "labels of another dtype": (lambda f: _losses_at(f, torch.zeros(2, dtype=torch.int32)),
+                                r"labels is torch.int32 \[2\]; it must be int64 \[2\], a token for each row"),
+    "more labels than rows": (lambda f: _losses_at(f, torch.zeros(3, dtype=torch.int64)), r"torch.int64 \[3\]"),
+    "hidden rows": (lambda f: mt.load(f).logits_at(torch.zeros(2, 3)), r"hidden is torch.float32 \[2, 3\]; it"),
+    "a text as a path": (lambda f: mt.load("word " * 80), "it must be a path, and this one is too long"),
+    "a null as a path": (lambda f: mt.data.stream("a\0b", mt.load(f).tokenizer, tokens=8), "a file is 'a.x00b'"),
     "logits": (lambda f: mt.load(f).logits([1, 2, 3], torch.tensor([0, 2])), "cu_seqlens"),
     "logits text": (lambda f: mt.load(f).logits("a"), "tokens is 'a'"),
     "logits fraction": (lambda f: mt.load(f).logits([1.5]), r"tokens is \[1.5\]"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 import warnings
 
 import pytest
@@ -70,6 +71,37 @@ def test_train_lowers_the_loss_and_repeats_bit_for_bit(tiny, data, tmp_path):
     assert a == b
     loaded = mt.load(tiny, adapter=tmp_path / "a", device="cpu")
     assert loaded.complete("Number 3 is", 8) == model.complete("Number 3 is", 8)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("how", [{"lora": mt.LoRA(rank=2, dora=True)}, {"lora": mt.LoRA(rank=2), "quant": "nf4-dq"},
+                                 {"train": "full"}], ids=["DoRA", "QLoRA", "full"])
+def test_torchs_default_dtype_changes_nothing(tiny, default, how):
+    found = []
+    rows = [{"text": f"Number {n} is a number", "weight": 0.3} for n in range(20)]
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            trained = mt.load(tiny, device="cpu", dtype="float32", **how)
+            run = mt.train(trained, rows, tokens=64, lr=1e-3, moments="8bit", epochs=2, quiet=True)
+            found.append([run.losses, trained.complete("Number 3", max_new_tokens=5),
+                          {p.dtype for p in trained.trainable_parameters()}])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found[0] == found[1] and found[1][2] == {torch.float32}
+
+
+def test_without_gradients_nothing_begins(tiny, data, tmp_path):
+    with torch.no_grad(), pytest.raises(mt.InputError, match="train: gradients are switched off here"):
+        mt.train(model(tiny), data, tokens=64, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_on_the_disk_is_said_before_it_is_trained(tiny, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda place: types.SimpleNamespace(free=1000))
+    with pytest.raises(mt.InputError, match=r"run: what is trained takes \S+ MB of disk, and 0\.0 MB are free"):
+        mt.train(model(tiny), data, tokens=64, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluating_and_asking_change_no_step(tiny, data):

@@ -90,7 +90,7 @@ def test_splitting_loses_no_token_and_truncating_only_the_end(documents: list[li
     pieces = [list(piece.ids) for piece in split.documents]
     assert all(0 < len(piece) <= tokens for piece in pieces)
     assert [number for piece in pieces for number in piece] == [number for ids in documents for number in ids]
-    assert sum(seen(list(split)).values()) == len(pieces)
+    assert sum(seen(list(split)).values()) == sum(len(piece) > 1 for piece in pieces)      # one alone trains nothing
     assert split.n_trained == sum(len(piece) - 1 for piece in pieces) == sum(batch.n_trained for batch in split)
     cut = Stream([part(documents)], tokens, long="truncate", shuffle=False)
     assert [list(piece.ids) for piece in cut.documents] == [ids[:tokens] for ids in documents]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from minitune.config import Training
-from minitune.errors import InputError
+from minitune.errors import InputError, NotSaved
 from minitune.report import environment as environment_module
 from minitune.report.environment import environment
 from minitune.report.folder import RunFolder, check_free, plain, run_folder
@@ -49,6 +49,24 @@ class Saver:
 
 def sound():
     return True
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_last_write_that_fails_is_no_bad_input_and_says_what_stands(tmp_path, kept):
+    def save(folder):
+        raise InputError(f"{folder}: cannot be written: No space left on device")
+
+    folder = RunFolder(tmp_path / "run", save, sound, "adapter", {})
+    folder.on_start(INFO)
+    if kept:
+        (tmp_path / "run" / "checkpoint").mkdir()
+        (tmp_path / "run" / "checkpoint" / "checkpoint.json").write_text("{}")
+    run = Run(info=INFO, records=[step(1)])
+    run.end = "finished"
+    said = "the last checkpoint stands: make room, and resume" if kept else "what was trained is lost, since no"
+    with pytest.raises(NotSaved, match=f"No space left on device; {said}"):
+        folder.on_end(run)
+    assert run.adapter is None and (tmp_path / "run" / "checkpoint").exists() is kept
 
 
 def test_settings_and_machine_are_written_at_the_start(tmp_path):
