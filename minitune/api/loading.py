@@ -52,6 +52,9 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
 
     Raises InputError for whatever is wrong with the folder or the arguments.
     """
+    if torch.is_inference_mode_enabled():
+        raise InputError("load: torch.inference_mode is on, and weights that are made within it can never be trained; "
+                         "load before it")
     folder = as_path("load", "path", path)
     _check_load(quant, lora, adapter, train, memory, seed)
     added = _added(add_tokens)

@@ -145,6 +145,9 @@ class Model(Generation):
     def hidden(self, batch: Batch) -> Tensor:
         """[T, d_model] on the model's device, after the final norm."""
         batch = _batch("hidden", batch)
+        if self.network.dtype == torch.float32 and torch.is_autocast_enabled(self.device.type):
+            raise InputError("the model computes in float32, and torch.autocast is on, which would change half of its "
+                             'products: leave autocast, or load the model with dtype="bfloat16"')
         if batch.highest_token >= self.config.vocab_size:
             raise InputError(f"the batch holds the token id {batch.highest_token}; the vocabulary ends at "
                              f"{self.config.vocab_size - 1}")

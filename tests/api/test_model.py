@@ -163,3 +163,18 @@ def test_weights_of_tokens(tiny):
     batch = mt.Batch(tokens=plain.tokens, labels=plain.labels, cu_seqlens=plain.cu_seqlens, weights=weights)
     expected = (model.token_losses(plain) * weights).sum() / plain.n_trained
     assert float(model.loss(batch)) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_modes_of_torch_that_would_spoil_a_model_are_refused(tiny):
+    with torch.inference_mode(), pytest.raises(mt.InputError, match=r"load: torch\.inference_mode is on"):
+        mt.load(tiny, device="cpu")
+    ids = torch.arange(3, 9)
+    for dtype in ("float32", "bfloat16"):
+        model = mt.load(tiny, device="cpu", dtype=dtype)
+        expected = model.logits(ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if dtype == "float32":
+                with pytest.raises(mt.InputError, match=r"the model computes in float32, and torch\.autocast is on"):
+                    model.logits(ids)
+            else:
+                assert torch.equal(model.logits(ids), expected)
