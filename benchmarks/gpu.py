@@ -46,6 +46,7 @@ ASKED = ("peers", "sanitizer")
 """Parts that run only where PARTS names them."""
 TUNED = ROOT / "build" / "gpu-tuned.json"
 """The table of the part "tune", for the parts after it; a user's own is left alone."""
+_C = ctypes.CDLL(None)
 WORKERS, THREADS = 6, 2
 """Of the tests, and of each of their processes."""
 
@@ -76,7 +77,7 @@ def missing(where: str) -> str | None:
 def end_with_parent() -> None:
     """Of a child process, before it starts: to be killed when this one is, which a session of its own would outlive."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+        _C.prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
 
 
 def run_bounded(words: list[str], seconds: float, root: Path = ROOT,
@@ -108,17 +109,17 @@ def parse_rows(text: str) -> tuple[list[dict[str, Any]], bool]:
     for line in text.splitlines():
         if line.startswith("{"):
             with contextlib.suppress(json.JSONDecodeError):
-                rows.append(written(json.loads(line)))
+                rows.append(finite(json.loads(line)))
     ended = bool(rows) and rows[-1].get("what") == "end"
     return (rows[:-1] if ended else rows), ended
 
 
-def written(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """As JSON has it: a number that is not finite, of a run that went wrong, as a text."""
     if isinstance(value, dict):
-        return {key: written(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [written(each) for each in value]
+        return [finite(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -240,7 +241,7 @@ def main() -> None:
     os.environ["TRITON_CACHE_DIR"] = str(gpu_start.cache_folder())      # of every part
     if told.start and not attempt(gpu_start.unpack, told.start):
         sys.exit(2)
-    if "tune" in told.parts:
+    if {"build", "tune"} & set(told.parts):     # else this goes on from an earlier call on this machine
         TUNED.unlink(missing_ok=True)       # of another GPU, torch or commit, perhaps
     raw: dict[str, Any] = {"kind": "gpu", "device": where, "machine": machine(), "parts": {}}
     path = save("gpu" if where == "cuda" else "gpu-cpu", raw, told.out)

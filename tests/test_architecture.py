@@ -123,7 +123,7 @@ def test_importing_minitune_alone_does_not_load_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_the_calls_of_a_step_that_architecture_lists_are_there():
+def test_the_functions_of_a_step_that_architecture_lists_are_there():
     text = (ROOT / "ARCHITECTURE.md").read_text("utf-8").split("```text\n")[1].split("```")[0]
     lines = [line.split("  (")[0].split() for line in text.splitlines()]
     assert len(lines) > 10
@@ -139,5 +139,6 @@ def test_the_calls_of_a_step_that_architecture_lists_are_there():
 def test_the_order_of_data_names_every_file():
     import minitune.data
 
-    named = set(minitune.data.__doc__.replace(",", " ").split())
-    assert {path.stem for path in (PACKAGE / "data").glob("*.py")} - {"__init__"} <= named
+    lines = [line.strip() for line in minitune.data.__doc__.splitlines()[2:] if line.strip()]
+    named = [name for line in lines for name in line.split("  ")[0].split(", ")]
+    assert sorted(named) == sorted(path.stem for path in (PACKAGE / "data").glob("*.py") if path.stem != "__init__")

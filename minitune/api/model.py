@@ -145,7 +145,8 @@ class Model(Generation):
     def hidden(self, batch: Batch) -> Tensor:
         """[T, d_model] on the model's device, after the final norm."""
         batch = _batch("hidden", batch)
-        if self.network.dtype == torch.float32 and torch.is_autocast_enabled(self.device.type):
+        if self.network.dtype == torch.float32 and self.device.type != "meta" and torch.is_autocast_enabled(
+                self.device.type):
             raise InputError("the model computes in float32, and torch.autocast is on, which would change half of its "
                              'products: leave autocast, or load the model with dtype="bfloat16"')
         if batch.highest_token >= self.config.vocab_size:
@@ -157,7 +158,8 @@ class Model(Generation):
         return out
 
     def losses_at(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """hidden [n, d_model] and labels int64 [n], each a token -> negative log-likelihood fp32 [n]."""
+        """hidden [n, d_model] and labels int64 [n], each a token of the vocabulary (no -100: take the rows of
+        ``batch.trained``) -> negative log-likelihood fp32 [n]."""
         self._check_rows("losses_at", hidden)
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != hidden.shape[:1]:
             raise InputError(f"losses_at: labels is {_described(labels)}; it must be int64 [{len(hidden)}], a token "

@@ -10,6 +10,7 @@ and would find none of their memory free.
 
 from __future__ import annotations
 
+import sys
 import weakref
 
 import torch
@@ -33,10 +34,11 @@ class Ticket:
         self.device, self.before = device, before
         self.back: Tensor | None = None
         self.arrived: torch.cuda.Event | None = None
+        self.owner: torch.cuda.Stream | None = None     # of the memory of `back`
 
     def __del__(self) -> None:
-        if self.back is not None and self.arrived is not None:      # on its way to whom nobody fetches any more
-            torch.cuda.current_stream(self.device).wait_event(self.arrived)
+        if self.back is not None and self.owner is not None and self.arrived is not None and not sys.is_finalizing():
+            self.owner.wait_event(self.arrived)     # on its way to whom nobody fetches any more
 
 
 class Parking:
@@ -46,7 +48,7 @@ class Parking:
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         self._newest: weakref.ref[Ticket] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
+        self._leaving: tuple[Tensor, torch.cuda.Event, torch.cuda.Stream] | None = None
 
     def park(self, x: Tensor) -> Ticket:
         """Begin to copy x to the host; its own memory is free when the next one is parked, or the first one fetched,
@@ -58,10 +60,11 @@ class Parking:
         host = free.pop() if free else _room(x)
         if x.device.type == "cuda":
             stream = self._stream(x.device)
-            stream.wait_stream(torch.cuda.current_stream(x.device))
+            owner = torch.cuda.current_stream(x.device)
+            stream.wait_stream(owner)
             with torch.cuda.stream(stream):
                 host.copy_(x, non_blocking=True)
-            self._leaving = x, _mark(stream)
+            self._leaving = x, _mark(stream), owner
         else:
             host.copy_(x)
         ticket = Ticket(host, x.device, self._newest)
@@ -98,7 +101,8 @@ class Parking:
             ticket.back.copy_(ticket.host)
             return
         stream = self._stream(ticket.device)
-        stream.wait_stream(torch.cuda.current_stream(ticket.device))    # who had this memory before may still read it
+        ticket.owner = torch.cuda.current_stream(ticket.device)
+        stream.wait_stream(ticket.owner)        # who had this memory before may still read it
         with torch.cuda.stream(stream):
             ticket.back.copy_(ticket.host, non_blocking=True)
         ticket.arrived = _mark(stream)
@@ -106,8 +110,8 @@ class Parking:
     def _let_go(self) -> None:
         """Give up the tensor that was parked last, whose copy had a layer's time to end."""
         if self._leaving is not None:
-            x, done = self._leaving
-            torch.cuda.current_stream(x.device).wait_event(done)
+            _, done, owner = self._leaving
+            owner.wait_event(done)
             self._leaving = None
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:

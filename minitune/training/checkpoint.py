@@ -13,7 +13,7 @@ import dataclasses
 import math
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,8 +91,7 @@ class Checkpoints:
 
     def restore_weights(self, model: torch.nn.Module, optimizer: FlatOptimizer) -> None:
         """Put the weights of the checkpoint that stands into the model. InputError where they cannot be read."""
-        assert self.step is not None
-        with Checkpoint.open_file(self.folder / _tensors_of(self.step)) as source:
+        with read(self.folder).opened() as source:
             _read_weights(source, model, optimizer)
 
 
@@ -111,6 +110,16 @@ class Saved:
     def tensors(self) -> Path:
         return self.folder / _tensors_of(self.step)
 
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Checkpoint]:
+        """The file of its tensors. InputError, before anything is read into a model, where its bytes are not those
+        that were written."""
+        with Checkpoint.open_file(self.tensors) as source:
+            if _crc32_of(self.tensors) != self.crc32:
+                raise InputError(f"{self.tensors}: its CRC-32 is not the one that {JSON} has, so some of its bytes are "
+                                 f"not those that were written; {_ANEW}")
+            yield source
+
     def restore(self, model: torch.nn.Module, optimizer: FlatOptimizer, run: Run) -> Position:
         """Put weights and moments into the model and the optimizer, what was recorded into the run -> where it stands.
 
@@ -122,7 +131,7 @@ class Saved:
             raise InputError(str(error).replace(AGAIN, _ANEW).replace(SPOILT, _ANEW)) from None
 
     def _restore(self, model: torch.nn.Module, optimizer: FlatOptimizer, run: Run) -> Position:
-        with Checkpoint.open_file(self.tensors) as source:
+        with self.opened() as source:
             left = set(source.names()) - _read_weights(source, model, optimizer)
             left -= _read_state(source, model, optimizer)
             states = {name.partition("/")[2]: _read_bytes(source, name) for name in left
@@ -135,9 +144,6 @@ class Saved:
             torch.Generator().set_state(states["cpu"])
         except RuntimeError:
             raise InputError(f"{self.tensors}: generators/cpu is no state of torch's generator; {_ANEW}") from None
-        if _crc32_of(self.tensors) != self.crc32:       # last: what is wrong in one tensor is said of that tensor
-            raise InputError(f"{self.tensors}: its CRC-32 is not the one that {JSON} has, so some of its bytes are not "
-                             f"those that were written; {_ANEW}")
         return Position(self.step, self.micro_batches, states)
 
     def _records(self, rows: Tensor) -> list[StepRecord]:

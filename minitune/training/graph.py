@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitune.arguments import short
 from minitune.data.batch import Batch
 from minitune.errors import InputError
 from minitune.ops import attention
 from minitune.ops.documents import Documents
 from minitune.ops.transfer import sent
 from minitune.training.optimizers import FlatOptimizer
-from minitune.training.step import Objective, StepResult, own_loss, update
+from minitune.training.step import Objective, StepResult, checked, own_loss, update
 
 DEVICE = "cuda"
 WARM_UPS = 3
@@ -83,6 +84,7 @@ class GraphedStep:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._batch = _with(host, **{name: sent(getattr(host, name), model.device) for name in TENSORS})
         self._factor = sent(torch.ones((), dtype=torch.float32), model.device)
+        self._adapted = model.network.output.enabled
         self.optimizer.keep_gradients()
         self.optimizer.zero_grad()
         before = [_version(p) for p in self._parameters]
@@ -95,10 +97,14 @@ class GraphedStep:
         self._reached = [p for p, version in zip(self._parameters, before, strict=True) if _version(p) != version]
         optimizer.zero_grad()
 
-    def __call__(self, micro_batches: Sequence[Batch], lr: float | None = None, clip: float = 1.0) -> StepResult:
+    def __call__(self, micro_batches: Sequence[Batch], lr: float | None = None,
+                 clip: float | None = 1.0) -> StepResult:
         """As `train_step`, of batches on the host."""
-        if isinstance(micro_batches, Batch):
-            micro_batches = [micro_batches]
+        micro_batches = checked("GraphedStep", micro_batches, lr, clip)
+        network = self.model.network
+        if network.needs_composed or network.output.enabled != self._adapted:
+            raise InputError("GraphedStep: dropout, or the adapters, are switched otherwise than when the graph was "
+                             "recorded; record a new one, or take train_step")
         n_step = sum(batch.n_trained for batch in micro_batches)
         if n_step == 0:
             raise InputError("GraphedStep: no token of this step is trained (all labels are -100); check the data")
@@ -161,6 +167,9 @@ def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[]
 
 def _checked(model: Any, optimizer: torch.optim.Optimizer, example: Batch) -> FlatOptimizer:
     """The optimizer, if a graph can be recorded; else InputError says why not."""
+    if not hasattr(model, "network") or not isinstance(example, Batch):
+        raise InputError(f"GraphedStep: model is {short(model)}, example {short(example)}; give what mt.load returns, "
+                         "and an mt.Batch")
     network, reason = model.network, None
     q, k = (torch.empty(1, heads, model.config.head_dim, dtype=network.dtype, device=model.device)
             for heads in (model.config.n_heads, model.config.n_kv_heads))

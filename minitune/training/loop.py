@@ -77,7 +77,7 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
         tell_begin(observers, run)
         for hint in hints(batches, training, total_steps, device, getattr(model, "network", None)):
             tell(observers, "on_note", hint)
-        drawn = _stream(batches, position.micro_batches, limit)
+        drawn = _stream(batches, position.micro_batches, limit, None if training.max_steps else training.epochs)
         runner.go(islice(_groups(drawn, training.micro_batches, device, costs), total_steps - position.step))
         if not run.records:
             raise InputError(NOTHING)
@@ -128,14 +128,15 @@ def _plan(batches: Iterable[Batch], training: Training) -> tuple[int, int | None
     return math.ceil(length / training.micro_batches), length
 
 
-def _stream(batches: Iterable[Batch], skip: int, limit: int | None) -> Iterator[Batch]:
-    """Of the batches that train something, those [skip, limit). They come again and again, each epoch in its own order
-    if they know one; an iterator's once only, and so too those of data in which nothing is trained."""
-    return islice(_endless(batches, skip), None if limit is None else max(0, limit - skip))
+def _stream(batches: Iterable[Batch], skip: int, limit: int | None, epochs: int | None) -> Iterator[Batch]:
+    """Of the batches that train something, those [skip, limit). They come again and again, but for so many `epochs`,
+    each in its own order if they know one; an iterator's once only, and so too those of data in which nothing is
+    trained."""
+    return islice(_repeated(batches, skip, epochs), None if limit is None else max(0, limit - skip))
 
 
-def _endless(batches: Iterable[Batch], skip: int) -> Iterator[Batch]:
-    for epoch in count():
+def _repeated(batches: Iterable[Batch], skip: int, epochs: int | None) -> Iterator[Batch]:
+    for epoch in count() if epochs is None else range(epochs):
         n_trained = 0
         if isinstance(batches, Epochs):
             size = batches.count(epoch + 1) - batches.count(epoch) if skip else 0

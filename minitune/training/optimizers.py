@@ -98,7 +98,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         Nothing is scaled yet and the device is not asked: the step multiplies the factor in. None or 0 takes the norm
         only. `zero_grad` forgets the factor.
         """
-        _check_max_norm(max_norm)
+        check_max_norm(max_norm)
         parts = [flat.grad[part] for flats in self._flats for flat in flats
                  for _, part in flat.runs(flat.gather(), lambda i: None)]
         norm = global_norm(parts)
@@ -326,7 +326,7 @@ def clip_grad_norm(target: torch.optim.Optimizer | Iterable[Tensor], max_norm: f
     minitune's optimizers fold the factor into their next step; for another optimizer, or for plain parameters, the
     gradients are scaled in place. `max_norm` None or 0 takes the norm only.
     """
-    _check_max_norm(max_norm)
+    check_max_norm(max_norm)
     if isinstance(target, FlatOptimizer):
         return target.clip(max_norm)
     if isinstance(target, torch.optim.Optimizer):
@@ -341,6 +341,6 @@ def _flatten(group: dict[str, Any]) -> list[Buffer]:
     return buffers_of(params, names, group.get("moments") == "8bit")
 
 
-def _check_max_norm(max_norm: float | None) -> None:
+def check_max_norm(max_norm: float | None) -> None:
     if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm >= 0):
         raise InputError(f"clip: max_norm is {short(max_norm)}; it must be a number of at least 0, or None")

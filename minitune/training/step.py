@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minitune.arguments import check_at_least_zero, short
 from minitune.data.batch import Batch
 from minitune.errors import InputError
-from minitune.training.optimizers import FlatOptimizer, clip_grad_norm
+from minitune.training.optimizers import FlatOptimizer, check_max_norm, clip_grad_norm
 
 Objective = Callable[[Any, Batch], tuple[Tensor, int]]
 """(model, batch) -> (the sum of the losses of the batch's trained tokens: fp32, 0-dim, with a graph; their number)."""
@@ -37,21 +38,37 @@ def own_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
 
 
 def train_step(model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, lr: float | None = None,
-               clip: float = 1.0, objective: Objective = own_loss) -> StepResult:
+               clip: float | None = 1.0, objective: Objective = own_loss) -> StepResult:
     """Gradients of all micro-batches, clipped to the global norm `clip` (0: not clipped), then one update.
 
     The number of trained tokens of the whole step is known on the host before it begins and divides every loss, so any
     split gives the same gradient. Nothing here asks the device. A group's learning rate becomes `lr` times its
-    ``lr_ratio``, where it has one; without `lr` the groups keep theirs. Works with any torch optimizer; with minitune's
-    the update is one launch for all small parameters of a group.
+    ``lr_ratio``, where it has one; without `lr` the groups keep theirs, as a torch scheduler sets them. Works with any
+    torch optimizer; with minitune's the update is one launch for all small parameters of a group.
 
-    Raises InputError where no token of the step is trained.
+    Raises InputError for what is no batch, rate or norm, and where no token of the step is trained.
     """
-    if isinstance(micro_batches, Batch):
-        micro_batches = [micro_batches]
+    micro_batches = checked("train_step", micro_batches, lr, clip)
     loss, n_step = gradients(model, micro_batches, optimizer, objective)
     norm = update(optimizer, lr, clip)
     return StepResult(loss, norm, n_step, sum(batch.n_tokens for batch in micro_batches))
+
+
+def checked(owner: str, micro_batches: Any, lr: float | None, clip: float | None) -> list[Batch]:
+    """The micro-batches as a list, one alone among them. InputError for arguments that can make no step."""
+    found = [micro_batches] if isinstance(micro_batches, Batch) else micro_batches
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        raise InputError(f"{owner}: micro_batches is {short(micro_batches)}; give an mt.Batch, or a list of them")
+    batches = list(found)
+    odd = next((each for each in batches if not isinstance(each, Batch)), None)
+    if odd is not None:
+        raise InputError(f"{owner}: micro_batches holds {short(odd)}; give mt.Batch, as mt.data.pack makes them")
+    if lr is not None:
+        check_at_least_zero(owner, lr=lr)
+    check_max_norm(clip)
+    if not torch.is_grad_enabled():
+        raise InputError(f"{owner}: gradients are switched off here (torch.no_grad); call it where they are on")
+    return batches
 
 
 def gradients(model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer,
@@ -66,9 +83,9 @@ def gradients(model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim
     for batch in micro_batches:
         if batch.n_trained == 0:
             continue
-        loss_sum, n = objective(model, batch)
+        loss_sum, n = _result(objective(model, batch))
         if n != batch.n_trained:
-            raise ValueError(f"the objective counted {n} trained tokens where the batch has {batch.n_trained}")
+            raise InputError(f"the objective counted {n} trained tokens where the batch has {batch.n_trained}")
         (loss_sum / n_step).backward()
         total = loss_sum.detach() if total is None else total + loss_sum.detach()
         del loss_sum    # and with it the graph, before the next forward
@@ -76,7 +93,17 @@ def gradients(model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim
     return total / n_step, n_step
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float | None, clip: float) -> Tensor:
+def _result(found: Any) -> tuple[Tensor, int]:
+    """What an objective gave, if it is what it must be."""
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and type(found[1]) is int:
+        loss, n = found
+        if loss.dim() == 0 and loss.requires_grad:
+            return loss, n
+    raise InputError(f"the objective gave {short(found)}; it must give (the sum of the losses, a tensor of no dimension"
+                     " that depends on what is trained; the number of trained tokens, an int)")
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float | None, clip: float | None) -> Tensor:
     """The second half: clips the gradients and takes the step -> their global norm before."""
     norm = clip_grad_norm(optimizer, clip)
     for group in optimizer.param_groups if lr is not None else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 
 import pytest
 import torch
@@ -28,12 +29,15 @@ def _change(**fields):
     return change
 
 
-def _tensor(name, change):
+def _tensor(name, change, summed=True):
+    """Another tensor in the file; ``summed``: with the sum that the JSON then must have."""
     def rewrite(folder):
         found = load((folder / "step-3.safetensors").read_bytes())
         found[name] = change(found.get(name))
         with (folder / "step-3.safetensors").open("wb") as file:
             write_safetensors(file, {key: value for key, value in found.items() if value is not None})
+        if summed:
+            _change(crc32=zlib.crc32((folder / "step-3.safetensors").read_bytes()))(folder)
 
     return rewrite
 
@@ -57,8 +61,8 @@ def _tensor(name, change):
     (_tensor("weights/C", lambda _: torch.ones(1)), "step-3.safetensors", "'weights/C' is missing, or unknown"),
     (_tensor("optimizer/A/exp_avg", lambda _: None), "step-3.safetensors", "it needs step, exp_avg"),
     (_tensor("optimizer/A/exp_avg", lambda _: torch.ones(3)), "step-3.safetensors", "belongs to another model"),
-    (_tensor("optimizer/A/exp_avg", lambda m: m * (1 + 2**-20)), "step-3.safetensors", "its CRC-32 is not"),
-    (_tensor("weights/A", lambda a: a * (1 + 2**-20)), "step-3.safetensors", "its CRC-32 is not the one that"),
+    (_tensor("optimizer/A/exp_avg", lambda m: m * (1 + 2**-20), False), "step-3.safetensors", "its CRC-32 is not"),
+    (_tensor("weights/A", lambda a: a * (1 + 2**-20), False), "step-3.safetensors", "its CRC-32 is not the one that"),
     (_tensor("run/records", lambda rows: rows[1:].clone()), "step-3.safetensors", "a row for each of the 3 steps"),
     (_tensor("run/records", lambda rows: rows | 255), "step-3.safetensors", "not finite"),
     (_tensor("generators/cpu", lambda _: None), "step-3.safetensors", "'generators/cpu' is missing"),
@@ -72,8 +76,11 @@ def test_a_damaged_checkpoint_is_refused_by_name_before_anything_begins(fakes, t
     before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()}
     heard = Stop(99)
     heard.on_start = heard.on_resume = lambda _: pytest.fail("the run has begun")
+    model, new = fakes.TinyModel(), fakes.TinyModel()
     with pytest.raises(InputError, match=message) as refused:
-        train(fakes, fakes.TinyModel(), data(fakes), Training(), start=read(tmp_path / "checkpoint"),
+        train(fakes, model, data(fakes), Training(), start=read(tmp_path / "checkpoint"),
               observers=[heard], checkpoints=checkpoints(tmp_path, 3))
+    if message.startswith("its CRC-32"):
+        assert torch.equal(model.A, new.A) and torch.equal(model.B, new.B), "damaged weights reached the model"
     assert str(refused.value).startswith(str(tmp_path / "checkpoint" / file))
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()}

@@ -239,3 +239,20 @@ def test_rates_of_a_run():
     assert run.steady_tokens_per_second == 50
     assert Run(info=info, records=[record(1, 10.0)]).steady_tokens_per_second == 10
     assert Run(info=info).tokens_per_second == 0 and math.isnan(Run(info=info).final_loss)
+
+
+def test_data_that_has_a_length_alone_is_not_begun_again_for_what_trains_nothing(fakes):
+    class Loader:
+        def __init__(self, batches):
+            self.batches = batches
+
+        def __len__(self):
+            return len(self.batches)
+
+        def __iter__(self):
+            return iter(self.batches)
+
+    batches = data(fakes, 2)
+    run = fit(fakes.TinyModel(), Loader([batches[0], fakes.make_batch(12, trained=False), batches[1]]), Training(),
+              fakes.objective)
+    assert [r.n_tokens for r in run.records] == [b.n_tokens for b in batches] and run.end == "out of data"

@@ -83,7 +83,7 @@ def test_a_micro_batch_without_trained_tokens_changes_nothing(fakes):
 
 def test_an_objective_that_miscounts_is_refused(fakes):
     model = fakes.TinyModel()
-    with pytest.raises(ValueError, match="counted 1 trained tokens where the batch has 5"):
+    with pytest.raises(InputError, match="counted 1 trained tokens where the batch has 5"):
         train_step(model, [fakes.make_batch(9)], SGD(model.param_groups(1.0), 1.0), 1.0, 1.0,
                    lambda m, b: (m.loss_sum(b)[0], 1))
 
@@ -100,3 +100,33 @@ def test_the_models_own_loss_and_the_groups_own_rates_are_the_default(fakes):
     torch.testing.assert_close(model.A, other.A)
     torch.testing.assert_close(model.B, other.B)
     assert [group["lr"] for group in optimizers[0].param_groups] == [0.3, 0.1]
+
+
+def _wrong_objective(found):
+    return lambda model, batch: found
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"lr": -1.0}, "lr is -1.0; it must be a finite number"), ({"lr": float("nan")}, "lr is nan"),
+    ({"lr": "1e-4"}, "lr is '1e-4'"), ({"clip": -1.0}, "max_norm is -1.0"), ({"micro_batches": "abc"}, "is 'abc'"),
+    ({"micro_batches": None}, "micro_batches is None"), ({"micro_batches": [[1, 2]]}, r"holds \[1, 2\]; give mt.Batch"),
+    ({"objective": _wrong_objective(torch.ones(()))}, r"the objective gave tensor\(1.*; it must give"),
+    ({"objective": _wrong_objective((torch.ones(()), 5))}, "it must give"),
+    ({"objective": _wrong_objective((torch.ones((), requires_grad=True), torch.tensor(5)))}, "it must give"),
+])
+def test_what_makes_no_step_is_refused_and_changes_no_weight(fakes, change, message):
+    model = fakes.TinyModel()
+    before = [p.detach().clone() for p in (model.A, model.B)]
+    given = {"micro_batches": [fakes.make_batch(9)], "lr": 0.1, "clip": 1.0, "objective": fakes.objective} | change
+    with pytest.raises(InputError, match=message):
+        train_step(model, optimizer=SGD(model.param_groups(1.0), 1.0), **given)
+    assert all(torch.equal(a, b) for a, b in zip(before, (model.A, model.B), strict=True))
+
+
+def test_batches_may_come_from_an_iterator_and_need_gradients(fakes):
+    model, other = fakes.TinyModel(), fakes.TinyModel()
+    for each, batches in ((model, iter([fakes.make_batch(9)])), (other, fakes.make_batch(9))):
+        train_step(each, batches, SGD(each.param_groups(1.0), 1.0), 0.1, 0.0, fakes.objective)
+    assert torch.equal(model.B, other.B)
+    with torch.no_grad(), pytest.raises(InputError, match="train_step: gradients are switched off here"):
+        train_step(model, [fakes.make_batch(9)], SGD(model.param_groups(1.0), 1.0))
