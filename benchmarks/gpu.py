@@ -46,7 +46,6 @@ ASKED = ("peers", "sanitizer")
 """Parts that run only where PARTS names them."""
 TUNED = ROOT / "build" / "gpu-tuned.json"
 """The table of the part "tune", for the parts after it; a user's own is left alone."""
-_C = ctypes.CDLL(None)
 WORKERS, THREADS = 6, 2
 """Of the tests, and of each of their processes."""
 
@@ -74,9 +73,12 @@ def missing(where: str) -> str | None:
     return None
 
 
+_C = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
 def end_with_parent() -> None:
     """Of a child process, before it starts: to be killed when this one is, which a session of its own would outlive."""
-    if sys.platform == "linux":
+    if _C is not None:
         _C.prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
 
 

@@ -92,7 +92,8 @@ def check_share_or_number(owner: str, name: str, value: float, of: str) -> None:
 def check_path(owner: str, name: str, path: str | os.PathLike[str]) -> Path:
     """The path; InputError for one that no system takes, which is a text given by mistake, as a rule."""
     found = os.fspath(path)
-    if "\0" in found or any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(found).parts):
+    if "\0" in found or any(
+            len(part.encode("utf-8", "surrogatepass")) > LONGEST_NAME for part in Path(found).parts):
         raise InputError(f"{owner}: {name} is {short(found)}; it must be a path, and this one is too long, or holds a "
                          "null character (texts are given as samples: [{\"text\": \"…\"}, …])")
     return Path(found)

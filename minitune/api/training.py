@@ -148,6 +148,8 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
     if training.save_every is not None and out is None:
         raise InputError(f"train: save_every is {training.save_every}, but there is no folder to keep a checkpoint in; "
                          "give out=…, or leave it out")
+    if out is not None:
+        _check_room(model, out)
     check_whole("train", "max_new_tokens", max_new_tokens)
     if ask is None:
         ask = first_questions(data) if out is not None and isinstance(data, str | Path) else ()
@@ -273,7 +275,6 @@ def _folder(folder: Path, model: Model, batches: Iterable[Batch], about: Mapping
               "lora": None if model.lora is None else asdict(model.lora), "adapter": model.adapter_path,
               "quant": model.quant, "trained_weights": sorted(network.trained_names()),
               "add_tokens": [] if model._tokenizer is None else model._tokenizer.added, **about}
-    _check_room(model, folder)
     save = model.save_adapter if adapted else model.save_merged if network.nf4_shapes() else model.save
     return run_folder(folder, save, functools.partial(_sound, model), _what(model), config)
 

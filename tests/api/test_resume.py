@@ -182,6 +182,9 @@ def test_where_there_is_nothing_to_resume(tiny, data, tmp_path):
     assert refused(out).startswith(f"{out} exists already, with a run that did not end: go on with it (--resume, in")
     assert train(tiny, data, out, resume=True).end == "finished"
     assert refused(out, resume=True).startswith(f"{out}: the run is finished, there is nothing to resume")
+    (out / "adapter").rename(out / "elsewhere")
+    assert refused(out, resume=True).startswith(f"{out}: the run came to its end, but what it trained was not written")
+    (out / "elsewhere").rename(out / "adapter")
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(lines[:3]))
     assert refused(out, resume=True).startswith(f"{out}: holds no checkpoint to resume from: the run has ended, or")
