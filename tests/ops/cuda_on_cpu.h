@@ -1,6 +1,8 @@
 // cuda_on_cpu.h: as much of CUDA as csrc/nf4_cuda.cu takes, on a CPU: each thread of a block is a fiber, a block runs
-// after the other. What a barrier or a shuffle waits for in vain, and a wide access to an address that is not aligned,
-// is an error. Speed, races and the order of memory are a GPU's matter.
+// after the other. A warp runs until it waits for the others, the last one first and in the next turn the first, and
+// shared memory is filled with 0xff before each block: without a barrier that it needs, a kernel's results are wrong.
+// What a barrier or a shuffle waits for in vain, and a wide access to an address that is not aligned, is an error.
+// Speed and the order of memory are a GPU's matter.
 #pragma once
 #include <ucontext.h>
 
@@ -16,7 +18,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __shared__ static
+#define __shared__ static __attribute__((section("cuda_shared")))
 #define __launch_bounds__(...)
 using std::max;
 using std::min;
@@ -24,70 +26,82 @@ using std::min;
 // ---- threads -------------------------------------------------------------------------------------------------------
 struct Index { unsigned x; };
 inline Index threadIdx, blockIdx, gridDim;
-constexpr int kStack = 64 << 10;
-struct Fiber { ucontext_t context; bool done; std::unique_ptr<char[]> stack{new char[kStack]}; };
-struct Meeting { int come = 0; unsigned round = 0; };
-inline std::vector<Fiber> fibers(256);
+constexpr unsigned kBlock = 256, kWarp = 32, kStack = 64 << 10;
+enum State { kRuns, kAtBlock, kAtWarp, kEnded };
+struct Fiber { ucontext_t context; State state; uint32_t offered; std::unique_ptr<char[]> stack{new char[kStack]}; };
+inline std::vector<Fiber> fibers(kBlock);
 inline ucontext_t scheduler;
 inline const std::function<void()>* body;
-inline Meeting of_block, of_warp[8];
-inline uint32_t offered[2][256];
-inline bool moved;             // some thread came to a barrier, left one or ended in this turn
 
-inline void yield() {
+inline void wait(State where) {
   const unsigned self = threadIdx.x;
+  fibers[self].state = where;
   swapcontext(&fibers[self].context, &scheduler);
   threadIdx.x = self;
 }
 
-inline void meet(Meeting& meeting, int all) {
-  const unsigned round = meeting.round;
-  moved = true;
-  if (++meeting.come == all) meeting = {0, round + 1};
-  while (meeting.round == round) yield();
-  moved = true;
-}
-
-inline void __syncthreads() { meet(of_block, 256); }
+inline void __syncthreads() { wait(kAtBlock); }
 
 inline uint32_t __shfl_xor_sync(uint32_t, uint32_t x, int lane) {
-  Meeting& warp = of_warp[threadIdx.x / 32];
-  uint32_t* values = offered[warp.round % 2];       // the next round writes the other half
-  values[threadIdx.x] = x;
-  meet(warp, 32);
-  return values[threadIdx.x ^ unsigned(lane)];
+  const unsigned self = threadIdx.x;
+  fibers[self].offered = x;
+  wait(kAtWarp);
+  const uint32_t found = fibers[self ^ unsigned(lane)].offered;
+  wait(kAtWarp);                 // nobody offers anew before all have read
+  return found;
+}
+
+// Whether all of [first, first + count) are in `state`; they then go on.
+inline bool release(unsigned first, unsigned count, State state) {
+  for (unsigned i = first; i < first + count; ++i)
+    if (fibers[i].state != state) return false;
+  for (unsigned i = first; i < first + count; ++i) fibers[i].state = kRuns;
+  return true;
+}
+
+// A warp, up to where its threads wait for other warps, or end.
+inline void run_warp(unsigned first, bool backwards) {
+  do {
+    for (unsigned i = 0; i < kWarp; ++i) {
+      threadIdx.x = first + (backwards ? kWarp - 1 - i : i);
+      if (fibers[threadIdx.x].state == kRuns) swapcontext(&scheduler, &fibers[threadIdx.x].context);
+    }
+    backwards = !backwards;
+  } while (release(first, kWarp, kAtWarp));
 }
 
 inline void run_fiber() {
   (*body)();
-  fibers[threadIdx.x].done = moved = true;
+  wait(kEnded);
+}
+
+extern "C" char __start_cuda_shared[], __stop_cuda_shared[];       // the linker's names for the section's ends
+
+inline void run_block() {
+  std::memset(__start_cuda_shared, 0xff, size_t(__stop_cuda_shared - __start_cuda_shared));
+  for (Fiber& fiber : fibers) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    fiber.state = kRuns;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  bool backwards = true;         // at first: it is the low threads that fill what all read
+  do {
+    for (unsigned i = 0; i < kBlock; i += kWarp) run_warp(backwards ? kBlock - kWarp - i : i, backwards);
+    backwards = !backwards;
+  } while (release(0, kBlock, kAtBlock));
 }
 
 inline void launch_on_cpu(unsigned blocks, const std::function<void()>& kernel) {
   body = &kernel;
   gridDim.x = blocks;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    for (Fiber& fiber : fibers) {
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = &scheduler;
-      fiber.done = false;
-      makecontext(&fiber.context, run_fiber, 0);
-    }
-    for (bool left = true; left;) {
-      left = moved = false;
-      for (unsigned thread = 0; thread < fibers.size(); ++thread) {
-        if (fibers[thread].done) continue;
-        left = true;
-        threadIdx.x = thread;
-        swapcontext(&scheduler, &fibers[thread].context);
-      }
-      if (left && !moved) {
-        std::fprintf(stderr, "threads wait for others that have ended or wait elsewhere\n");
-        std::abort();
-      }
-    }
+    run_block();
+    if (release(0, kBlock, kEnded)) continue;
+    std::fprintf(stderr, "threads wait for others that have ended or wait elsewhere\n");
+    std::abort();
   }
 }
 

@@ -16,7 +16,8 @@ import torch
 
 from minitune.ops import nf4
 
-SOURCE = Path(__file__).parents[2] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
+SOURCE = (CSRC / "nf4_cuda.cu").read_text()
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
 LAUNCH = re.compile(r"(\w+(?:<[^<>]*>)?)<<<(.+?), kThreads, 0, [^;]+?>>>\((.*?)\);")
@@ -41,22 +42,25 @@ class QuantizeAbsmax(ctypes.Structure):
     _fields_ = [*((name, POINTER) for name in ("absmax", "offset", "code", "codes", "nested_absmax")), ("n", LONG)]
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """nf4_cuda.cu as a library for the CPU."""
-    place = tmp_path_factory.mktemp("cuda")
+def _build(place, text=SOURCE):
+    """The kernels as a library for the CPU."""
     for header in ("cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h"):
         (place / header).write_text("")
-    text, count = LAUNCH.subn(r"launch_on_cpu(\2, [&] { \1(\3); });", (SOURCE / "nf4_cuda.cu").read_text())
+    text, count = LAUNCH.subn(r"launch_on_cpu(\2, [&] { \1(\3); });", text)
     assert count == 5 and "<<<" not in text
     (place / "kernels.cpp").write_text(text)
     command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall",
                "-Wno-unknown-pragmas", "-fsanitize=alignment", "-fno-sanitize-recover=alignment", "-I", str(place),
-               "-I", str(SOURCE), "-include", str(Path(__file__).parent / "cuda_on_cpu.h"),
+               "-I", str(CSRC), "-include", str(Path(__file__).parent / "cuda_on_cpu.h"),
                str(place / "kernels.cpp"), "-o", str(place / "kernels.so")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return ctypes.CDLL(str(place / "kernels.so"))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return _build(tmp_path_factory.mktemp("cuda"))
 
 
 def _guarded(tensor):
@@ -147,30 +151,72 @@ def _values(n, dtype):
     return flat.to(dtype)
 
 
+def _quantize(kernels, values, blocksize):
+    """packed with 4 bytes, absmax with one value behind its end."""
+    n = len(values)
+    packed = torch.full((-(-n // 2) + 4,), 0xAA, dtype=torch.uint8)
+    absmax = torch.full((-(-n // blocksize) + 1,), -7.0)
+    work = Quantize(values.data_ptr(), _address(nf4.table(CPU)), packed.data_ptr(), absmax.data_ptr(), n,
+                    _shift(blocksize), DTYPES[values.dtype])
+    assert kernels.nf4_cuda_quantize(ctypes.byref(work), None) == 0
+    return packed, absmax
+
+
 @pytest.mark.parametrize("dtype", nf4.DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", [32, 64, 256, 512, 4096])
 def test_quantize(kernels, blocksize, dtype):
     for n in (1, 63, 64, 100, 8192, 8193, 70_000):
         for start in (0, 1):               # 1: no wide loads
             values = _guarded(_values(start + n, dtype))[start:]
-            packed = torch.full((-(-n // 2) + 4,), 0xAA, dtype=torch.uint8)
-            absmax = torch.full((-(-n // blocksize) + 1,), -7.0)
-            work = Quantize(values.data_ptr(), _address(nf4.table(CPU)), packed.data_ptr(), absmax.data_ptr(), n,
-                            _shift(blocksize), DTYPES[dtype])
-            assert kernels.nf4_cuda_quantize(ctypes.byref(work), None) == 0
+            packed, absmax = _quantize(kernels, values, blocksize)
             expected, scales = nf4.quantize_reference(values, blocksize)
             assert torch.equal(packed[:-4], expected) and packed[-4:].tolist() == [0xAA] * 4
             _same_bits(absmax[:-1], scales)
             assert absmax[-1] == -7
 
 
+def _quantize_absmax(kernels, absmax, offset, code):
+    codes, nested = torch.empty(len(absmax), dtype=torch.uint8), torch.empty(-(-len(absmax) // 256))
+    work = QuantizeAbsmax(*map(_address, (absmax, offset, code, codes, nested)), len(absmax))
+    assert kernels.nf4_cuda_quantize_absmax(ctypes.byref(work), None) == 0
+    return codes, nested
+
+
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 5000])
 def test_quantize_absmax(kernels, n):
-    absmax, code = torch.rand(n), nf4.nested_code(CPU)
-    offset = absmax.mean()
-    codes, nested = torch.empty(n, dtype=torch.uint8), torch.empty(-(-n // 256))
-    work = QuantizeAbsmax(*map(_address, (absmax, offset, code, codes, nested)), n)
-    assert kernels.nf4_cuda_quantize_absmax(ctypes.byref(work), None) == 0
-    expected, scales = nf4.quantize_absmax_reference(absmax, offset, code)
-    assert torch.equal(codes, expected)
-    _same_bits(nested, scales)
+    code, wide = nf4.nested_code(CPU), torch.rand(n) * 10.0 ** torch.randint(-42, 30, (n,))
+    for absmax in (torch.rand(n), wide, torch.zeros(n), wide.where(wide > 1e-30, torch.nan)):
+        offset = absmax.nanmean()
+        codes, nested = _quantize_absmax(kernels, absmax, offset, code)
+        expected, scales = nf4.quantize_absmax_reference(absmax, offset, code)
+        assert torch.equal(codes, expected)
+        _same_bits(nested, scales)
+
+
+# ---- that it would be seen ------------------------------------------------------------------------------------------
+def _without_barrier(place, number):
+    """The kernels without one of their four `__syncthreads()`."""
+    parts = SOURCE.split("__syncthreads();")
+    assert len(parts) == 5
+    return _build(place, "__syncthreads();".join([*parts[:number], parts[number] + parts[number + 1],
+                                                  *parts[number + 2:]]))
+
+
+def test_levels_read_before_they_are_written_are_seen(tmp_path):
+    weight = nf4.quantize(torch.randn(12, 104), double_quant=False)
+    out = torch.empty(weight.shape)
+    _dequantize(_without_barrier(tmp_path, 0), weight, out)
+    assert not torch.equal(out, nf4.dequantize_reference(weight))
+
+
+def test_midpoints_read_before_they_are_written_are_seen(tmp_path):
+    values = torch.randn(4096)
+    packed, _ = _quantize(_without_barrier(tmp_path, 1), values, 64)
+    assert not torch.equal(packed[:-4], nf4.quantize_reference(values, 64)[0])
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_maximum_read_at_the_wrong_time_is_seen(number, tmp_path):
+    absmax, code = torch.rand(20_000), nf4.nested_code(CPU)
+    found = _quantize_absmax(_without_barrier(tmp_path, number), absmax, absmax.mean(), code)
+    assert not all(map(torch.equal, found, nf4.quantize_absmax_reference(absmax, absmax.mean(), code)))
