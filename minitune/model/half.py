@@ -16,6 +16,7 @@ from minitune.model.lora import Projection
 from minitune.model.offload import Parking
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
+from minitune.ops.versions import unwritten
 
 
 class Context(NamedTuple):
@@ -214,5 +215,6 @@ def run(half: Half, x: Tensor, branch: Tensor | None, context: Context) -> tuple
         return total, y
     total = x if branch is None else x + branch
     if context.policy != "keep":       # plain autograd has no cheaper list to keep than none
-        return total, checkpoint(half.composed, total, context, use_reentrant=False)
+        again = unwritten(half.composed, half.parameters())
+        return total, checkpoint(again, total, context, use_reentrant=False)
     return total, half.composed(total, context)

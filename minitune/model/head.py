@@ -11,6 +11,7 @@ from minitune.model.adapter import HEAD, Adapter, make_adapter
 from minitune.model.token_rows import TokenRows
 from minitune.ops import dora, few_rows
 from minitune.ops.linear_cross_entropy import linear_cross_entropy
+from minitune.ops.versions import unwritten
 
 
 class Head(nn.Module):
@@ -42,8 +43,9 @@ class Head(nn.Module):
         """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]; logits are never whole."""
         if not self.is_adapted:
             return linear_cross_entropy(hidden, weight, labels, smoothing)
-        return linear_cross_entropy(hidden, weight, labels, smoothing,
-                                    lambda part: self._with_trained(part, F.linear(part, weight.to(part.dtype))))
+        head = unwritten(lambda part: self._with_trained(part, F.linear(part, weight.to(part.dtype))),
+                         (weight, *self.parameters()))
+        return linear_cross_entropy(hidden, weight, labels, smoothing, head)
 
     def _with_trained(self, hidden: Tensor, logits: Tensor) -> Tensor:
         """The frozen weight's logits [n, vocab_size] with what is trained beside it, if it is switched on."""

@@ -62,6 +62,19 @@ def test_losses_with_and_without_a_graph_agree(tmp_path, lora, memory):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.trainable_parameters())
 
 
+@pytest.mark.parametrize("lora", [KINDS["head"], mt.LoRA(rank=4, targets=("q_proj",), dropout=0.1)],
+                         ids=["head", "dropout"])
+def test_a_step_between_a_loss_and_its_backward_is_an_error(tiny, lora):
+    """What the backward computes again would read new weights: gradients of neither loss."""
+    model = _model(tiny, lora, memory="full").train()
+    optimizer = mt.AdamW(model.trainable_parameters(), lr=1e-2)
+    early, late = model.loss(_batch()), model.loss(_batch())
+    early.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="has been changed, by an optimizer's step perhaps, before the loss's back"):
+        late.backward()
+
+
 @pytest.mark.parametrize("quant", [None, "nf4"])
 @pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7], [9, 8]]], ids=["one", "several"])
 def test_generation_is_that_of_the_logits(tmp_path, lora, prompts, quant):
