@@ -9,12 +9,13 @@ import os
 import pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = ["test_aot.py", "test_interpreter.py"] if INTERPRETED else []
+collect_ignore = ["test_aot.py", "test_interpreter.py"] if INTERPRETED else ["test_interpreter_memory.py"]
 
 if INTERPRETED:
-    from tests.kernels import interpreter_bf16
+    from tests.kernels import interpreter_bf16, interpreter_memory
 
     interpreter_bf16.install()
+    interpreter_memory.install()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
