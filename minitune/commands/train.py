@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tyro.conf import Positional
 
 from minitune.commands.flags.declared import Given
-from minitune.commands.flags.settings_file import SETTINGS, as_toml
+from minitune.commands.flags.settings_file import SettingsFile, as_toml
 from minitune.config import Data, LoRA, MemoryPolicy, Quant, Training
 from minitune.errors import InputError
 
@@ -72,7 +72,6 @@ class Train:
         from minitune.data.holdout import streams
         from minitune.report.claim import claimed
         from minitune.report.progress import reading
-        from minitune.report.settings_file import SettingsFile
         from minitune.report.tables import Answer, print_answers
         from minitune.report.tensorboard import TensorBoard
         from minitune.training.interrupt import terminable
@@ -95,7 +94,7 @@ class Train:
         with terminable():
             run = train(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
                         max_new_tokens=self.max_new_tokens, resume=self.resume, quiet=False,
-                        observers=[SettingsFile(self.out / SETTINGS, self._as_toml()), *boards],
+                        observers=[SettingsFile(self.out, self._as_toml()), *boards],
                         config={"samples": dataclasses.asdict(self.samples)})
         before, after = run.evaluations[:1], run.evaluations[-1:]
         if questions:

@@ -1,4 +1,4 @@
-"""A command's settings as TOML that --config reads: what was given, and what is not the default."""
+"""A command's settings as TOML that --config reads, what was given and what is not the default, in a run's folder."""
 
 from __future__ import annotations
 
@@ -8,10 +8,31 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from minitune.checkpoint.files import staged
 from minitune.commands.flags.declared import Given, settings
+from minitune.training.run import Observer, Run, RunInfo
 
 SETTINGS = "train.toml"
 """The file in a run's folder."""
+
+
+class SettingsFile(Observer):
+    """Writes `text` into SETTINGS of a run's folder; a run that ended before its first step leaves no such file."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self.folder, self.text, self._begun = folder, text, False
+
+    def on_start(self, info: RunInfo) -> None:
+        self._begun = True
+        with staged(self.folder) as staging:
+            staging.write(SETTINGS, self.text.encode())
+
+    def on_resume(self, run: Run) -> None:
+        """The file stays that of the run as it was begun."""
+
+    def on_end(self, run: Run) -> None:
+        if self._begun and not run.records:
+            (self.folder / SETTINGS).unlink(missing_ok=True)
 
 
 def as_toml(command: Any, given: Given, leave: Collection[str] = ()) -> str:
