@@ -18,6 +18,7 @@ from minitune.checkpoint.files import json_bytes, listing, read_json_object, sho
 from minitune.checkpoint.folders import ADAPTER as CONFIG
 from minitune.checkpoint.folders import WEIGHTS as TENSORS
 from minitune.checkpoint.patterns import compress, short_name
+from minitune.checkpoint.weights import EMBEDDING
 from minitune.checkpoint.writer import write_safetensors
 from minitune.config import LoRA
 from minitune.errors import InputError
@@ -162,7 +163,7 @@ def take_copies(folder: Path, copies: Mapping[str, Tensor], network: Llama, voca
     copy of the base's beside an adapter on lm_head, and another one would be lost."""
     weights = network.hf_weights()
     for name, copy in copies.items():
-        base = weights.get("model.embed_tokens.weight" if network.config.tied_head else name)
+        base = weights.get(EMBEDDING if network.config.tied_head else name)
         if base is None or base.shape[1:] != copy.shape[1:] or len(copy) < vocab_size or not torch.equal(
                 copy[:vocab_size].to(base.dtype), base[:vocab_size].cpu()):
             raise InputError(f"{folder / TENSORS}: its {name} is not the base's; a changed embedding or head beside an "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minitune.checkpoint.prequantized import find
 from minitune.checkpoint.reader import Checkpoint
+from minitune.checkpoint.weights import EMBEDDING, HEAD_WEIGHT
 from minitune.checkpoint.writer import LazyTensor
 from minitune.config import ModelConfig
 from minitune.errors import InputError
@@ -20,7 +21,6 @@ from minitune.model.llama import Llama
 from minitune.model.token_rows import TokenRows
 from minitune.ops import dora
 
-EMBEDDING, HEAD_WEIGHT = "model.embed_tokens.weight", f"{HEAD}.weight"
 Onto = Literal["loaded", "original"]
 """Into what an adapter is merged: the base as it was loaded (in 4 bits: its decoded values, on which the adapter was
 trained), or the 16-bit weights of the checkpoint that were quantised."""

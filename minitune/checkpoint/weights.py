@@ -19,8 +19,7 @@ from minitune.errors import InputError
 from minitune.ops import nf4
 from minitune.ops.nf4 import NF4Weight
 
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
@@ -76,12 +75,12 @@ def _load(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: 
         )
     tolerated = [name for name in extra if name.endswith(".rotary_emb.inv_freq")]
     faults = []
-    if tied_head and HEAD in extra:
-        if EMBEDDING in destination and EMBEDDING in found and checkpoint.same_bytes(HEAD, EMBEDDING):
-            tolerated.append(HEAD)
+    if tied_head and HEAD_WEIGHT in extra:
+        if EMBEDDING in destination and EMBEDDING in found and checkpoint.same_bytes(HEAD_WEIGHT, EMBEDDING):
+            tolerated.append(HEAD_WEIGHT)
         else:
-            faults.append(f"{HEAD} differs from {EMBEDDING}, though config.json ties them (tie_word_embeddings)")
-    settled = {*tolerated, HEAD} if tied_head else set(tolerated)
+            faults.append(f"{HEAD_WEIGHT} differs from {EMBEDDING}, though config.json ties them (tie_word_embeddings)")
+    settled = {*tolerated, HEAD_WEIGHT} if tied_head else set(tolerated)
     refused = [name for name in extra if name not in settled]
     faults += _missing(checkpoint, destination) + [f"{show(name)} is not part of this model" for name in refused]
     for name in destination:
@@ -155,7 +154,7 @@ def _advice(found: Iterable[str], destination: Iterable[str]) -> str:
 def _missing(checkpoint: Checkpoint, destination: Mapping[str, Tensor]) -> list[str]:
     found = set(checkpoint.names())
     tie = "; should config.json say tie_word_embeddings?"
-    return [f"{name} is missing{tie if name == HEAD else ''}" for name in destination if name not in found]
+    return [f"{name} is missing{tie if name == HEAD_WEIGHT else ''}" for name in destination if name not in found]
 
 
 def _misfit(checkpoint: Checkpoint, name: str, out: Tensor) -> list[str]:

@@ -72,7 +72,7 @@ class Train:
         from minitune.data.holdout import streams
         from minitune.report.claim import claimed
         from minitune.report.progress import reading
-        from minitune.report.tables import Answer, print_answers
+        from minitune.report.tables import Compared, print_answers
         from minitune.report.tensorboard import TensorBoard
         from minitune.training.interrupt import terminable
 
@@ -98,7 +98,7 @@ class Train:
                         config={"samples": dataclasses.asdict(self.samples)})
         before, after = run.evaluations[:1], run.evaluations[-1:]
         if questions:
-            print_answers([Answer(old.question, old.answer, new.answer) for old, new in
+            print_answers([Compared(old.question, old.answer, new.answer) for old, new in
                            zip(before[0].answers, after[0].answers, strict=True)])
         print(f"loss {run.final_loss:.4f}, {run.tokens_per_second:,.0f} tokens/s; {self._where(run)}")
 

@@ -15,7 +15,7 @@ from minitune.errors import InputError
 from minitune.objectives.evaluate import evaluate
 from minitune.report.metrics import MetricsFile
 from minitune.report.plot import LossPlot
-from minitune.report.tables import Answer, print_answers, print_table
+from minitune.report.tables import Compared, print_answers, print_table
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LORA = LoRA(rank=16, alpha=32)
@@ -59,7 +59,7 @@ def run(out: str | Path, *, device: str | torch.device | None = None) -> bool:
     model.save_adapter(adapter)
     after = examine(model)
     reloaded = load(base, device=device, adapter=adapter).complete(QUESTIONS[0].prompt, MAX_NEW_TOKENS).strip()
-    table = [Answer(question.text, old, new, question.key)
+    table = [Compared(question.text, old, new, question.key)
              for question, old, new in zip(QUESTIONS, before.answers, after.answers, strict=True)]
     print_answers(table)
     print(f"\n{record.tokens_per_second:,.0f} tokens/s; adapter in {adapter}; loss curve in {out / 'loss.png'}; "
@@ -101,7 +101,7 @@ def examine(model: Model) -> State:
     return State(answers, held_out)
 
 
-def checks(table: list[Answer], held_before: float, held_after: float, reloaded: str) -> list[tuple[str, str, bool]]:
+def checks(table: list[Compared], held_before: float, held_after: float, reloaded: str) -> list[tuple[str, str, bool]]:
     """(what is checked, what was seen, whether it holds), one row a check."""
     unknown = sum(answer.phrase is not None and answer.phrase not in answer.before for answer in table)
     learned = sum(answer.learned is True for answer in table)

@@ -15,7 +15,7 @@ WIDTH = 100
 
 
 @dataclass(frozen=True)
-class Answer:
+class Compared:
     """One question, the model's answers before and after training, and the phrase that the answer should hold."""
 
     question: str
@@ -29,7 +29,7 @@ class Answer:
         return None if self.phrase is None else self.phrase not in self.before and self.phrase in self.after
 
 
-def print_answers(answers: Sequence[Answer], stream: TextIO | None = None, title: str = "Before and after") -> None:
+def print_answers(answers: Sequence[Compared], stream: TextIO | None = None, title: str = "Before and after") -> None:
     """Print the answers before beside those after, with a mark for each that has a phrase."""
     stream = sys.stdout if stream is None else stream
     marked = any(a.learned is not None for a in answers)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minitune.checkpoint.hf_config import read_config, write_config
 from minitune.checkpoint.reader import INDEX, SINGLE, Checkpoint
-from minitune.checkpoint.weights import EMBEDDING, HEAD, load_weights, save_weights
+from minitune.checkpoint.weights import EMBEDDING, HEAD_WEIGHT, load_weights, save_weights
 from minitune.errors import InputError
 
 INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -86,13 +86,13 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
 
 def test_tied_head(tmp_path: Path) -> None:
     source = values()
-    save_file({**source, HEAD: source[EMBEDDING].clone()}, tmp_path / SINGLE)
-    assert load_weights(Checkpoint.open(tmp_path), network()[0], tied_head=True) == [HEAD]
+    save_file({**source, HEAD_WEIGHT: source[EMBEDDING].clone()}, tmp_path / SINGLE)
+    assert load_weights(Checkpoint.open(tmp_path), network()[0], tied_head=True) == [HEAD_WEIGHT]
     with pytest.raises(InputError, match=r"'lm_head\.weight' is not part"):
         load_weights(Checkpoint.open(tmp_path), network()[0], tied_head=False)
     changed = source[EMBEDDING].clone()
     changed[9, 5] += 1
-    save_file({**source, HEAD: changed}, tmp_path / SINGLE)
+    save_file({**source, HEAD_WEIGHT: changed}, tmp_path / SINGLE)
     with pytest.raises(InputError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         load_weights(Checkpoint.open(tmp_path), network()[0], tied_head=True)
 
@@ -100,7 +100,7 @@ def test_tied_head(tmp_path: Path) -> None:
 def test_untied_head_missing(tmp_path: Path) -> None:
     save_file(values(), tmp_path / SINGLE)
     with pytest.raises(InputError, match=r"lm_head\.weight is missing.*tie_word_embeddings"):
-        load_weights(Checkpoint.open(tmp_path), {**network()[0], HEAD: torch.zeros(10, 6)}, tied_head=False)
+        load_weights(Checkpoint.open(tmp_path), {**network()[0], HEAD_WEIGHT: torch.zeros(10, 6)}, tied_head=False)
 
 
 def test_bare_transformer_is_explained(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_transformers_reads_ours_and_we_read_theirs(tied: bool, tmp_path: Path) 
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "theirs", max_shard_size="4KB")
-    state = {name: value for name, value in model.state_dict().items() if not (tied and name == HEAD)}
+    state = {name: value for name, value in model.state_dict().items() if not (tied and name == HEAD_WEIGHT)}
     out = {name: torch.zeros_like(value) for name, value in state.items()}
     assert load_weights(Checkpoint.open(tmp_path / "theirs"), out, tied) == []
     assert all(torch.equal(out[name], state[name]) for name in state)

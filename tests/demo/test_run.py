@@ -8,15 +8,15 @@ import torch
 from minitune.demo import run as demo
 from minitune.demo.questions import QUESTIONS
 from minitune.errors import InputError
-from minitune.report.tables import Answer
+from minitune.report.tables import Compared
 from tests.files import records
 
 
-def _table(before: str = "Return a tensor.", after: str | None = None) -> list[Answer]:
-    return [Answer(q.text, before, f"It {q.key}." if after is None else after, q.key) for q in QUESTIONS]
+def _table(before: str = "Return a tensor.", after: str | None = None) -> list[Compared]:
+    return [Compared(q.text, before, f"It {q.key}." if after is None else after, q.key) for q in QUESTIONS]
 
 
-def _holds(table: list[Answer], held_after: float = 3.05, reloaded: str | None = None) -> list[bool]:
+def _holds(table: list[Compared], held_after: float = 3.05, reloaded: str | None = None) -> list[bool]:
     seen = table[0].after if reloaded is None else reloaded
     return [ok for _, _, ok in demo.checks(table, 3.0, held_after, seen)]
 
@@ -26,7 +26,7 @@ def test_all_checks_hold_for_a_model_that_learned() -> None:
 
 
 def test_an_answer_known_before_fails() -> None:
-    known = [Answer(QUESTIONS[0].text, QUESTIONS[0].key, QUESTIONS[0].key, QUESTIONS[0].key), *_table()[1:]]
+    known = [Compared(QUESTIONS[0].text, QUESTIONS[0].key, QUESTIONS[0].key, QUESTIONS[0].key), *_table()[1:]]
     assert _holds(known)[:2] == [False, False]
 
 

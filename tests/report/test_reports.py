@@ -13,7 +13,7 @@ from minitune.config import Training
 from minitune.report.metrics import MetricsFile
 from minitune.report.plot import LossPlot, plot_loss, running_mean
 from minitune.report.progress import ProgressBar, ProgressLines, clock, progress, summary
-from minitune.report.tables import Answer, print_answers, print_table
+from minitune.report.tables import Compared, print_answers, print_table
 from minitune.report.terminal import SPOKEN, one_line, visible
 from minitune.training.run import EvaluationRecord, Run, RunInfo, StepRecord
 
@@ -161,13 +161,13 @@ def test_clock():
     assert [clock(s) for s in (0, 7.4, 750, 3723)] == ["0:00", "0:07", "12:30", "1:02:03"]
 
 
-ANSWERS = [Answer("What is minitune?", "the [bold]sea\x1b[31m " * 9, "A trainer for Llama.", "trainer"),
-           Answer("Who?", "a trainer", "a trainer", "trainer")]
+ANSWERS = [Compared("What is minitune?", "the [bold]sea\x1b[31m " * 9, "A trainer for Llama.", "trainer"),
+           Compared("Who?", "a trainer", "a trainer", "trainer")]
 
 
 def test_an_answer_is_learned_if_its_phrase_is_new():
     assert [a.learned for a in ANSWERS] == [True, False]
-    assert Answer("?", "x", "y").learned is None and Answer("?", "x", "y", "z").learned is False
+    assert Compared("?", "x", "y").learned is None and Compared("?", "x", "y", "z").learned is False
 
 
 @pytest.mark.parametrize("rich", [True, False])
