@@ -6,14 +6,13 @@ Field names and the rule by which patterns match follow peft 0.21 (tuners/lora/c
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minitune.checkpoint.fields import flag, integer, mapping, number, only, refuse, same, text, texts
+from minitune.checkpoint.fields import Rule, flag, integer, mapping, number, only, refuse, same, text, texts
 from minitune.checkpoint.files import listing, read_json_object, show
 from minitune.checkpoint.folders import ADAPTER as CONFIG
 from minitune.checkpoint.folders import PICKLES, adapter_config
@@ -47,40 +46,32 @@ class AdapterTensors(NamedTuple):
     m: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """What adapter_config.json may say in a field that is not read otherwise. ``only`` is None: anything."""
-
-    why: str
-    only: tuple[object, ...] | None = None
-
-
 _EMPTY: tuple[object, ...] = (None, False, "", [], {})
 _ANY_INIT = (None, True, False, "gaussian", "eva", "orthogonal")
-FIELDS: dict[str, _Rule] = {
-    **{name: _Rule("read") for name in ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")},
-    "use_rslora": _Rule("read"),
-    "target_modules": _Rule("read; the tensors themselves say which modules are adapted"),
-    "exclude_modules": _Rule("the tensors say which modules are adapted"),
-    "layers_to_transform": _Rule("the tensors say which modules are adapted"),
-    "layers_pattern": _Rule("the tensors say which modules are adapted"),
-    "peft_type": _Rule("other methods compute something else", ("LORA",)),
-    "task_type": _Rule("minitune trains causal language models", (None, "CAUSAL_LM")),
-    "trainable_token_indices": _Rule("read"),
-    "bias": _Rule("trained biases are not supported", ("none",)),
-    "fan_in_fan_out": _Rule("linears are [out, in]", (None, False)),
-    "modules_to_save": _Rule("only low-rank adapters are read", (None, [])),
-    "use_dora": _Rule("read", (None, False, True)),
-    "init_lora_weights": _Rule("the other ways of starting change the base weights", _ANY_INIT),
-    "eva_config": _Rule("it only says how the training started"),
-    "base_model_name_or_path": _Rule("the caller names the base model"),
-    "revision": _Rule("the caller names the base model"),
-    "inference_mode": _Rule("the caller decides"),
-    "auto_mapping": _Rule("how peft finds the base model's class"),
-    "peft_version": _Rule("where the file comes from"),
-    "megatron_core": _Rule("unused without megatron_config", (None, "megatron.core")),
-    "qalora_group_size": _Rule("unused without use_qalora"),
-    "runtime_config": _Rule("peft ignores it in a file"),
+FIELDS: dict[str, Rule] = {
+    **{name: Rule("read") for name in ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")},
+    "use_rslora": Rule("read"),
+    "target_modules": Rule("read; the tensors themselves say which modules are adapted"),
+    "exclude_modules": Rule("the tensors say which modules are adapted"),
+    "layers_to_transform": Rule("the tensors say which modules are adapted"),
+    "layers_pattern": Rule("the tensors say which modules are adapted"),
+    "peft_type": Rule("other methods compute something else", ("LORA",)),
+    "task_type": Rule("minitune trains causal language models", (None, "CAUSAL_LM")),
+    "trainable_token_indices": Rule("read"),
+    "bias": Rule("trained biases are not supported", ("none",)),
+    "fan_in_fan_out": Rule("linears are [out, in]", (None, False)),
+    "modules_to_save": Rule("only low-rank adapters are read", (None, [])),
+    "use_dora": Rule("read", (None, False, True)),
+    "init_lora_weights": Rule("the other ways of starting change the base weights", _ANY_INIT),
+    "eva_config": Rule("it only says how the training started"),
+    "base_model_name_or_path": Rule("the caller names the base model"),
+    "revision": Rule("the caller names the base model"),
+    "inference_mode": Rule("the caller decides"),
+    "auto_mapping": Rule("how peft finds the base model's class"),
+    "peft_version": Rule("where the file comes from"),
+    "megatron_core": Rule("unused without megatron_config", (None, "megatron.core")),
+    "qalora_group_size": Rule("unused without use_qalora"),
+    "runtime_config": Rule("peft ignores it in a file"),
 }
 """Fields of adapter_config.json that are known. Any other may only be null, false or empty, which is peft's default."""
 
@@ -139,8 +130,8 @@ def _check_fields(where: str, raw: dict[str, Any]) -> None:
         if rule is None:
             if not any(same(value, empty) for empty in _EMPTY):
                 refuse(where, show(name), value, "this field is not supported, so it must be null, false or empty")
-        elif rule.only is not None and not any(same(value, each) for each in rule.only):
-            refuse(where, name, value, f"{rule.why}; supported: {', '.join(map(repr, rule.only))}")
+        else:
+            rule.check(where, name, value)
 
 
 def _read_tensors(checkpoint: Checkpoint, path: Path, dora: bool) -> dict[str, AdapterTensors]:

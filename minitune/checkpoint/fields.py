@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from minitune.checkpoint.files import show
@@ -22,10 +23,22 @@ def same(value: object, allowed: object) -> bool:
     return isinstance(value, bool) == isinstance(allowed, bool) and value == allowed
 
 
-def only(where: str, name: str, value: object, allowed: Collection[object]) -> None:
-    """Refuse every value but those that are known to change nothing."""
+def only(where: str, name: str, value: object, allowed: Collection[object], why: str = "") -> None:
+    """Refuse every value but those that are known to change nothing; ``why`` begins what is said."""
     if not any(same(value, each) for each in allowed):
-        refuse(where, name, value, f"supported: {', '.join(map(repr, allowed))}")
+        refuse(where, name, value, f"{why}; supported: {', '.join(map(repr, allowed))}".removeprefix("; "))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A field that nothing is read from: ``why`` that changes nothing, at any value or at these ``values`` alone."""
+
+    why: str
+    values: tuple[object, ...] | None = None
+
+    def check(self, where: str, name: str, value: object) -> None:
+        if self.values is not None:
+            only(where, name, value, self.values, self.why)
 
 
 def integer(where: str, name: str, value: object, low: int = 1, high: int = MAX_INT) -> int:

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitune.checkpoint.fields import flag, integer, mapping, number, only, refuse, same, text, texts, token_ids
+from minitune.checkpoint.fields import (
+    Rule,
+    flag,
+    integer,
+    mapping,
+    number,
+    only,
+    refuse,
+    text,
+    texts,
+    token_ids,
+)
 from minitune.checkpoint.files import json_bytes, read_json_object, show, staged
 from minitune.checkpoint.folders import model_config
 from minitune.checkpoint.hf_rope import read_rope, write_rope
@@ -28,7 +39,8 @@ _UNKNOWN = "this field is unknown; if it changes nothing, delete it from the fil
 
 @dataclass(frozen=True)
 class Used:
-    """A field that shapes the model. ``default`` is transformers' own where the field is missing, one or by family.
+    """A field that shapes the model (of all others a Rule says at which values they change nothing). ``default`` is
+    transformers' own where the field is missing, one or by family.
 
     ``families``: those that read it; for the others transformers ignores the field, so only ``unread`` values pass.
     """
@@ -36,14 +48,6 @@ class Used:
     default: Any = _REQUIRED
     families: tuple[str, ...] = tuple(ARCHITECTURES)
     unread: tuple[object, ...] = (None, False)
-
-
-@dataclass(frozen=True)
-class Harmless:
-    """A field that changes nothing that a forward pass computes, or nothing at the values ``only``."""
-
-    why: str
-    only: tuple[object, ...] | None = None
 
 
 _QWEN = ("qwen2", "qwen3")
@@ -59,7 +63,7 @@ _BOOKKEEPING = (
     "transformers.js_config", "is_llama_config", "unsloth_version", "unsloth_fixed", "unsloth_tied",
 )  # fmt: skip
 
-FIELDS: dict[str, Used | Harmless] = {
+FIELDS: dict[str, Used | Rule] = {
     "architectures": Used(None),
     "model_type": Used(None),
     "vocab_size": Used(),
@@ -88,61 +92,61 @@ FIELDS: dict[str, Used | Harmless] = {
     "quantization_config": Used(None),
     "bos_token_id": Used({"llama": 1, "mistral": 1, "qwen2": None, "qwen3": None}),
     "eos_token_id": Used({"llama": 2, "mistral": 2, "qwen2": None, "qwen3": None}),
-    "partial_rotary_factor": Harmless("the whole head is rotated", (None, 1)),
-    "pretraining_tp": Harmless("products are not sliced", (None, 1)),
-    "attention_dropout": Harmless("no attention weight is dropped; set it to 0 to train without", (None, 0)),
-    "rope_interleaved": Harmless("halves of a head are rotated, not neighbours", (None, False)),
-    "use_mrope": Harmless("text has one position per token", (None, False)),
-    "is_encoder_decoder": Harmless("a decoder only", (None, False)),
-    "add_cross_attention": Harmless("a decoder only", (None, False)),
-    "tie_encoder_decoder": Harmless("a decoder only", (None, False)),
-    "cross_attention_hidden_size": Harmless("a decoder only", (None,)),
-    "pruned_heads": Harmless("no head is cut", (None, {})),
-    "chunk_size_feed_forward": Harmless("the same sums", (None, 0)),
-    "auto_map": Harmless("code beside a checkpoint is never run", (None, {})),
-    "per_layer_config": Harmless("all layers are alike", (None, {})),
-    "initializer_range": Harmless("weights come from the file"),
-    "use_cache": Harmless("a choice of the caller"),
-    "pad_token_id": Harmless("nothing is padded"),
-    "sep_token_id": Harmless("the tokenizer decides"),
-    "decoder_start_token_id": Harmless("a decoder starts with its prompt"),
-    "prefix": Harmless("the data decides what stands before a text"),
-    "max_sequence_length": Harmless("an early name of max_position_embeddings, which decides"),
-    "is_decoder": Harmless("it is one"),
-    "output_hidden_states": Harmless("what transformers returns"),
-    "output_attentions": Harmless("what transformers returns"),
-    "return_dict": Harmless("what transformers returns"),
-    "torchscript": Harmless("how transformers runs"),
-    "attn_implementation": Harmless("how transformers runs"),
-    "_attn_implementation_autoset": Harmless("how transformers runs"),
-    "tf_legacy_loss": Harmless("how transformers runs"),
-    "use_bfloat16": Harmless("how transformers runs on TPUs"),
-    "id2label": Harmless("for classifiers"),
-    "label2id": Harmless("for classifiers"),
-    "num_labels": Harmless("for classifiers"),
-    "problem_type": Harmless("for classifiers"),
-    "finetuning_task": Harmless("for classifiers"),
-    "task_specific_params": Harmless("for other tasks"),
-    **{name: Harmless("a setting of generation") for name in _GENERATION},
-    **{name: Harmless("where the file comes from") for name in _BOOKKEEPING},
+    "partial_rotary_factor": Rule("the whole head is rotated", (None, 1)),
+    "pretraining_tp": Rule("products are not sliced", (None, 1)),
+    "attention_dropout": Rule("no attention weight is dropped; set it to 0 to train without", (None, 0)),
+    "rope_interleaved": Rule("halves of a head are rotated, not neighbours", (None, False)),
+    "use_mrope": Rule("text has one position per token", (None, False)),
+    "is_encoder_decoder": Rule("a decoder only", (None, False)),
+    "add_cross_attention": Rule("a decoder only", (None, False)),
+    "tie_encoder_decoder": Rule("a decoder only", (None, False)),
+    "cross_attention_hidden_size": Rule("a decoder only", (None,)),
+    "pruned_heads": Rule("no head is cut", (None, {})),
+    "chunk_size_feed_forward": Rule("the same sums", (None, 0)),
+    "auto_map": Rule("code beside a checkpoint is never run", (None, {})),
+    "per_layer_config": Rule("all layers are alike", (None, {})),
+    "initializer_range": Rule("weights come from the file"),
+    "use_cache": Rule("a choice of the caller"),
+    "pad_token_id": Rule("nothing is padded"),
+    "sep_token_id": Rule("the tokenizer decides"),
+    "decoder_start_token_id": Rule("a decoder starts with its prompt"),
+    "prefix": Rule("the data decides what stands before a text"),
+    "max_sequence_length": Rule("an early name of max_position_embeddings, which decides"),
+    "is_decoder": Rule("it is one"),
+    "output_hidden_states": Rule("what transformers returns"),
+    "output_attentions": Rule("what transformers returns"),
+    "return_dict": Rule("what transformers returns"),
+    "torchscript": Rule("how transformers runs"),
+    "attn_implementation": Rule("how transformers runs"),
+    "_attn_implementation_autoset": Rule("how transformers runs"),
+    "tf_legacy_loss": Rule("how transformers runs"),
+    "use_bfloat16": Rule("how transformers runs on TPUs"),
+    "id2label": Rule("for classifiers"),
+    "label2id": Rule("for classifiers"),
+    "num_labels": Rule("for classifiers"),
+    "problem_type": Rule("for classifiers"),
+    "finetuning_task": Rule("for classifiers"),
+    "task_specific_params": Rule("for other tasks"),
+    **{name: Rule("a setting of generation") for name in _GENERATION},
+    **{name: Rule("where the file comes from") for name in _BOOKKEEPING},
 }
 """Every field of config.json that is known. Any other is refused by name, unless it is null."""
 
 
-QUANTIZATION: dict[str, Harmless] = {
-    "quant_method": Harmless("only bitsandbytes is read; take the unquantised checkpoint", ("bitsandbytes", None)),
-    "load_in_8bit": Harmless("8-bit weights are not read; take the unquantised checkpoint", (None, False)),
-    "_load_in_8bit": Harmless("8-bit weights are not read; take the unquantised checkpoint", (None, False)),
-    "load_in_4bit": Harmless("only 4-bit weights are read; take the unquantised checkpoint", (True,)),
-    "_load_in_4bit": Harmless("only 4-bit weights are read; take the unquantised checkpoint", (None, True)),
-    "bnb_4bit_quant_type": Harmless("only NF4 is read; take the unquantised checkpoint", ("nf4",)),
-    "bnb_4bit_quant_storage": Harmless("weights are read from uint8; save it again so", ("uint8", None)),
-    "bnb_4bit_use_double_quant": Harmless("the tensors of each weight say it"),
-    "bnb_4bit_compute_dtype": Harmless("a choice of the caller"),
-    "llm_int8_skip_modules": Harmless("the tensors say which linears are quantised"),
-    "llm_int8_threshold": Harmless("for 8 bits"),
-    "llm_int8_enable_fp32_cpu_offload": Harmless("for 8 bits"),
-    "llm_int8_has_fp16_weight": Harmless("for 8 bits"),
+QUANTIZATION: dict[str, Rule] = {
+    "quant_method": Rule("only bitsandbytes is read; take the unquantised checkpoint", ("bitsandbytes", None)),
+    "load_in_8bit": Rule("8-bit weights are not read; take the unquantised checkpoint", (None, False)),
+    "_load_in_8bit": Rule("8-bit weights are not read; take the unquantised checkpoint", (None, False)),
+    "load_in_4bit": Rule("only 4-bit weights are read; take the unquantised checkpoint", (True,)),
+    "_load_in_4bit": Rule("only 4-bit weights are read; take the unquantised checkpoint", (None, True)),
+    "bnb_4bit_quant_type": Rule("only NF4 is read; take the unquantised checkpoint", ("nf4",)),
+    "bnb_4bit_quant_storage": Rule("weights are read from uint8; save it again so", ("uint8", None)),
+    "bnb_4bit_use_double_quant": Rule("the tensors of each weight say it"),
+    "bnb_4bit_compute_dtype": Rule("a choice of the caller"),
+    "llm_int8_skip_modules": Rule("the tensors say which linears are quantised"),
+    "llm_int8_threshold": Rule("for 8 bits"),
+    "llm_int8_enable_fp32_cpu_offload": Rule("for 8 bits"),
+    "llm_int8_has_fp16_weight": Rule("for 8 bits"),
 }
 """Every field of quantization_config that is known, in the order in which they are judged."""
 
@@ -220,7 +224,7 @@ def _quantization(where: str, block: object) -> bool:
         return False
     fields = mapping(where, "quantization_config", block)
     for name, entry in QUANTIZATION.items():
-        _check_harmless(where, f"quantization_config.{name}", fields.get(name), entry)
+        entry.check(where, f"quantization_config.{name}", fields.get(name))
     for name, value in fields.items():
         if name not in QUANTIZATION and value is not None:
             refuse(where, f"quantization_config.{show(name)}", value, _UNKNOWN)
@@ -251,13 +255,8 @@ def _check_known(where: str, raw: dict[str, Any], family: str) -> None:
             refuse(where, show(name), value, _UNKNOWN)
         if isinstance(entry, Used) and family not in entry.families:
             only(where, f"{name} (which {family} does not have)", value, entry.unread)
-        if isinstance(entry, Harmless):
-            _check_harmless(where, name, value, entry)
-
-
-def _check_harmless(where: str, name: str, value: object, entry: Harmless) -> None:
-    if not any(same(value, each) for each in entry.only or (value,)):
-        refuse(where, name, value, f"{entry.why}; supported: {', '.join(map(repr, entry.only or ()))}")
+        if isinstance(entry, Rule):
+            entry.check(where, name, value)
 
 
 def _windows(where: str, family: str, n_layers: int, get: Any) -> tuple[int | None, ...]:
