@@ -6,22 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitune.checkpoint.fields import (
-    Rule,
-    flag,
-    integer,
-    mapping,
-    number,
-    only,
-    refuse,
-    text,
-    texts,
-    token_ids,
-)
+from minitune.checkpoint.fields import Rule, flag, integer, mapping, number, only, refuse, text, texts, token_ids
 from minitune.checkpoint.files import json_bytes, read_json_object, show, staged
 from minitune.checkpoint.folders import model_config
 from minitune.checkpoint.hf_rope import read_rope, write_rope
 from minitune.config import ModelConfig
+from minitune.devices import DTYPES
 from minitune.errors import InputError
 
 ARCHITECTURES = {
@@ -31,7 +21,6 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 """Family (``model_type``) -> the architecture that is supported."""
-DTYPES = ("float32", "float16", "bfloat16")
 MAX_LAYERS = 10_000
 _REQUIRED = object()
 _UNKNOWN = "this field is unknown; if it changes nothing, delete it from the file"
@@ -172,11 +161,11 @@ def read_config(folder: str | Path) -> ModelConfig:
             raise InputError(f"{where}: {name} is missing")
         return raw.get(name, default)
 
-    def size(name: str, high: int = 2**31 - 1) -> int:
-        return integer(where, name, get(name), 1, high)
+    def size(name: str, **bounds: int) -> int:
+        return integer(where, name, get(name), **bounds)
 
-    n_layers, d_model, n_heads = size("num_hidden_layers", MAX_LAYERS), size("hidden_size"), size("num_attention_heads")
-    max_positions = size("max_position_embeddings")
+    n_layers, d_model = size("num_hidden_layers", high=MAX_LAYERS), size("hidden_size")
+    n_heads, max_positions = size("num_attention_heads"), size("max_position_embeddings")
     _quantization(where, get("quantization_config"))
     if get("hidden_act") not in ("silu", "swish"):
         refuse(where, "hidden_act", get("hidden_act"), "supported: 'silu'")

@@ -77,10 +77,10 @@ def compress(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """
     by_name: dict[str, set[Any]] = {}
     for path, value in values.items():
-        by_name.setdefault(path.rpartition(".")[2], set()).add(value)
+        by_name.setdefault(short_name(path), set()).add(value)
     result: dict[str, Any] = {}
     for path, value in values.items():
-        name = path.rpartition(".")[2]
+        name = short_name(path)
         if value != default:
             result[name if len(by_name[name]) == 1 else path] = value
     return result

@@ -18,6 +18,7 @@ from torch import Tensor
 from minitune.checkpoint.fields import only, refuse
 from minitune.checkpoint.files import listing, parse_json, show
 from minitune.checkpoint.reader import Checkpoint
+from minitune.devices import DTYPES
 from minitune.errors import InputError
 from minitune.ops.nf4 import NESTED_BLOCKSIZE, TABLE, NF4Weight, check_blocksize
 
@@ -27,7 +28,6 @@ NESTED = ("nested_absmax", "nested_quant_map")
 SUFFIXES = (*PLAIN, *NESTED, FP4)
 FIELDS = ("quant_type", "blocksize", "dtype", "shape")
 NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_STATE = 4096
 """Bytes of the largest quant_state that is read; bitsandbytes writes about 200."""
 _INSTEAD = "download the checkpoint again, or take the unquantised one"

@@ -18,6 +18,7 @@ from minitune.checkpoint.files import listing, open_regular, read_json_object, s
 from minitune.checkpoint.folders import CONVERT, PICKLES, SINGLE, no_weights
 from minitune.checkpoint.mapped import LEAST, map_bytes
 from minitune.checkpoint.safetensors_header import Header, TensorInfo, read_header
+from minitune.devices import DTYPES
 from minitune.errors import InputError
 
 CHUNK = 16 << 20
@@ -29,7 +30,7 @@ READERS = 8
 the system hands out at the first touch."""
 PART = 1 << 20
 """A part of a chunk below which another thread is not worth its start."""
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = tuple(DTYPES.values())
 INDEX = "model.safetensors.index.json"
 SPOILT = "the file is damaged, or its training diverged: fetch it again, or take another one"
 
