@@ -160,9 +160,7 @@ def _read_tensors(checkpoint: Checkpoint, path: Path, dora: bool) -> dict[str, A
         raise InputError(f"{path}: {len(faults)} of its tensors cannot be used:{listing(faults or ['it is empty'])}")
     result = {}
     for module, names in parts.items():
-        values = {part: torch.empty(shapes[module][part], dtype=torch.float32) for part in names}
-        for part, name in names.items():
-            checkpoint.read_into(name, values[part])
+        values = {part: checkpoint.read(name, torch.float32) for part, name in names.items()}
         result[module] = AdapterTensors(values["A"], values["B"], values.get("m"))
     return result
 
@@ -189,9 +187,7 @@ def base_copies(folder: Path) -> dict[str, Tensor]:
         for name in checkpoint.names():
             match = _BASE.fullmatch(name)
             if match is not None:
-                info = checkpoint.info(name)
-                found[f"{match[1]}.weight"] = torch.empty(info.shape, dtype=info.dtype)
-                checkpoint.read_into(name, found[f"{match[1]}.weight"])
+                found[f"{match[1]}.weight"] = checkpoint.read(name)
     return found
 
 
@@ -264,8 +260,7 @@ def read_token_rows(folder: Path) -> TokenTensors | None:
             if len(info.shape) != 2 or info.shape[0] != len(ids) or info.dtype not in FLOATS:
                 raise InputError(f"{folder / TENSORS}: {tensor} is {info.dtype} {list(info.shape)}; it must be a float "
                                  f"matrix of {len(ids)} rows, as many as {CONFIG} names tokens")
-            rows[name] = torch.empty(info.shape, dtype=torch.float32)
-            checkpoint.read_into(tensor, rows[name])
+            rows[name] = checkpoint.read(tensor, torch.float32)
     if twin and not torch.equal(rows["embed_tokens"], rows.pop("lm_head")):
         raise InputError(f"{folder / TENSORS}: its trained rows of lm_head are not those of embed_tokens, but {CONFIG} "
                          "names no rows of lm_head; fetch or copy both files again")

@@ -75,10 +75,8 @@ def merged_config(network: Llama) -> ModelConfig:
 def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype,
           make: Callable[[], Tensor]) -> Tensor:
     """The file's values; where the vocabulary has grown since, the new rows are the network's."""
-    stored = checkpoint.info(name).shape
-    values = torch.empty(stored, dtype=dtype)
-    checkpoint.read_into(name, values)
-    return values if stored == shape else torch.cat([values, make()[stored[0]:].to(values.device, dtype)])
+    values = checkpoint.read(name, dtype)
+    return values if values.shape == shape else torch.cat([values, make()[len(values):].to(values.device, dtype)])
 
 
 @torch.no_grad()

@@ -70,12 +70,12 @@ def read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], device: torc
     if nested:
         _expect(checkpoint, f"{name}.nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCKSIZE),))
         _expect(checkpoint, f"{name}.nested_quant_map", torch.float32, (256,))
-        nested_absmax = _tensor(checkpoint, f"{name}.nested_absmax", device)
-        nested_code = _tensor(checkpoint, f"{name}.nested_quant_map", device)
+        nested_absmax = checkpoint.read(f"{name}.nested_absmax", device=device)
+        nested_code = checkpoint.read(f"{name}.nested_quant_map", device=device)
         nested_offset = torch.tensor(offset, dtype=torch.float32, device=device)
         _check_range(checkpoint, f"{name}.nested_absmax", nested_absmax, nested_code, nested_offset)
-    absmax = _tensor(checkpoint, f"{name}.absmax", device)
-    packed = _tensor(checkpoint, name, device).view(-1)
+    absmax = checkpoint.read(f"{name}.absmax", device=device)
+    packed = checkpoint.read(name, device=device).view(-1)
     return NF4Weight(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, tuple(shape), dtype)
 
 
@@ -148,7 +148,7 @@ def _json(checkpoint: Checkpoint, name: str) -> tuple[str, dict[str, Any]]:
             f"{where} is {info.dtype} {list(info.shape)}; it must hold JSON text of at most {MAX_STATE:,} bytes as "
             f"torch.uint8 [bytes]; {_INSTEAD}"
         )
-    raw = bytes(_tensor(checkpoint, name, "cpu").tolist())
+    raw = bytes(checkpoint.read(name).tolist())
     try:
         state = parse_json(raw, where)
     except InputError as error:
@@ -167,7 +167,7 @@ def _expect(checkpoint: Checkpoint, name: str, dtype: torch.dtype, shape: tuple[
 def _check_levels(checkpoint: Checkpoint, name: str) -> None:
     """Refuse levels that are not NF4's own, with which every weight is decoded."""
     _expect(checkpoint, name, torch.float32, (len(TABLE),))
-    found, levels = _tensor(checkpoint, name, "cpu"), torch.tensor(TABLE, dtype=torch.float32)
+    found, levels = checkpoint.read(name), torch.tensor(TABLE, dtype=torch.float32)
     if not torch.equal(found, levels):
         i = int((found != levels).nonzero()[0])
         _refuse(checkpoint, name, f"has {found[i].item()!r} as level {i}; NF4 has {levels[i].item()!r} there")
@@ -182,14 +182,3 @@ def _check_range(checkpoint: Checkpoint, name: str, nested_absmax: Tensor, code:
 
 def _refuse(checkpoint: Checkpoint, name: str, fault: str) -> NoReturn:
     raise InputError(f"{checkpoint.path(name)}: tensor {show(name)} {fault}; {_INSTEAD}")
-
-
-def _tensor(checkpoint: Checkpoint, name: str, device: torch.device | str) -> Tensor:
-    """A tensor of the file on ``device``, as it is; floats are known to be finite then."""
-    info = checkpoint.info(name)
-    out = torch.empty(info.shape, dtype=info.dtype, device=device)
-    if info.dtype == torch.uint8:
-        checkpoint.read_bytes_into(name, out)
-    else:
-        checkpoint.read_into(name, out)
-    return out

@@ -84,6 +84,16 @@ class Checkpoint:
         """The file that holds the tensor."""
         return self._paths[name]
 
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """A tensor of the file as it is, uint8 too, or in another dtype of FLOATS; floats are known to be finite."""
+        info = self.info(name)
+        out = torch.empty(info.shape, dtype=dtype or info.dtype, device=device)
+        if out.dtype == torch.uint8:
+            self.read_bytes_into(name, out)
+        else:
+            self.read_into(name, out)
+        return out
+
     def read_into(self, name: str, out: Tensor) -> None:
         """Fill ``out`` with a tensor of the file: same shape, any device, both fp32, fp16 or bf16.
 

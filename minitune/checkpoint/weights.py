@@ -126,9 +126,7 @@ def _read_quantized(checkpoint: Checkpoint, name: str, quantized: Quantized,
     """A weight in the file's own dtype, read into scratch memory on the device and quantised there."""
     shape, dtype = quantized.shapes[name], checkpoint.info(name).dtype
     if quantized.keep:
-        whole = torch.empty(shape, dtype=quantized.dtype, device=quantized.device)
-        checkpoint.read_into(name, whole)
-        return whole
+        return checkpoint.read(name, quantized.dtype, quantized.device)
     count = math.prod(shape)
     if dtype not in scratch or scratch[dtype].numel() < count:
         scratch.clear()      # first give back, then take: one buffer is there at a time

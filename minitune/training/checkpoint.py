@@ -134,12 +134,12 @@ class Saved:
         with self.opened() as source:
             left = set(source.names()) - _read_weights(source, model, optimizer)
             left -= _read_state(source, model, optimizer)
-            states = {name.partition("/")[2]: _read_bytes(source, name) for name in left
+            states = {name.partition("/")[2]: source.read(name, torch.uint8) for name in left
                       if name.startswith("generators/")}
             odd = {RECORDS, "generators/cpu"} - left or left - {RECORDS, *(f"generators/{name}" for name in states)}
             if odd:
                 raise InputError(f"{self.tensors}: tensor {show(min(odd))} is missing, or unknown; {_ANEW}")
-            run.records, run.evaluations = self._records(_read_bytes(source, RECORDS)), list(self.evaluations)
+            run.records, run.evaluations = self._records(source.read(RECORDS, torch.uint8)), list(self.evaluations)
         try:
             torch.Generator().set_state(states["cpu"])
         except RuntimeError:
@@ -243,28 +243,13 @@ def _read_state(source: Checkpoint, model: torch.nn.Module, optimizer: FlatOptim
         start = f"optimizer/{name}/"
         own = [each for each in source.names() if each.startswith(start)]
         if own:
-            state[index] = {each.removeprefix(start): _read(source, each) for each in own}
+            state[index] = {each.removeprefix(start): source.read(each) for each in own}
         taken |= set(own)
     try:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     except InputError as error:
         raise InputError(f"{source.path(source.names()[0])}: {error}; {_ANEW}") from None
     return taken
-
-
-def _read(source: Checkpoint, name: str) -> Tensor:
-    info = source.info(name)
-    if info.dtype == torch.uint8:
-        return _read_bytes(source, name)
-    value = torch.empty(info.shape, dtype=torch.float32)
-    source.read_into(name, value)
-    return value
-
-
-def _read_bytes(source: Checkpoint, name: str) -> Tensor:
-    value = torch.empty(source.info(name).shape, dtype=torch.uint8)
-    source.read_bytes_into(name, value)
-    return value
 
 
 def _plain(record: EvaluationRecord) -> dict[str, Any]:

@@ -82,6 +82,16 @@ def test_read_bytes_into(device: str, tmp_path: Path) -> None:
             checkpoint.read_bytes_into("q", wrong.to(device))
 
 
+def test_read_gives_a_tensor_of_its_own(tmp_path: Path) -> None:
+    half, packed = torch.randn(3, 5).to(torch.bfloat16), torch.arange(7, dtype=torch.uint8)
+    checkpoint = single(tmp_path, half=half, packed=packed, i=torch.zeros(4, dtype=torch.int8))
+    assert torch.equal(checkpoint.read("half"), half) and torch.equal(checkpoint.read("packed"), packed)
+    assert torch.equal(checkpoint.read("half", torch.float32), half.float())
+    for name, dtype in (("i", None), ("packed", torch.float32), ("half", torch.uint8)):
+        with pytest.raises(InputError, match=rf"'{name}' is torch\.\w+;"):
+            checkpoint.read(name, dtype)
+
+
 def test_bytes_of_a_file_that_shrank(tmp_path: Path) -> None:
     checkpoint = single(tmp_path, q=torch.zeros(100, dtype=torch.uint8))
     (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:-40])
