@@ -14,7 +14,7 @@ from torch import Tensor
 from minitune.api.model import ABOUT, Model, as_path
 from minitune.arguments import answers_names, check_seed, short
 from minitune.checkpoint.adapter import match_adapter, match_rows, take_copies
-from minitune.checkpoint.adapter_reader import base_copies, read_adapter, read_token_rows
+from minitune.checkpoint.adapter_reader import TokenTensors, base_copies, read_adapter, read_token_rows
 from minitune.checkpoint.files import read_json_object
 from minitune.checkpoint.hf_config import is_prequantized, read_config
 from minitune.checkpoint.reader import Checkpoint
@@ -57,6 +57,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
                          "load before it")
     folder = as_path("load", "path", path)
     _check_load(quant, lora, adapter, train, memory, seed)
+    adapted = None if adapter is None else as_path("load", "adapter", adapter)
     added = _added(add_tokens)
     check_no_run(folder)
     place = choose_device(device)
@@ -68,18 +69,19 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
         reuse_freed_memory()
     only_used = lora is None and adapter is None and train is None
     network = _read_network(folder, compute, place, memory, quant, only_used)
-    found = None if adapter is None else read_adapter(Path(adapter))
-    tokenizer = _tokenizer(folder, adapter, network.config.vocab_size, added)
+    found = None if adapted is None else read_adapter(adapted)
+    stored = None if adapted is None else read_token_rows(adapted)
+    tokenizer = _tokenizer(folder, adapted, stored, network.config.vocab_size, added)
     model = Model(network, tokenizer, folder)
-    rows = _room_for_tokens(network, tokenizer, adapter, added)
-    if adapter is not None and found is not None:
-        lora, model.adapter_path = found[0], Path(adapter)
+    rows = _room_for_tokens(network, tokenizer, adapted, stored, added)
+    if adapted is not None and found is not None:
+        lora, model.adapter_path = found[0], adapted
         network.add_adapters(lora, seed)
-        match_adapter(found[1], network.adapters(), Path(adapter), folder)
-        _warn_of_precision(Path(adapter), model.quant, is_prequantized(folder))
+        match_adapter(found[1], network.adapters(), adapted, folder)
+        _warn_of_precision(adapted, model.quant, is_prequantized(folder))
     elif lora is not None:
         network.add_adapters(lora, seed)
-    _train_rows(network, adapter, rows)
+    _train_rows(network, adapted, stored, rows)
     model.lora = lora
     if train is not None:
         network.unfreeze(train if isinstance(train, str) else tuple(train))
@@ -111,14 +113,14 @@ def _added(tokens: Any) -> tuple[str, ...]:
     return tuple(tokens)
 
 
-def _tokenizer(folder: Path, adapter: str | Path | None, vocab_size: int, added: tuple[str, ...]) -> Tokenizer | None:
+def _tokenizer(folder: Path, adapter: Path | None, stored: TokenTensors | None, vocab_size: int,
+               added: tuple[str, ...]) -> Tokenizer | None:
     """The base's tokenizer, or the one that lies beside the adapter: it was trained with that one, which may know more
     tokens or another chat template. One with more tokens than the model and the adapter have rows for (a padding token
     that was never used, in adapters of other trainers) gives way to the base's."""
-    if adapter is not None and _has_tokenizer(Path(adapter)):
-        rows = read_token_rows(Path(adapter))
-        tokenizer = load_tokenizer(Path(adapter), added)
-        if tokenizer.vocab_size - len(added) <= max(vocab_size, 0 if rows is None else rows.ids[-1] + 1):
+    if adapter is not None and _has_tokenizer(adapter):
+        tokenizer = load_tokenizer(adapter, added)
+        if tokenizer.vocab_size - len(added) <= max(vocab_size, 0 if stored is None else stored.ids[-1] + 1):
             return tokenizer
         warnings.warn(f"{adapter}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, for which there are no "
                       f"rows; the one of {folder} is used", stacklevel=3)
@@ -132,7 +134,7 @@ def _tokenizer(folder: Path, adapter: str | Path | None, vocab_size: int, added:
     return load_tokenizer(folder, added) if added else tokenizer
 
 
-def _room_for_tokens(network: Llama, tokenizer: Tokenizer | None, adapter: str | Path | None,
+def _room_for_tokens(network: Llama, tokenizer: Tokenizer | None, adapter: Path | None, stored: TokenTensors | None,
                      added: tuple[str, ...]) -> set[int]:
     """Make room for tokens that were added, here or in the adapter -> the ids of those added here. The rows that PEFT
     stored of a vocabulary that had grown are taken over; the others must be the base's."""
@@ -140,7 +142,7 @@ def _room_for_tokens(network: Llama, tokenizer: Tokenizer | None, adapter: str |
     old, size = network.config.vocab_size, max((network.config.vocab_size, *(number + 1 for number in ids)))
     copies: dict[str, Tensor] = {}
     if adapter is not None:
-        copies, stored = base_copies(Path(adapter)), read_token_rows(Path(adapter))
+        copies = base_copies(adapter)
         known = max((size, *map(len, copies.values())))
         more = sorted(number for number in (() if stored is None else stored.ids) if number >= known)
         if more and more != list(range(known, known + len(more))):
@@ -150,13 +152,12 @@ def _room_for_tokens(network: Llama, tokenizer: Tokenizer | None, adapter: str |
     if size > old:
         network.grow(size)
     if adapter is not None:
-        take_copies(Path(adapter), copies, network, old)
+        take_copies(adapter, copies, network, old)
     return ids
 
 
-def _train_rows(network: Llama, adapter: str | Path | None, added: set[int]) -> None:
+def _train_rows(network: Llama, adapter: Path | None, stored: TokenTensors | None, added: set[int]) -> None:
     """Beside an adapter train the rows of the tokens that were added, here or before."""
-    stored = None if adapter is None else read_token_rows(Path(adapter))
     if (stored is None and not added) or not network.adapters():
         return
     if HEAD in network.adapters():
@@ -165,7 +166,7 @@ def _train_rows(network: Llama, adapter: str | Path | None, added: set[int]) -> 
     if stored is not None and adapter is not None:
         network.train_tokens(stored.ids, head=stored.head is not None)
         assert network.output.rows is not None
-        match_rows(stored, network.output.rows, Path(adapter))
+        match_rows(stored, network.output.rows, adapter)
     if stored is None or added - set(stored.ids):
         network.train_tokens(sorted(added | set(() if stored is None else stored.ids)),
                              head=stored is None or stored.head is not None)
@@ -178,8 +179,6 @@ def _check_load(quant: Any, lora: Any, adapter: Any, train: Any, memory: Any, se
     if lora is not None and adapter is not None:
         raise InputError(f"load: both lora and adapter are given; the adapter in {adapter} brings its own rank and "
                          "targets, so leave lora=None")
-    if adapter is not None:
-        as_path("load", "adapter", adapter)
     if lora is not None and not isinstance(lora, LoRA):
         raise InputError(f"load: lora is {short(lora)}; give mt.LoRA(rank=16, …)")
     if train is not None and (lora is not None or adapter is not None):
