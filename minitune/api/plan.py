@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from minitune.api.model import Model, trained_weights
@@ -12,6 +10,7 @@ from minitune.data.stream import Stream
 from minitune.errors import InputError
 from minitune.model.memory import free_bytes, step_bytes
 from minitune.training.flat import is_whole
+from minitune.training.loop import planned
 
 
 def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[tuple[str, str]]:
@@ -34,7 +33,7 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
             ("data", f"{data.n_documents:,} documents, {data.n_tokens:,} tokens, {data.n_trained:,} of them trained"),
             ("an epoch", f"{data.count(1):,} rows of {data.tokens:,} tokens, "
                          f"{data.n_tokens / (data.count(1) * data.tokens):.0%} full"),
-            ("steps", f"{n_steps(data, training):,} of {training.micro_batches} x {data.tokens:,} tokens"
+            ("steps", f"{planned(data, training)[0]:,} of {training.micro_batches} x {data.tokens:,} tokens"
                       f"{f', {done:,} of them done' if done else ''}")]
     rows += _memory(model, data.tokens, training)
     was_training = model.training
@@ -45,11 +44,6 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
     finally:
         model.train(was_training)
     return rows
-
-
-def n_steps(data: Stream, training: Training) -> int:
-    """Optimizer steps of the run."""
-    return training.max_steps or math.ceil(data.count(training.epochs) / training.micro_batches)
 
 
 def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, str]]:

@@ -139,11 +139,12 @@ class Train:
 
 def show_plan(model: Model, data: Stream, valid: Stream | None, training: Training, done: int = 0) -> None:
     """What --dry-run prints: the ledgers of the data, and the plan; ``done``: steps of a run that is resumed."""
-    from minitune.api.plan import n_steps, plan
+    from minitune.api.plan import plan
     from minitune.report.glued import with_glued
     from minitune.report.ledger import print_ledger
     from minitune.report.tables import print_table
     from minitune.training.hints import hints
+    from minitune.training.loop import planned
 
     rows = plan(model, data, training, done)
     print_ledger(with_glued(data, data.ledger, model.tokenizer))
@@ -152,5 +153,5 @@ def show_plan(model: Model, data: Stream, valid: Stream | None, training: Traini
         print_ledger(valid.ledger, title="Held out")
     print()
     print_table("What would be trained; nothing is written", ("", ""), rows)
-    for hint in hints(data, training, n_steps(data, training), model.device, model.network):
+    for hint in hints(data, training, planned(data, training)[0], model.device, model.network):
         print(f"note: {hint}")

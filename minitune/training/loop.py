@@ -62,7 +62,7 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
 
     Raises InputError for data or settings that can't make a run, TrainingDiverged for a non-finite loss or gradient.
     """
-    total_steps, limit = _plan(batches, training)
+    total_steps, limit = planned(batches, training)
     device = torch.device(model.device)
     torch.manual_seed(training.seed)
     optimizer = make_optimizer(model, training)
@@ -109,8 +109,8 @@ def make_optimizer(model: Any, training: Training) -> FlatOptimizer:
     return AdamW(groups, lr=training.lr, weight_decay=training.weight_decay, moments=training.moments)
 
 
-def _plan(batches: Iterable[Batch], training: Training) -> tuple[int, int | None]:
-    """(steps, micro-batches) of the run; with max_steps as many micro-batches as these take."""
+def planned(batches: Iterable[Batch], training: Training) -> tuple[int, int | None]:
+    """(steps, micro-batches) of the run; with max_steps None: as many micro-batches as these take."""
     length = None
     if isinstance(batches, Epochs):
         length = batches.count(training.epochs)
