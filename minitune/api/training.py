@@ -101,15 +101,15 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
         if not resume and folder is not None:
             claim.enter_context(claimed(folder))
         return _run(model, ready, training, folder, observers, shown=is_watched() if quiet is None else not quiet,
-                    about={"data": _name(data), "valid": None if valid is None else _name(valid),
-                           "ask": list(map(as_asked, ready.examiner.questions)), "max_new_tokens": max_new_tokens,
-                           **(config or {})})
+                    config={"data": _name(data), "valid": None if valid is None else _name(valid),
+                            "ask": list(map(as_asked, ready.examiner.questions)), "max_new_tokens": max_new_tokens,
+                            **(config or {})})
 
 
 def _run(model: Model, ready: Ready, training: Training, folder: Path | None, observers: Sequence[Observer],
-         shown: bool, about: Mapping[str, Any]) -> Run:
+         shown: bool, config: Mapping[str, Any]) -> Run:
     """The run itself, with the observers that write its folder and show its progress."""
-    everyone = [*(_folder(folder, model, ready.batches, about) if folder is not None else ()), *observers,
+    everyone = [*(_folder(folder, model, ready.batches, config) if folder is not None else ()), *observers,
                 progress() if shown else NotesAsWarnings()]
     _tell_ledgers(model, ready.batches, ready.held_out, everyone, shown)
     rate = matrix_rate(model.device, model.network.dtype) if shown or folder is not None else None
@@ -264,19 +264,19 @@ def _what(model: Model) -> str:
     return "adapter" if model.lora is not None else "model"
 
 
-def _folder(folder: Path, model: Model, batches: Iterable[Batch], about: Mapping[str, Any]) -> list[Observer]:
-    """The observers that write the run folder."""
+def _folder(folder: Path, model: Model, batches: Iterable[Batch], config: Mapping[str, Any]) -> list[Observer]:
+    """The observers that write the run folder; ``config``: what config.json says besides."""
     network, adapted = model.network, model.lora is not None
     longest = _longest_row(batches)
-    config = {"model": {"path": model.path, "device": str(model.device), "dtype": str(network.dtype).split(".")[-1],
-                        "memory": network.memory,
-                        "memory_taken": None if longest is None else functools.partial(network.policy_of, longest),
-                        "config": asdict(model.config)},
-              "lora": None if model.lora is None else asdict(model.lora), "adapter": model.adapter_path,
-              "quant": model.quant, "trained_weights": sorted(network.trained_names()),
-              "add_tokens": [] if model._tokenizer is None else model._tokenizer.added, **about}
+    whole = {"model": {"path": model.path, "device": str(model.device), "dtype": str(network.dtype).split(".")[-1],
+                       "memory": network.memory,
+                       "memory_taken": None if longest is None else functools.partial(network.policy_of, longest),
+                       "config": asdict(model.config)},
+             "lora": None if model.lora is None else asdict(model.lora), "adapter": model.adapter_path,
+             "quant": model.quant, "trained_weights": sorted(network.trained_names()),
+             "add_tokens": [] if model._tokenizer is None else model._tokenizer.added, **config}
     save = model.save_adapter if adapted else model.save_merged if network.nf4_shapes() else model.save
-    return run_folder(folder, save, functools.partial(_sound, model), _what(model), config)
+    return run_folder(folder, save, functools.partial(_sound, model), _what(model), whole)
 
 
 def _check_room(model: Model, folder: Path) -> None:
