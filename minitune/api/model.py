@@ -31,6 +31,7 @@ from minitune.model.adapter import HEAD
 from minitune.model.llama import Llama
 from minitune.names import METHODS_ELSEWHERE
 from minitune.objectives import sft
+from minitune.training.runner import all_finite
 
 ABOUT = "minitune.json"
 """Beside an adapter's files: what of its training PEFT's have no field for."""
@@ -237,7 +238,7 @@ class Model(Generation):
         if self.lora is None:
             raise InputError("save_adapter: the model has no adapter; load it with lora=mt.LoRA(…) or adapter=…")
         added = [*self.network.adapters().values(), *filter(None, [self.network.output.rows])]
-        if not all(bool(p.detach().isfinite().all()) for each in added for p in each.parameters()):
+        if not all_finite(p for each in added for p in each.parameters()):
             raise InputError("save_adapter: the adapter holds values that are not finite; the training diverged, so "
                              "begin anew with a lower lr")
         base = None if self.path is None else str(self.path)

@@ -44,6 +44,7 @@ from minitune.training.flops import costs_of
 from minitune.training.loop import fit
 from minitune.training.machine import matrix_rate
 from minitune.training.run import Observer, Run, tell
+from minitune.training.runner import all_finite
 
 Files = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]] | Mapping[str | Path, float]
 """What `mt.data.stream` reads: a file, several, {file: how often each of its samples is seen in an epoch}, or the
@@ -276,7 +277,7 @@ def _folder(folder: Path, model: Model, batches: Iterable[Batch], config: Mappin
              "quant": model.quant, "trained_weights": sorted(network.trained_names()),
              "add_tokens": [] if model._tokenizer is None else model._tokenizer.added, **config}
     save = model.save_adapter if adapted else model.save_merged if network.nf4_shapes() else model.save
-    return run_folder(folder, save, functools.partial(_sound, model), _what(model), whole)
+    return run_folder(folder, save, lambda: all_finite(model.trainable_parameters()), _what(model), whole)
 
 
 def _check_room(model: Model, folder: Path) -> None:
@@ -295,8 +296,3 @@ def _longest_row(batches: Iterable[Batch]) -> int | None:
     if isinstance(batches, Stream):
         return batches.tokens
     return max((batch.n_tokens for batch in batches), default=None) if isinstance(batches, Sequence) else None
-
-
-def _sound(model: Model) -> bool:
-    """Whether all that is trained is finite."""
-    return all(bool(weight.detach().isfinite().all()) for weight in model.trainable_parameters())

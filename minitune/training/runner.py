@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,8 +200,7 @@ class Runner:
 
     def _is_sound(self) -> bool:
         """Whether all trained weights are finite."""
-        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return bool(torch.stack([weight.detach().isfinite().all() for weight in weights]).all())
+        return all_finite(p for group in self.optimizer.param_groups for p in group["params"])
 
     def _advice(self) -> str:
         """What becomes of weights that are spoilt, and what to do."""
@@ -249,6 +248,11 @@ def _gentler(training: Training) -> str:
     clip = "1" if training.clip == 0 or training.clip > 1 else f"{training.clip / 10:g}"
     return (f"with a lower lr (it is {training.lr:g}), a longer warmup (it is {warmup_of(training):g}) or a clip of "
             f"{clip} (it is {training.clip:g}{', which does not clip' if training.clip == 0 else ''})")
+
+
+def all_finite(weights: Iterable[Tensor]) -> bool:
+    """Whether no value of these weights, which lie on one device, is NaN or infinite."""
+    return bool(torch.stack([weight.detach().isfinite().all() for weight in weights]).all())
 
 
 def _is_finite(record: StepRecord) -> bool:
