@@ -141,11 +141,10 @@ class Ready:
 
 def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Path | None, ask: Any,
             max_new_tokens: Any, resume: bool = False) -> Ready:
-    """All that is checked before a run, for `train` and for a dry run: InputError for whatever could not be trained,
-    evaluated, asked or written. Nothing is computed and nothing written."""
+    """All that is checked before a run, for `train` and for a dry run, once `out` is (`check_out`): InputError for
+    whatever could not be trained, evaluated, asked or written. Nothing is computed and nothing written."""
     if not isinstance(model, Model):
         raise InputError(f"train: model is {short(model)}; give what mt.load returns")
-    check_out(out, resume)
     if training.save_every is not None and out is None:
         raise InputError(f"train: save_every is {training.save_every}, but there is no folder to keep a checkpoint in; "
                          "give out=…, or leave it out")
