@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,9 +146,8 @@ class Conversation:
     def ask(self, line: str) -> None:
         """Print the answer as it is written. What Ctrl-C leaves of it stays in the conversation; if that is nothing,
         the message is taken back, as after an error."""
-        from minitune.report.terminal import SPOKEN, visible
+        from minitune.report.terminal import speak
 
-        shown = partial(visible, keep=SPOKEN) if sys.stdout.isatty() else str
         messages = [*self.messages, {"role": "user", "content": line}]
         pieces: list[str] = []
         note = ""
@@ -158,7 +156,7 @@ class Conversation:
                 answer = self.model.stream(messages, self.max_new_tokens, **self.sampling)
                 for piece in answer:
                     pieces.append(piece)
-                    print(shown(piece), end="", flush=True)
+                    speak(piece)
                 if answer.finish_reason == "length":
                     note = f"(cut off after {self.max_new_tokens} tokens; --max-new-tokens allows more)"
             except KeyboardInterrupt:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -35,10 +33,9 @@ class Complete:
 
     def run(self) -> None:
         from minitune.api import load
-        from minitune.report.terminal import SPOKEN, visible
+        from minitune.report.terminal import speak
 
-        shown = partial(visible, keep=SPOKEN) if sys.stdout.isatty() else str
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
         for piece in model.stream(self.text, self.max_new_tokens, **asdict(self.sampling)):
-            print(shown(piece), end="", flush=True)
+            speak(piece)
         print()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TextIO
 from unicodedata import category
 
@@ -19,6 +20,11 @@ def visible(text: str, keep: str = "") -> str:
     characters of private use. Those in `keep` stay as they are."""
     return "".join(_written_out(c) if c not in keep and (c in _REORDERING or category(c) in _UNSEEN) else c
                    for c in text)
+
+
+def speak(piece: str) -> None:
+    """Print a piece of a model's answer to stdout as it is written, on a terminal `visible`."""
+    print(visible(piece, keep=SPOKEN) if sys.stdout.isatty() else piece, end="", flush=True)
 
 
 def one_line(text: str) -> str:
