@@ -183,11 +183,10 @@ def _groups(batches: Iterable[Batch], size: int, device: torch.device, costs: Co
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    # A copy from pageable memory would wait for the work queued before it; a batch type that can pin itself does.
     if device.type == "cpu" and batch.n_filler:
         return batch.trimmed()
-    pin = getattr(batch, "pin_memory", None) if device.type == "cuda" else None
-    return (pin() if pin is not None else batch).to(device)
+    # A copy from pageable memory would wait for the work queued before it.
+    return (batch.pin_memory() if device.type == "cuda" else batch).to(device)
 
 
 __all__ = ["Epochs", "TrainingDiverged", "fit", "make_optimizer"]
