@@ -26,6 +26,7 @@ from minitune.model.llama import Llama
 from minitune.report.folder import check_free, plain
 from minitune.training import checkpoint
 from minitune.training.checkpoint import Saved
+from minitune.training.step import Objective
 
 FREE = ("log_every", "evaluate_every", "save_every")
 """Settings of the training that change no step, so that a run may go on with others."""
@@ -74,9 +75,10 @@ def _is_finished(out: Path) -> bool:
 
 
 def about(model: Model, training: Training, data: Iterable[Batch], valid: Sequence[Batch] | None,
-          ask: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
-    """All that a run's steps and evaluations depend on, as JSON holds it. Of the data and of the base's
-    weights it has digests, so that files may be moved. InputError for data whose position cannot be found again."""
+          ask: Sequence[Prompt], max_new_tokens: int, objective: Objective | None = None) -> dict[str, Any]:
+    """All that a run's steps and evaluations depend on, as JSON holds it. Of the data and of the base's weights it has
+    digests, so that files may be moved; of an objective its name. InputError for data whose position cannot be found
+    again."""
     network = model.network
     settings = {name: value for name, value in asdict(training).items() if name not in FREE}
     found: dict[str, Any] = plain({
@@ -86,8 +88,13 @@ def about(model: Model, training: Training, data: Iterable[Batch], valid: Sequen
         "trained_weights": sorted(network.trained_names()),
         "add_tokens": [] if model._tokenizer is None else model._tokenizer.added,
         "training": settings, "data": _data(data), "valid": None if valid is None else _data(valid),
-        "ask": list(map(as_asked, ask)), "max_new_tokens": max_new_tokens})
+        "ask": list(map(as_asked, ask)), "max_new_tokens": max_new_tokens, "objective": name_of(objective)})
     return found
+
+
+def name_of(objective: Objective | None) -> str | None:
+    """What a run's files call an objective of the caller's own."""
+    return None if objective is None else str(getattr(objective, "__qualname__", type(objective).__qualname__))
 
 
 def check_position(data: Iterable[Batch], owner: str) -> None:
@@ -183,4 +190,4 @@ def _digest(tensors: Iterable[Tensor | None]) -> str:
     return hashed.hexdigest()
 
 
-__all__ = ["about", "check_out", "check_position", "saved_in"]
+__all__ = ["about", "check_out", "check_position", "name_of", "saved_in"]

@@ -24,7 +24,7 @@ from minitune.api.examine import (
     validation_batches,
 )
 from minitune.api.model import Model, as_path
-from minitune.api.resume import about, check_out, check_position, saved_in
+from minitune.api.resume import about, check_out, check_position, name_of, saved_in
 from minitune.arguments import check_names, check_whole, short
 from minitune.config import Training
 from minitune.data.account import overlap
@@ -45,6 +45,7 @@ from minitune.training.loop import fit
 from minitune.training.machine import matrix_rate
 from minitune.training.run import Observer, Run, tell
 from minitune.training.runner import all_finite
+from minitune.training.step import Objective
 
 Files = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]] | Mapping[str | Path, float]
 """What `mt.data.stream` reads: a file, several, {file: how often each of its samples is seen in an epoch}, or the
@@ -53,8 +54,9 @@ samples themselves."""
 
 def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterable[Batch] | None = None,
           training: Training | None = None, out: str | Path | None = None, ask: Sequence[Question] | None = None,
-          max_new_tokens: int = 128, quiet: bool | None = None, config: Mapping[str, Any] | None = None,
-          observers: Sequence[Observer] = (), resume: bool = False, **settings: Any) -> Run:
+          max_new_tokens: int = 128, objective: Objective | None = None, quiet: bool | None = None,
+          config: Mapping[str, Any] | None = None, observers: Sequence[Observer] = (), resume: bool = False,
+          **settings: Any) -> Run:
     """Fine-tune `model` on a data file, on samples or on batches -> Run, the record of every step and evaluation.
 
     `settings` are fields of Training (lr=1e-4, tokens=4096, …), or give a whole `training`. A path, and samples (a list
@@ -71,6 +73,8 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
     must be the same; ``log_every``, ``evaluate_every`` and ``save_every`` may be others.
     ask: questions, texts or lists of messages, answered greedily before and after training, and at each
     evaluation where ``evaluate_every`` is set; with `out` and a path by default the data's first three prompts.
+    objective: what is minimised in place of the loss of the next token, a function of (model, batch) that gives (sum of
+    losses, number of trained tokens); evaluations measure the next token all the same.
     quiet: True shows no progress, False shows it always; by default it is shown on a terminal and in a notebook.
 
     Raises InputError before anything is written, where the data can be looked at before (an iterator cannot);
@@ -87,6 +91,7 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
         training = replace(training, epochs=data.epochs)
     folder = None if out is None else as_path("train", "out", out)
     _check_observers(observers)
+    _check_objective(objective, training)
     if quiet is not None and not isinstance(quiet, bool):
         raise InputError(f"train: quiet is {short(quiet)}; it must be True, False or None (by where it runs)")
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -98,25 +103,27 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
         if resume and folder is not None:       # from here on nobody else goes on with it
             claim.enter_context(claimed(folder))
         ready = prepare(model, data, valid=valid, training=training, out=folder, ask=ask,
-                        max_new_tokens=max_new_tokens, resume=resume)
+                        max_new_tokens=max_new_tokens, objective=objective, resume=resume)
         if not resume and folder is not None:
             claim.enter_context(claimed(folder))
-        return _run(model, ready, training, folder, observers, shown=is_watched() if quiet is None else not quiet,
+        return _run(model, ready, training, objective, folder, observers,
+                    shown=is_watched() if quiet is None else not quiet,
                     config={"data": _name(data), "valid": None if valid is None else _name(valid),
                             "ask": list(map(as_asked, ready.examiner.questions)), "max_new_tokens": max_new_tokens,
-                            **(config or {})})
+                            "objective": name_of(objective), **(config or {})})
 
 
-def _run(model: Model, ready: Ready, training: Training, folder: Path | None, observers: Sequence[Observer],
-         shown: bool, config: Mapping[str, Any]) -> Run:
+def _run(model: Model, ready: Ready, training: Training, objective: Objective | None, folder: Path | None,
+         observers: Sequence[Observer], shown: bool, config: Mapping[str, Any]) -> Run:
     """The run itself, with the observers that write its folder and show its progress."""
     everyone = [*(_folder(folder, model, ready.batches, config) if folder is not None else ()), *observers,
                 progress() if shown else NotesAsWarnings()]
     _tell_ledgers(model, ready.batches, ready.held_out, everyone, shown)
     rate = matrix_rate(model.device, model.network.dtype) if shown or folder is not None else None
-    objective = functools.partial(sft.sft, label_smoothing=training.label_smoothing)
-    return fit(model, ready.batches, training, objective, everyone, evaluate=ready.examiner,
-               costs=costs_of(model.network), matrix_rate=rate, chance=math.log(model.config.vocab_size),
+    minimised = objective or functools.partial(sft.sft, label_smoothing=training.label_smoothing)
+    return fit(model, ready.batches, training, minimised, everyone, evaluate=ready.examiner,
+               costs=costs_of(model.network), matrix_rate=rate,
+               chance=math.log(model.config.vocab_size) if objective is None else None,
                checkpoints=None if folder is None else _checkpoints(folder, model, ready), start=ready.saved)
 
 
@@ -140,7 +147,7 @@ class Ready:
 
 
 def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Path | None, ask: Any,
-            max_new_tokens: Any, resume: bool = False) -> Ready:
+            max_new_tokens: Any, objective: Objective | None = None, resume: bool = False) -> Ready:
     """All that is checked before a run, for `train` and for a dry run, once `out` is (`check_out`): InputError for
     whatever could not be trained, evaluated, asked or written. Nothing is computed and nothing written."""
     if not isinstance(model, Model):
@@ -175,7 +182,7 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
         if asked:
             check_position(batches, f"{name} is {asked}")
     made_of = functools.cache(functools.partial(about, model, training, batches, examiner.valid, questions,
-                                                max_new_tokens))
+                                                max_new_tokens, objective))
     return Ready(batches, held_out, examiner, made_of, saved_in(out, made_of()) if out is not None and resume else None)
 
 
@@ -215,6 +222,18 @@ def _check_observers(observers: Any) -> None:
             not any(callable(getattr(each, name, None)) for name in vars(Observer) if name.startswith("on_"))
             for each in observers):
         raise InputError(f"train: observers is {short(observers)}; give a list of objects with methods such as on_step")
+
+
+def _check_objective(objective: Any, training: Training) -> None:
+    if objective is None:
+        return
+    if not callable(objective):
+        raise InputError(f"train: objective is {short(objective)}; give a function of (model, batch) that gives (sum "
+                         "of losses, number of trained tokens)")
+    if training.label_smoothing:
+        raise InputError(f"train: label_smoothing is {training.label_smoothing}, which is a part of the loss of the "
+                         "next token; smooth in your objective (model.losses_at takes label_smoothing), or leave one "
+                         "out")
 
 
 def _tell_ledgers(model: Model, batches: Iterable[Batch], held_out: Iterable[Batch] | None,

@@ -298,10 +298,33 @@ def test_on_a_cpu_no_step_works_for_much_filler(tiny, data, monkeypatch):
     (lambda m, d: mt.train(m, d, quiet="yes"), "quiet is .yes.; it must be True, False or None"),
     (lambda m, d: mt.train(m, d, learning_rate=1), r"no setting is named learning_rate.*; there are tokens, "),
     (lambda m, d: mt.train(m, mt.data.stream(d, m.tokenizer, tokens=128), tokens=64), "rows of 128 tokens"),
-], ids=["model", "rows", "observer", "observers", "quiet", "name", "tokens"])
+    (lambda m, d: mt.train(m, d, objective="dpo"), r"objective is 'dpo'; give a function of \(model, batch\)"),
+    (lambda m, d: mt.train(m, d, objective=half_the_loss, label_smoothing=0.1), "label_smoothing is 0.1, which is a"),
+    (lambda m, d: mt.train(m, d, tokens=64, objective=lambda m, b: m.loss(b)), "the objective gave "),
+], ids=["model", "rows", "observer", "observers", "quiet", "name", "tokens", "objective", "smoothing", "no sum"])
 def test_arguments_of_the_wrong_kind_get_one_message(tiny, data, call, message):
     with pytest.raises(mt.InputError, match=message):
         call(model(tiny), data)
+
+
+def half_the_loss(model, batch):
+    total, n = model.loss_sum(batch)
+    return total / 2, n
+
+
+def test_an_objective_of_the_callers_own_is_what_is_minimised(tiny, data, tmp_path):
+    settings = {"tokens": 64, "epochs": 2, "lr": 1e-2, "optimizer": "sgd", "clip": 0.0, "valid": data}
+    half = mt.train(model(tiny), data, **settings, objective=half_the_loss, out=tmp_path / "run")
+    whole = mt.train(model(tiny), data, **settings | {"lr": 5e-3})
+    assert half.losses == pytest.approx([loss / 2 for loss in whole.losses], rel=1e-5)
+    assert half.evaluations[-1].loss == pytest.approx(whole.evaluations[-1].loss, rel=1e-5)     # of the next token
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["objective"] == "half_the_loss"
+
+
+def test_an_objective_far_above_the_loss_of_guessing_is_no_divergence(tiny, data):
+    run = mt.train(model(tiny), data, tokens=64, max_steps=20, lr=1e-6,
+                   objective=lambda m, batch: (m.loss_sum(batch)[0] * 100, batch.n_trained))
+    assert run.final_loss > 100 and not run.diverging
 
 
 def test_a_stream_says_how_long_its_rows_are(tiny, data, tmp_path):
