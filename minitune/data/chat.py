@@ -181,12 +181,12 @@ def render_prompt(messages: Sequence[Mapping[str, Any]], add_generation_prompt: 
         if message["role"] != "assistant":
             pending += _text(message)
             continue
-        segments += [Segment(pending, False, bool(segments)), Segment(_text(message), True, True)]
+        segments += [Segment(pending, False), Segment(_text(message), True)]
         pending = ""
     if add_generation_prompt:
         pending += (BETWEEN if messages else "") + HEADERS["assistant"]
     if pending:
-        segments.append(Segment(pending, False, bool(segments)))
+        segments.append(Segment(pending, False))
     return segments
 
 

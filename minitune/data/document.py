@@ -69,13 +69,12 @@ def _flags(values: Sequence[int]) -> array[int]:
 class Segment(NamedTuple):
     """A piece of a sample's text. A ``trained`` one is the model's to say, and EOS is put behind it and trained too.
 
-    ``continues``: it follows other text, so the tokenizer adds no leading blank. ``parse_special``: control tokens that
-    are written in its text are read as such, not as text. ``ends``: where False, a trained one gets no EOS.
+    ``parse_special``: control tokens that are written in its text are read as such, not as text. ``ends``: where False,
+    a trained one gets no EOS.
     """
 
     text: str
     trained: bool
-    continues: bool
     parse_special: bool = False
     ends: bool = True
 
@@ -83,14 +82,15 @@ class Segment(NamedTuple):
 def encode_samples(samples: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
     """The (ids, trained) of each sample: BOS where the family has one, then its segments.
 
-    Each segment is encoded by itself, without reading control tokens unless it says so. So the ids of a sample's first
-    segments are the same whatever follows: a prompt at generation is exactly a prefix of the sample that was trained
-    on. A BOS or EOS that a segment's own text spells (``parse_special``) is not put there a second time.
+    Each segment is encoded by itself, without reading control tokens unless it says so, and to all but a sample's first
+    the tokenizer adds no leading blank. So the ids of the first segments are the same whatever follows: a prompt at
+    generation is exactly a prefix of the sample that was trained on. A BOS or EOS that a segment's own text spells
+    (``parse_special``) is not put there a second time.
     """
     texts: dict[tuple[bool, bool], list[str]] = {}
     for sample in samples:
-        for segment in sample:
-            texts.setdefault((segment.continues, segment.parse_special), []).append(segment.text)
+        for place, segment in enumerate(sample):
+            texts.setdefault((place > 0, segment.parse_special), []).append(segment.text)
     encoded = {(continues, parse): iter(tokenizer.encode_many(some, False, False, parse, continues=continues))
                for (continues, parse), some in texts.items()}
     head = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
@@ -98,8 +98,8 @@ def encode_samples(samples: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -
     for sample in samples:
         ids: list[int] = []
         trained: list[bool] = []
-        for segment in sample:
-            piece = next(encoded[segment.continues, segment.parse_special])
+        for place, segment in enumerate(sample):
+            piece = next(encoded[place > 0, segment.parse_special])
             ids += piece
             closed = segment.parse_special and bool(piece) and piece[-1] in tokenizer.eos_ids
             if segment.trained and segment.ends and not closed:
