@@ -102,27 +102,34 @@ def _check_content(message: Mapping[str, Any], name: str) -> None:
             raise InputError(f"{name}.{field} is {short(message[field])}; it must be a string")
 
 
-def encode_conversations(conversations: Sequence[Conversation], tokenizer: Tokenizer) -> list[Encoded]:
-    """The (ids, trained) of many conversations, each (messages, tools or None, where), to train on.
+def encode_conversations(conversations: Sequence[Conversation], tokenizer: Tokenizer, mask: bool = True
+                         ) -> list[Encoded]:
+    """The (ids, trained) of many conversations, each (messages, tools or None, where). Without ``mask`` they are
+    prompts: the beginning of an answer follows, and nothing is trained.
 
     Trained are the assistant's turns, with the token that ends them, except those with "weight": 0. Where the template
     writes no such token, EOS is put behind a conversation that ends with a trained turn. The ids are transformers'
     `apply_chat_template`'s, but for a control token that a message spells, which stays text, and a call's arguments
     that are JSON text, which a template that writes JSON gets as the object. Rendering and tokenising go on side by
-    side. Raises InputError that names the conversation: see `check_messages` and `trained_spans`.
+    side. The messages are those of a Sample, or were checked. Raises InputError that names the conversation: see
+    `trained_spans`.
     """
-    for messages, tools, where in conversations:
-        check_messages(messages, where, tools)
-    return _encode(conversations, tokenizer, mask=True)
+    places: dict[ChatTemplate | None, list[int]] = {}       # those with tools may have a template of their own
+    for place, conversation in enumerate(conversations):
+        places.setdefault(tokenizer.template_for(conversation[1]), []).append(place)
+    found: dict[int, Encoded] = {}
+    for template, which in places.items():
+        part = [conversations[place] for place in which]
+        encoded = (_encode_plain(part, tokenizer, mask) if template is None
+                   else _encode_by(template, part, tokenizer, mask))
+        found.update(zip(which, encoded, strict=True))
+    return [found[place] for place in range(len(conversations))]
 
 
 def encode_chat(messages: Any, tokenizer: Tokenizer, tools: Any = None, add_generation_prompt: bool = False) -> Encoded:
     """`Tokenizer.encode_chat`. An empty answer is no error here: a model may have given one."""
     _check(messages, "chat", tools)
-    if add_generation_prompt:
-        ids, _ = _encode([(messages, tools, "chat")], tokenizer, mask=False)[0]
-        return ids, [False] * len(ids)
-    return _encode([(messages, tools, "chat")], tokenizer, mask=True)[0]
+    return encode_conversations([(messages, tools, "chat")], tokenizer, mask=not add_generation_prompt)[0]
 
 
 def render_chat(messages: Any, tokenizer: Tokenizer, tools: Any = None, add_generation_prompt: bool = False) -> str:
@@ -136,19 +143,6 @@ def render_chat(messages: Any, tokenizer: Tokenizer, tools: Any = None, add_gene
         return "".join(segment.text + (eos if segment.trained else "") for segment in segments)
     chat = next(template.render([(messages, tools, "chat")], add_generation_prompt))
     return chat.read(chat.text)
-
-
-def _encode(conversations: Sequence[Conversation], tokenizer: Tokenizer, mask: bool) -> list[Encoded]:
-    places: dict[ChatTemplate | None, list[int]] = {}       # those with tools may have a template of their own
-    for place, conversation in enumerate(conversations):
-        places.setdefault(tokenizer.template_for(conversation[1]), []).append(place)
-    found: dict[int, Encoded] = {}
-    for template, which in places.items():
-        part = [conversations[place] for place in which]
-        encoded = (_encode_plain(part, tokenizer, prompt=not mask) if template is None
-                   else _encode_by(template, part, tokenizer, mask))
-        found.update(zip(which, encoded, strict=True))
-    return [found[place] for place in range(len(conversations))]
 
 
 def _encode_by(template: ChatTemplate, conversations: Sequence[Conversation], tokenizer: Tokenizer, mask: bool
@@ -210,10 +204,12 @@ def _check_plain(messages: Sequence[Mapping[str, Any]], tools: Any, where: str) 
                 raise InputError(f"{name} has {field}, but {advice} writes only content")
 
 
-def _encode_plain(conversations: Sequence[Conversation], tokenizer: Tokenizer, prompt: bool) -> list[Encoded]:
+def _encode_plain(conversations: Sequence[Conversation], tokenizer: Tokenizer, mask: bool) -> list[Encoded]:
     for messages, tools, where in conversations:
         _check_plain(messages, tools, where)
-    found = encode_samples([render_prompt(messages, prompt) for messages, _, _ in conversations], tokenizer)
+    found = encode_samples([render_prompt(messages, not mask) for messages, _, _ in conversations], tokenizer)
+    if not mask:
+        return [(ids, [False] * len(ids)) for ids, _ in found]
     for (_, trained), (messages, _, _) in zip(found, conversations, strict=True):
         answers = [message for message in messages if message["role"] == "assistant"]
         if any(message.get("weight") == 0 for message in answers):

@@ -59,7 +59,7 @@ def test_what_is_no_conversation_is_refused(made: Any, messages: Any, told: str)
 def test_an_answer_that_says_nothing_is_refused_in_training_alone(made: Any) -> None:
     tokenizer, chat = made(CHATML), [USER, {"role": "assistant", "content": ""}]
     with pytest.raises(InputError, match=r"f:2: messages\[1\].content is empty"):
-        encode_conversations([([USER, ANSWER], None, "f:1"), (chat, None, "f:2")], tokenizer)
+        check_messages(chat, "f:2")
     assert said(tokenizer, *tokenizer.encode_chat(chat)) == "<|end|>"
     check_messages([USER, {"role": "assistant", "content": "", "weight": 0}], "f:1")
     check_messages([USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}], "f:1", [TOOL])
