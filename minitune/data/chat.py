@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from minitune.arguments import short
 from minitune.data.document import Segment, encode_samples
 from minitune.data.mask import trained_spans
+from minitune.data.spans import encode_rendered
 from minitune.data.template import REASONING, ChatTemplate, Conversation
 from minitune.errors import InputError
 
@@ -152,7 +153,7 @@ def _encode_by(template: ChatTemplate, conversations: Sequence[Conversation], to
         wanted = mask and (template.marks_answers or any(chat.marks for chat in chunk))
         stop = tokenizer.turn_end if wanted else None
         spans = [trained_spans(chat, template, stop) if mask else ([], False) for chat in chunk]
-        encoded = tokenizer.encode_rendered(chunk, [span for span, _ in spans])
+        encoded = encode_rendered(tokenizer, chunk, [span for span, _ in spans])
         for chat, (ids, trained, lead), (_, ends) in zip(chunk, encoded, spans, strict=True):
             if lead.strip():
                 raise InputError(f"{chat.where}: the tokenizer joins {chat.read(lead)[-20:]!r}, the end of what the "

@@ -21,15 +21,14 @@ _GUARD = "\U0010f7d5"
 """Around the names that stand in for control tokens: a private-use character, so that no text has it by chance."""
 
 
-def encode_rendered(tokenizer: Tokenizer, backend: Any, chats: Sequence[Rendered], spans: Sequence[Spans]
-                    ) -> list[Encoded]:
+def encode_rendered(tokenizer: Tokenizer, chats: Sequence[Rendered], spans: Sequence[Spans]) -> list[Encoded]:
     """The ids of each chat's text, and which of them hold a character of its spans.
 
     A token that reaches into the beginning of a span is trained, as in transformers' own mask; one that begins within
     a span and reaches beyond its end is as well.
     """
-    if isinstance(backend, TokenizersBackend):
-        return _by_offsets(tokenizer, backend, chats, spans)
+    if isinstance(tokenizer.backend, TokenizersBackend):
+        return _by_offsets(tokenizer, tokenizer.backend, chats, spans)
     return _by_runs(tokenizer, chats, spans)
 
 

@@ -13,9 +13,7 @@ from typing import Any
 
 from minitune.arguments import short
 from minitune.data import chat
-from minitune.data.mask import Spans
-from minitune.data.spans import encode_rendered
-from minitune.data.template import ChatTemplate, Rendered
+from minitune.data.template import ChatTemplate
 from minitune.data.tokenizer_backends import Backend, Contradiction, SentencePieceBackend, TokenizersBackend
 from minitune.data.tokenizer_files import (
     NAMED_TEMPLATES,
@@ -39,15 +37,15 @@ class Tokenizer:
     ``vocab_size`` (the largest id + 1), ``bos_id``, ``eos_id``, ``pad_id``, ``unk_id`` (int or None), ``eos_ids`` (all
     ids that end a generation), ``control_ids`` (frozenset: no text spells them), ``adds_bos`` (does this family begin a
     text with BOS), ``chat_template`` (its Jinja source, or None), ``chat_templates`` (that of each use, as "default" or
-    "tool_use"), ``kind`` ("sentencepiece" or "tokenizers"), ``folder``, ``added`` (the tokens that `load_tokenizer` was
-    asked to add to the folder's), ``new`` (those of them that the folder had not), ``digests`` ({file name: sha256} of
-    the files as they were read).
+    "tool_use"), ``kind`` ("sentencepiece" or "tokenizers"), ``folder``, ``backend`` (the library behind it), ``added``
+    (the tokens that `load_tokenizer` was asked to add to the folder's), ``new`` (those of them that the folder had
+    not), ``digests`` ({file name: sha256} of the files as they were read).
     """
 
-    def __init__(self, files: TokenizerFiles, backend: Backend, added: Sequence[str] = (), new: Sequence[str] = (),
-                 digests: Mapping[str, str] | None = None) -> None:
-        self._backend = backend
-        self.added, self.new, self.digests = tuple(added), tuple(new), dict(digests or {})
+    def __init__(self, files: TokenizerFiles, backend: Backend, added: Sequence[str], new: Sequence[str],
+                 digests: Mapping[str, str]) -> None:
+        self.backend = backend
+        self.added, self.new, self.digests = tuple(added), tuple(new), dict(digests)
         self.folder = files.folder
         self.kind = backend.kind
         self.vocab_size = backend.vocab_size
@@ -66,6 +64,7 @@ class Tokenizer:
         says = (files.add_bos, backend.puts_bos, True)
         self.adds_bos = self.bos_id is not None and next(flag for flag in says if flag is not None)
         self._template_file = files.template_file
+        self._templates: dict[str, ChatTemplate] = {}       # by their use, each made when it is first asked for
 
     def _role(self, role: str, files: TokenizerFiles, control: frozenset[int]) -> int | None:
         """The id of bos, eos, pad or unk: by name, else by the tokenizer file, else by config.json's id.
@@ -75,15 +74,15 @@ class Tokenizer:
         """
         token = files.named.get(role)
         if token is not None:
-            number = self._backend.id_of(token)
+            number = self.backend.id_of(token)
             if number is None and role in ("bos", "eos"):
                 raise InputError(f"{files.folder}: {role}_token is {token!r}, which the vocabulary lacks; correct "
                                  "tokenizer_config.json or fetch the tokenizer again")
             return number
         if role == "bos" and role in files.named:
             return None
-        if role in self._backend.native:
-            return self._backend.native[role]
+        if role in self.backend.native:
+            return self.backend.native[role]
         number = files.ids.get(role)
         return number if number in control else None
 
@@ -101,7 +100,7 @@ class Tokenizer:
                     continues: bool = False) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
         try:
-            found = self._backend.encode(texts, continues, parse_special)
+            found = self.backend.encode(texts, continues, parse_special)
         except (RuntimeError, TypeError, UnicodeError):
             _check_texts(texts)
             raise
@@ -123,24 +122,24 @@ class Tokenizer:
         if skip_special:
             numbers = [number for number in numbers if number not in self.control_ids]
         if not numbers or max(numbers) < self.vocab_size:
-            return self._backend.decode(numbers, continues)
+            return self.backend.decode(numbers, continues)
         parts: list[str] = []
         run: list[int] = []
         for number in [*numbers, self.vocab_size]:
             if number < self.vocab_size:
                 run.append(number)
                 continue
-            parts += [self._backend.decode(run, continues or bool(parts)), UNKNOWN_ID]
+            parts += [self.backend.decode(run, continues or bool(parts)), UNKNOWN_ID]
             run = []
         return "".join(parts[:-1])
 
     def token(self, number: int) -> str:
         """The vocabulary's own spelling of id `number`, such as "▁the" or "</s>"; "" where there is none."""
-        return self._backend.token_of(number) if 0 <= number < self.vocab_size else ""
+        return self.backend.token_of(number) if 0 <= number < self.vocab_size else ""
 
     def id_of(self, token: str) -> int | None:
         """The id of a token spelled as the vocabulary spells it, or None."""
-        return self._backend.id_of(token)
+        return self.backend.id_of(token)
 
     def require_eos(self) -> int:
         """``eos_id``; InputError where the tokenizer names none."""
@@ -178,11 +177,6 @@ class Tokenizer:
         told from them any more."""
         return chat.render_chat(messages, self, tools, add_generation_prompt)
 
-    def encode_rendered(self, chats: Sequence[Rendered], spans: Sequence[Spans]
-                        ) -> list[tuple[list[int], list[bool], str]]:
-        """The ids of rendered chats, those that lie in `spans` flagged: see `minitune.data.spans.encode_rendered`."""
-        return encode_rendered(self, self._backend, chats, spans)
-
     def template_for(self, tools: Sequence[Any] | None = None) -> ChatTemplate | None:
         """The chat template for conversations with or without tools; None where the folder has none."""
         if not self.chat_templates:
@@ -192,17 +186,13 @@ class Tokenizer:
             uses = ", ".join(sorted(self.chat_templates))
             raise InputError(f"{self._template_file}: has chat templates for {uses}, but none named default; name one "
                              "so")
-        if use not in self._made:
+        if use not in self._templates:
             roles = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
             variables = {f"{role}_token": self.token(number) for role, number in roles.items() if number is not None}
             name = str(self._template_file) if use == "default" else f"{self._template_file} ({use})"
             control = [self.token(number) for number in self.control_ids]
-            self._made[use] = ChatTemplate(name, self.chat_templates[use], variables, control)
-        return self._made[use]
-
-    @cached_property
-    def _made(self) -> dict[str, ChatTemplate]:
-        return {}
+            self._templates[use] = ChatTemplate(name, self.chat_templates[use], variables, control)
+        return self._templates[use]
 
     @cached_property
     def turn_end(self) -> str | None:
@@ -237,7 +227,7 @@ class Tokenizer:
         bounds = [0, *cuts, len(text)]
         ids: list[int] = []
         for start, end in pairwise(bounds):
-            ids += self._backend.encode([text[start:end]], continues or start > 0, False)[0]
+            ids += self.backend.encode([text[start:end]], continues or start > 0, False)[0]
         leaked = self._leaks.intersection(ids)
         if leaked:
             raise InputError(f"{self.folder}: this vocabulary reads plain text as the control token "
