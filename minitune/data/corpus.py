@@ -88,10 +88,9 @@ class Builder:
         """Append the documents of `samples`, count the rest."""
         for sample in samples:
             self.n_samples += 1
-            if sample.reasons:
-                reason = " and ".join(sorted(set(sample.reasons)))
-                before = self._dropped.get(reason, (0, 0))
-                self._dropped[reason] = (before[0] + 1, before[1] + sample.n_dropped)
+            if sample.reason:
+                n_samples, n_tokens = self._dropped.get(sample.reason, (0, 0))
+                self._dropped[sample.reason] = (n_samples + 1, n_tokens + sample.n_dropped)
             if sample.ids:
                 self._append(sample)
 

@@ -27,7 +27,7 @@ class Encoded(NamedTuple):
 
     ``ids`` int32 [n] and ``trained`` [n], 1 for a target (the first token never is one), else 0; both are empty where
     the whole sample is unused. ``weight`` multiplies its loss (None: 1). ``n_dropped`` are the tokens of its unused
-    texts, ``reasons`` say why each is. ``flags``: what of `Corpus.flags` the sample itself tells.
+    text, ``reason`` says why it is ("": there is none). ``flags``: what of `Corpus.flags` the sample itself tells.
     """
 
     where: str
@@ -35,7 +35,7 @@ class Encoded(NamedTuple):
     trained: bytes
     weight: float | None = None
     n_dropped: int = 0
-    reasons: tuple[str, ...] = ()
+    reason: str = ""
     flags: int = 0
 
 
@@ -47,7 +47,7 @@ def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Encoded]:
     pieces = iter(_encode_texts([sample for sample in samples if sample.segments is not None], tokenizer))
     talks = iter(encode_conversations([(sample.messages, sample.tools, sample.where)
                                        for sample in samples if sample.messages is not None], tokenizer))
-    unused = [each.text for sample in samples for each in sample.unused]
+    unused = [sample.unused.text for sample in samples if sample.unused]
     counts = iter(map(len, tokenizer.encode_many(unused, bos=False)) if unused else ())
     found: list[Encoded] = []
     for sample in samples:
@@ -59,9 +59,8 @@ def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Encoded]:
                 raise InputError(f"{sample.where}: the tokenizer makes no token of it; write some text or remove the "
                                  "sample")
             trained[0] = False      # nothing stands before it
-        dropped = sum([next(counts) for _ in sample.unused]) if sample.unused else 0
-        reasons = tuple([each.reason for each in sample.unused]) if sample.unused else ()
-        found.append(Encoded(sample.where, array("i", ids), bytes(trained), sample.weight, dropped, reasons,
+        dropped, reason = (next(counts), sample.unused.reason) if sample.unused else (0, "")
+        found.append(Encoded(sample.where, array("i", ids), bytes(trained), sample.weight, dropped, reason,
                              _flags(sample)))
     return found
 
@@ -98,17 +97,22 @@ def chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
         yield chunk
 
 
-def _characters(sample: Sample) -> int:
+def _texts(sample: Sample) -> list[str]:
+    """What a sample says, in segments or messages."""
     texts = [segment.text for segment in sample.segments or ()]
     texts += [str(message[field]) for message in sample.messages or () for field in _LONG if message.get(field)]
-    texts += [each.text for each in sample.unused]
-    return sum(map(len, texts)) + (len(str(sample.tools)) if sample.tools else 0)
+    return texts
+
+
+def _characters(sample: Sample) -> int:
+    beside = [sample.unused.text] if sample.unused else []
+    if sample.tools:
+        beside.append(str(sample.tools))
+    return sum(map(len, _texts(sample) + beside))
 
 
 def _flags(sample: Sample) -> int:
-    texts = [segment.text for segment in sample.segments or ()]
-    texts += [str(message[field]) for message in sample.messages or () for field in _LONG if message.get(field)]
-    spoilt = any("\ufffd" in text or "\0" in text for text in texts)
+    spoilt = any("\ufffd" in text or "\0" in text for text in _texts(sample))
     ends_open = bool(sample.messages) and sample.messages[-1]["role"] != "assistant"      # type: ignore[index]
     return BLANK * _is_blank(sample) + SPOILT * spoilt + OPEN * ends_open
 

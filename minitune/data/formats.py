@@ -38,7 +38,7 @@ class Sample(NamedTuple):
     messages: Messages | None
     tools: list[Any] | None
     weight: float | None
-    unused: tuple[Unused, ...] = ()
+    unused: Unused | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Content(NamedTuple):
     segments: list[Segment] | None = None
     messages: Messages | None = None
     tools: list[Any] | None = None
-    unused: tuple[Unused, ...] = ()
+    unused: Unused | None = None
 
 
 def to_sample(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] | None = None) -> Sample:
@@ -248,7 +248,7 @@ def _preference(fields: Mapping[str, Any], where: str) -> _Content:
             raise InputError(f"{where}: the field 'prompt' is missing beside 'chosen', which is no whole conversation; "
                              "write the question as prompt")
         found = _pair(fields, where, "chosen")
-        return _Content(found.segments, found.messages, found.tools, (Unused("rejected answer", texts["rejected"]),))
+        return _Content(found.segments, found.messages, found.tools, Unused("rejected answer", texts["rejected"]))
     messages, others = sides["chosen"], sides["rejected"]
     shared = 0
     if not isinstance(others, str):
@@ -265,7 +265,7 @@ def _preference(fields: Mapping[str, Any], where: str) -> _Content:
     check_trained(to_messages(messages[shared:], where, f"chosen[{shared}:]"), where, "chosen")
     unused = texts["rejected"] if isinstance(others, str) else text_of(others[shared:])
     return _Content(messages=asked + messages[shared:], tools=to_tools(fields, where),
-                    unused=(Unused("rejected answer", unused),))
+                    unused=Unused("rejected answer", unused))
 
 
 def _openai_preference(fields: Mapping[str, Any], where: str) -> _Content:
@@ -278,7 +278,7 @@ def _openai_preference(fields: Mapping[str, Any], where: str) -> _Content:
     check_trained(chosen, where, "preferred_output")
     rejected = to_messages(fields["non_preferred_output"], where, "non_preferred_output", trained=False)
     tools = to_tools({name: value for name, value in given.items() if value is not None}, f"{where}: input")
-    return _Content(messages=asked + chosen, tools=tools, unused=(Unused("rejected answer", text_of(rejected)),))
+    return _Content(messages=asked + chosen, tools=tools, unused=Unused("rejected answer", text_of(rejected)))
 
 
 def _kto(fields: Mapping[str, Any], where: str) -> _Content:
@@ -289,7 +289,7 @@ def _kto(fields: Mapping[str, Any], where: str) -> _Content:
         return _pair(fields, where)
     turns = _turns(fields["prompt"], where, "prompt", "user")
     turns += _turns(fields["completion"], where, "completion", "assistant")
-    return _Content(unused=(Unused("label is false", text_of(turns)),))
+    return _Content(unused=Unused("label is false", text_of(turns)))
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], str], _Content]] = {

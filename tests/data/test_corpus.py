@@ -28,9 +28,9 @@ def test_what_is_kept_of_each_document() -> None:
     builder = Builder("a", [2, 3])
     builder.add([sample([5, 6, 2], [0, 1, 1]), sample([5, 2, 6], [0, 1, 1], weight=2.5, flags=BLANK),
                  sample([5, 6, 2], [0, 1, 0]), sample([5, 3, 9], [0, 1, 0]), sample([2], [0])])
-    builder.add([sample([], [], "a:6", n_dropped=4, reasons=("label is false",)),
-                 sample([], [], "a:7", n_dropped=3, reasons=("label is false",)),
-                 sample([5, 6, 2], [0, 1, 1], "a:8", n_dropped=2, reasons=("rejected answer",))])
+    builder.add([sample([], [], "a:6", n_dropped=4, reason="label is false"),
+                 sample([], [], "a:7", n_dropped=3, reason="label is false"),
+                 sample([5, 6, 2], [0, 1, 1], "a:8", n_dropped=2, reason="rejected answer")])
     corpus = builder.finish()
     assert corpus.n_trained.tolist() == [2, 2, 1, 1, 0, 2] and corpus.bounds.tolist() == [0, 3, 6, 9, 12, 13, 16]
     assert corpus.flags.tolist() == [ENDS, ENDS + BLANK, 0, ENDS, 0, ENDS]

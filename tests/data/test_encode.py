@@ -44,10 +44,10 @@ def test_many_samples_are_encoded_as_one_by_one(tokenizer: Tokenizer) -> None:
 
 def test_what_is_unused_is_counted_and_said(tokenizer: Tokenizer) -> None:
     found = encode(samples(), tokenizer)
-    assert found[3].reasons == ("rejected answer",) and found[3].ids
+    assert found[3].reason == "rejected answer" and found[3].ids
     assert found[3].n_dropped == len(tokenizer.encode("a bad answer", bos=False)) > 0
-    assert not found[4].ids and found[4].reasons == ("label is false",) and found[4].n_dropped > 0
-    assert [each.n_dropped for each in found if not each.reasons] == [0] * 6
+    assert not found[4].ids and found[4].reason == "label is false" and found[4].n_dropped > 0
+    assert [each.n_dropped for each in found if not each.reason] == [0] * 6
     assert [place for place, each in enumerate(found) if each.flags & BLANK] == [6]
 
 

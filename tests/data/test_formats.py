@@ -30,7 +30,7 @@ def sample(kind: str, **found: Any) -> Sample:
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
-REJECTED = (Unused("rejected answer", "r"),)
+REJECTED = Unused("rejected answer", "r")
 Q, A = user("q"), bot("a")
 READ: list[tuple[dict[str, Any], Sample]] = [
     ({"text": "a", "id": 1, "source": None}, sample("text", texts=[("a", True)])),
@@ -83,21 +83,21 @@ READ: list[tuple[dict[str, Any], Sample]] = [
      sample("preference", messages=[Q, A | {"weight": 0}, Q, A], unused=REJECTED)),
     ({"prompt": "q", "chosen": [A], "rejected": "r"}, sample("preference", messages=[Q, A], unused=REJECTED)),
     ({"prompt": "q", "chosen": "a", "rejected": ""},
-     sample("preference", texts=[("q", False), ("a", True)], unused=(Unused("rejected answer", ""),))),
+     sample("preference", texts=[("q", False), ("a", True)], unused=Unused("rejected answer", ""))),
     ({"chosen": [Q, bot("1"), Q, A], "rejected": [Q, bot("1"), Q, bot("r")], "tools": TOOLS},
      sample("preference", messages=[Q, bot("1", weight=0), Q, A], unused=REJECTED, tools=TOOLS)),
     ({"prompt": "q", "chosen": [Q, A], "rejected": [Q, bot("r")]},
      sample("preference", messages=[Q, A], unused=REJECTED)),
     ({"chosen": [Q, A], "rejected": [Q, A]},
-     sample("preference", messages=[Q, A], unused=(Unused("rejected answer", "a"),))),
+     sample("preference", messages=[Q, A], unused=Unused("rejected answer", "a"))),
     ({"chosen": [Q, A], "rejected": [user("other"), bot("r")]},
-     sample("preference", messages=[Q, A], unused=(Unused("rejected answer", "other\nr"),))),
+     sample("preference", messages=[Q, A], unused=Unused("rejected answer", "other\nr"))),
     ({"input": {"messages": [Q, A, Q], "tools": TOOLS, "parallel_tool_calls": True},
       "preferred_output": [A], "non_preferred_output": [bot("r")]},
      sample("openai preference", messages=[Q, A | {"weight": 0}, Q, A], tools=TOOLS, unused=REJECTED)),
     ({"prompt": "q", "completion": "a", "label": True}, sample("kto", texts=[("q", False), ("a", True)])),
-    ({"prompt": "q", "completion": "a", "label": False}, sample("kto", unused=(Unused("label is false", "q\na"),))),
-    ({"prompt": [Q], "completion": [bot("")], "label": False}, sample("kto", unused=(Unused("label is false", "q"),))),
+    ({"prompt": "q", "completion": "a", "label": False}, sample("kto", unused=Unused("label is false", "q\na"))),
+    ({"prompt": [Q], "completion": [bot("")], "label": False}, sample("kto", unused=Unused("label is false", "q"))),
     ({"prompt": [Q], "completion": [A], "label": True}, sample("kto", messages=[Q, A])),
 ]
 
