@@ -135,11 +135,12 @@ class ChatTemplate:
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{where}: messages and tools must be JSON: {short(str(error))}") from error
         if self._control.search(written) or any(set(name) & set('"\\\n\t') for name in self.control):
-            given.messages, given.tools = self._hide(given.messages, given), self._hide(given.tools, given)
-            if len(given.spelled) > MAX_SPELLED:
-                raise InputError(f"{where}: spells {len(given.spelled):,} different control tokens; at most "
+            marks: dict[str, str] = {}
+            given.messages, given.tools = self._hide(given.messages, marks), self._hide(given.tools, marks)
+            if len(marks) > MAX_SPELLED:
+                raise InputError(f"{where}: spells {len(marks):,} different control tokens; at most "
                                  f"{MAX_SPELLED:,} can be told from the chat template's own; split the conversation")
-            given.spelled = {mark: spelling for spelling, mark in given.spelled.items()}
+            given.spelled = {mark: spelling for spelling, mark in marks.items()}
         return given
 
     @functools.cached_property
@@ -151,16 +152,16 @@ class ChatTemplate:
         text = answer.get("text", "")
         return _ARGUMENTS not in text and json.dumps(_ARGUMENTS) in text
 
-    def _hide(self, value: Any, given: Rendered) -> Any:
-        """`value` with each control string replaced by a lone surrogate of its own (``given.spelled`` collects them).
-        Roles stay: they come from a fixed list."""
+    def _hide(self, value: Any, marks: dict[str, str]) -> Any:
+        """`value` with each control string replaced by a lone surrogate of its own, which `marks` collects. Roles stay:
+        they come from a fixed list."""
         if isinstance(value, str):
-            return self._control.sub(lambda match: given.spelled.setdefault(
-                match[0], chr(0xDC00 + min(len(given.spelled), MAX_SPELLED))), value)
+            return self._control.sub(lambda match: marks.setdefault(
+                match[0], chr(0xDC00 + min(len(marks), MAX_SPELLED))), value)
         if isinstance(value, dict):
-            return {key if key == "role" else self._hide(key, given):
-                    item if key == "role" else self._hide(item, given) for key, item in value.items()}
-        return [self._hide(item, given) for item in value] if isinstance(value, list) else value
+            return {key if key == "role" else self._hide(key, marks):
+                    item if key == "role" else self._hide(item, marks) for key, item in value.items()}
+        return [self._hide(item, marks) for item in value] if isinstance(value, list) else value
 
     def _request(self, each: Rendered, prompt: bool, mask: bool) -> bytes:
         cuts: list[tuple[int, bool]] = []
