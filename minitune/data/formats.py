@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from minitune.arguments import short
 from minitune.data.conversations import check_trained, text_of, to_messages, to_tools, untrained
 from minitune.data.document import Segment
-from minitune.data.fields import COMMON, FORMATS, MEANINGFUL, Format, check_field_map, recognise
+from minitune.data.fields import check_field_map, recognise
 from minitune.data.rows import read_rows
 from minitune.errors import InputError
 
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
     ``messages`` are OpenAI's: {"role", "content", …}; assistant turns are trained, except those with "weight": 0.
     ``tools`` belong to them. ``weight`` (positive, None: 1) multiplies the sample's loss. ``where`` is "file:line",
-    ``kind`` a key of FORMATS.
+    ``kind`` a key of `minitune.data.fields.FORMATS`.
     """
 
     where: str
@@ -80,17 +80,10 @@ def to_sample(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] |
     EOS follows the last segment that is not empty, if that is trained and does not end with EOS itself, since a model
     that never sees the end of its answers never stops; segments before it get none.
 
-    Any row may have "weight", a positive number that multiplies its loss. `field_map` and the rule on other fields: see
-    `recognise`. Raises InputError that begins with `where` and names the field and what is accepted.
+    Any row may have "weight", a positive number that multiplies its loss. `field_map`, which was checked, and the rule
+    on other fields: see `recognise`. Raises InputError that begins with `where` and names the field and what is
+    accepted.
     """
-    if field_map:
-        check_field_map(field_map)
-    return _sample(row, where, field_map)
-
-
-def _sample(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] | None) -> Sample:
-    if not isinstance(row, Mapping):
-        raise InputError(f"{where}: is {short(row)}; a sample must be an object with named fields")
     kind, fields = recognise(row, where, field_map)
     weight = _weight(fields, where)
     found = _READERS[kind](fields, where)
@@ -102,18 +95,14 @@ def _sample(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] | N
     return Sample(where, kind, found.segments, found.messages, found.tools, weight, found.unused)
 
 
-def read_samples(path: str | Path, field_map: Mapping[str, str] | None = None) -> Iterator[Sample]:
-    """Yields the Sample of each row of a file (`read_rows`), in the file's order. See `to_sample`."""
-    return to_samples(read_rows(path), field_map)
-
-
 def to_samples(rows: Iterable[tuple[str, dict[str, Any]]],
                field_map: Mapping[str, str] | None = None) -> Iterator[Sample]:
-    """Yields the Sample of each (where, row). See `to_sample`."""
+    """Yields the Sample of each (where, row), such as `read_rows` gives them. See `to_sample`. InputError also for a
+    field map that is none."""
     if field_map:
         check_field_map(field_map)
     for where, row in rows:
-        yield _sample(row, where, field_map)
+        yield to_sample(row, where, field_map)
 
 
 def prompts_of(path: str | Path, field_map: Mapping[str, str] | None = None) -> Iterator[Prompt]:
@@ -122,7 +111,7 @@ def prompts_of(path: str | Path, field_map: Mapping[str, str] | None = None) -> 
     A text, under `Tokenizer.encode`, gives the very ids with which its document begins, if it is one segment; the
     messages do under `encode_chat` with a generation prompt.
     """
-    for sample in read_samples(path, field_map):
+    for sample in to_samples(read_rows(path), field_map):
         if sample.segments is not None:
             first = next((i for i, segment in enumerate(sample.segments) if segment.trained), 0)
             text = "".join(segment.text for segment in sample.segments[:first])
@@ -298,5 +287,4 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], _Content]] = {
     "preference": _preference, "openai preference": _openai_preference, "kto": _kto,
 }
 
-__all__ = ["COMMON", "FORMATS", "MEANINGFUL", "Format", "Messages", "Prompt", "Sample", "Unused", "check_field_map",
-           "prompts_of", "read_samples", "to_sample"]
+__all__ = ["Prompt", "Sample", "Unused", "prompts_of", "to_sample", "to_samples"]

@@ -15,7 +15,8 @@ from minitune.arguments import check_path
 from minitune.data import cache as store
 from minitune.data.corpus import Builder, Corpus
 from minitune.data.encode import Encoded, chunks, encode
-from minitune.data.formats import Sample, read_samples, to_samples
+from minitune.data.formats import Sample, to_samples
+from minitune.data.rows import read_rows
 from minitune.data.samples import NAME, rows_of
 from minitune.errors import InputError
 
@@ -44,8 +45,7 @@ def read_corpus(path: str | Path, tokenizer: Tokenizer, field_map: Mapping[str, 
     corpus = store.load(entry, str(path), tokenizer.vocab_size) if entry is not None else None
     if corpus is not None:
         return corpus
-    samples = read_samples(path, dict(field_map) if field_map else None)
-    corpus = _encoded(str(path), samples, tokenizer, progress)
+    corpus = _encoded(str(path), to_samples(read_rows(path), field_map), tokenizer, progress)
     if entry is not None and _state(path) == before:        # else it was not these bytes that the entry's name tells of
         store.store(entry, corpus)
     return corpus
@@ -54,8 +54,7 @@ def read_corpus(path: str | Path, tokenizer: Tokenizer, field_map: Mapping[str, 
 def corpus_of(rows: Any, tokenizer: Tokenizer, field_map: Mapping[str, str] | None = None,
               progress: Progress | None = None) -> Corpus:
     """The encoded samples of rows in memory (`minitune.data.samples`). InputError for whatever is wrong with one."""
-    samples = to_samples(rows_of(rows), dict(field_map) if field_map else None)
-    return _encoded(NAME, samples, tokenizer, progress)
+    return _encoded(NAME, to_samples(rows_of(rows), field_map), tokenizer, progress)
 
 
 def _encoded(name: str, samples: Iterable[Sample], tokenizer: Tokenizer, progress: Progress | None) -> Corpus:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from minitune.data.document import Segment
-from minitune.data.formats import FORMATS, Prompt, Sample, Unused, prompts_of, read_samples, to_sample
+from minitune.data.fields import FORMATS
+from minitune.data.formats import Prompt, Sample, Unused, prompts_of, to_sample, to_samples
+from minitune.data.rows import read_rows
 from minitune.errors import InputError
 
 
@@ -190,7 +192,6 @@ BAD_MAPS: list[tuple[Any, str]] = [
     ({"prompt": ""}, "field map: prompt is ''; give the name"),
     ({"prompt": 3}, "field map: prompt is 3; give the name"),
     ({"text": "a", "prompt": "b"}, "field map: prompt, text belong to different formats"),
-    ("prompt=q", "field map: 'prompt=q' is no map"),
     ({"prompt": "qestion"}, "w: the field 'qestion', which the field map reads as prompt, is missing; did you mean "
                             "'question'?"),
     ({"prompt": "meta.q"}, "w: the field 'meta.q', which the field map reads as prompt, is missing; it has 'question'"),
@@ -203,12 +204,12 @@ BAD_MAPS: list[tuple[Any, str]] = [
 def test_bad_field_maps(tmp_path: Path, field_map: Any, message: str) -> None:
     row = {"question": "q", "answer": "a"}
     with pytest.raises(InputError) as caught:
-        to_sample(row, "w", field_map)
+        list(to_samples([("w", row)], field_map))
     assert message in str(caught.value)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row))
     with pytest.raises(InputError):
-        list(read_samples(path, field_map))
+        list(to_samples(read_rows(path), field_map))
 
 
 def test_a_file_of_every_format_is_read_in_order(tmp_path: Path) -> None:
@@ -216,14 +217,14 @@ def test_a_file_of_every_format_is_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
     (tmp_path / "a.json").write_text(json.dumps(lines, indent=0), encoding="utf-8")
     for name in ("a.jsonl", "a.json"):
-        found = list(read_samples(tmp_path / name))
+        found = list(to_samples(read_rows(tmp_path / name)))
         assert [each.kind for each in found] == [expected.kind for _, expected in READ]
         for each, (_, expected) in zip(found, READ, strict=True):
             assert each == expected._replace(where=each.where)
         numbers = [int(each.where.rsplit(":", 1)[1]) for each in found]
         assert numbers == sorted(numbers) and len(set(numbers)) == len(numbers)
     (tmp_path / "b.txt").write_text("One.\n\nTwo.", encoding="utf-8")
-    assert next(read_samples(tmp_path / "b.txt")).segments == [Segment("One.\n\nTwo.", True)]
+    assert next(to_samples(read_rows(tmp_path / "b.txt"))).segments == [Segment("One.\n\nTwo.", True)]
 
 
 def test_parquet_rows_carry_nulls_for_what_a_message_has_not(tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_parquet_rows_carry_nulls_for_what_a_message_has_not(tmp_path: Path) -> 
              {"messages": [Q, A]}]
     path = tmp_path / "a.parquet"
     pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(table), path)
-    found = list(read_samples(path))
+    found = list(to_samples(read_rows(path)))
     assert [each.messages for each in found] == [to_sample(row, "w").messages for row in table]
     assert found[1].where == f"{path}: row 2"
 

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitune.data.formats import FORMATS, Sample, read_samples, to_sample
+from minitune.data.fields import FORMATS
+from minitune.data.formats import Sample, to_sample, to_samples
+from minitune.data.rows import read_rows
 from minitune.errors import InputError
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -155,7 +157,7 @@ def test_a_malformed_sample_names_file_line_and_what_to_do(tmp_path: Path, row: 
     path.write_text('{"text": "ok"}\n\n' + json.dumps(row) + "\n", encoding="utf-8")
     found = []
     with pytest.raises(InputError, match=re.escape(f"{path}:3: ") + f".*{message}") as caught:
-        for sample in read_samples(path):
+        for sample in to_samples(read_rows(path)):
             found.append(sample)
     assert [sample.where for sample in found] == [f"{path}:1"]
     said = str(caught.value).removeprefix(f"{path}:3: ")
@@ -210,6 +212,7 @@ def test_any_object_is_a_sample_or_one_error_that_names_it(row: dict[str, Any]) 
                                            max_size=3))
 def test_any_field_map_gives_a_sample_or_one_error(row: dict[str, Any], field_map: dict[str, str]) -> None:
     try:
-        assert isinstance(to_sample(row, "file:7", field_map), Sample)
+        sample, = to_samples([("file:7", row)], field_map)
+        assert isinstance(sample, Sample)
     except InputError as error:
         assert str(error).startswith(("file:7: ", "field map: "))
