@@ -229,5 +229,4 @@ def _untrain(trained: list[bool], masked: Sequence[bool]) -> None:
         place += size
 
 
-__all__ = ["FIELDS", "HEADERS", "ROLES", "check_messages", "encode_chat", "encode_conversations", "render_chat",
-           "render_prompt"]
+__all__ = ["check_messages", "encode_chat", "encode_conversations", "render_chat"]

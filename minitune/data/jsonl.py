@@ -16,6 +16,7 @@ from minitune.names import nearest_path
 MAX_LINE = 64 * 2**20
 """The longest line that is read, in bytes: what bounds the memory that a broken file can take."""
 
+_NAMES = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
 _MAY_BE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -30,22 +31,22 @@ def open_data(path: Path, kind: str) -> BinaryIO:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def read_jsonl(path: str | Path, *, max_line: int = MAX_LINE) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (where, object) for each line of `path` that is not blank; ``where`` is "file:line", lines from 1.
 
     UTF-8; a byte order mark at the file's start is skipped, since editors on Windows write one. Refused with an
     InputError that names file:line: malformed or too deeply nested JSON, anything but an object, a key given twice, NaN
-    and infinite numbers, lone surrogates, bytes that are not UTF-8, a line of more than `max_line` bytes (refused after
+    and infinite numbers, lone surrogates, bytes that are not UTF-8, a line of more than MAX_LINE bytes (refused after
     reading that many), and a file without any sample. Memory: one line.
     """
     name = str(path)
     samples = number = 0
     with open_data(Path(path), "a JSONL file") as file:
-        while line := file.readline(max_line + 1):
+        while line := file.readline(MAX_LINE + 1):
             number += 1
             where = f"{name}:{number}"
-            if len(line) > max_line:
-                raise InputError(f"{where}: the line is longer than {max_line:,} bytes; put one sample on each line")
+            if len(line) > MAX_LINE:
+                raise InputError(f"{where}: the line is longer than {MAX_LINE:,} bytes; put one sample on each line")
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line and not line.isspace():
@@ -71,7 +72,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON: {_fault(error, text)}; {_advice(text)}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{where}: holds {json_name(value)}, not a JSON object; {_advice(text)}")
+        raise InputError(f"{where}: holds {_NAMES.get(type(value), 'a number')}, not a JSON object; {_advice(text)}")
     return value
 
 
@@ -97,11 +98,6 @@ def decode_value(text: str, start: int, where: str) -> tuple[Any, int]:
     return value, end
 
 
-def json_name(value: Any) -> str:
-    """What JSON calls `value`: "an array", "a string"…"""
-    return _JSON_NAMES.get(type(value), "a number")
-
-
 def _fault(error: json.JSONDecodeError, text: str) -> str:
     if error.pos >= len(text):
         return "the line ends before its JSON does"
@@ -112,9 +108,6 @@ def _advice(text: str) -> str:
     if text.lstrip().startswith("["):
         return "a JSON array must be written as one object a line, or the file be named .json"
     return "write one JSON object a line"
-
-
-_JSON_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,4 +139,4 @@ def _whole(digits: str) -> int:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_number,
                             parse_int=_whole)
 
-__all__ = ["MAX_LINE", "decode_value", "json_name", "open_data", "read_jsonl"]
+__all__ = ["MAX_LINE", "decode_value", "open_data", "read_jsonl"]

@@ -186,4 +186,4 @@ def _missing(text: str, written: str, start: int = 0) -> tuple[str | None, int]:
     return None, place
 
 
-__all__ = ["Spans", "check_written", "trained_spans"]
+__all__ = ["Spans", "trained_spans"]

@@ -66,19 +66,14 @@ def pack(documents: Iterable[Document | Sequence[Any] | Tensor], tokens: int) ->
     if isinstance(documents, str) or not isinstance(documents, Iterable):
         raise InputError(f"pack: documents is {short(documents)}; give a list of documents or of lists of token ids")
     found = [_as_document(document, f"documents[{place}]") for place, document in enumerate(documents)]
-    check_lengths(found, tokens)
+    check_row(tokens)
+    for place, document in enumerate(found):
+        if len(document) > tokens:
+            raise too_long(document.where or f"documents[{place}]", len(document), tokens, max(map(len, found)),
+                           "split it")
     weighted = any(document.weight is not None for document in found)
     return [make_batch([_piece(found[index]) for index in row], tokens, weighted)
             for row in best_fit([len(document) for document in found], tokens)]
-
-
-def check_lengths(documents: Sequence[Document], tokens: int) -> None:
-    """InputError if `tokens` is no row length, or for the first document that does not fit into a row of so many."""
-    check_row(tokens)
-    for place, document in enumerate(documents):
-        if len(document) > tokens:
-            raise too_long(document.where or f"documents[{place}]", len(document), tokens, max(map(len, documents)),
-                           "split it")
 
 
 def check_row(tokens: int) -> None:
@@ -155,4 +150,4 @@ def _integers(value: Any, where: str) -> array[int]:
         raise InputError(f"{where}: must be a Document, token ids, or a pair (ids, labels) ({error})") from error
 
 
-__all__ = ["FILLER_ID", "Piece", "best_fit", "check_lengths", "check_row", "make_batch", "pack", "too_long"]
+__all__ = ["Piece", "best_fit", "check_row", "make_batch", "pack", "too_long"]

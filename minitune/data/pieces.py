@@ -11,8 +11,6 @@ from minitune.config import Long
 from minitune.data.corpus import Corpus
 from minitune.data.packing import too_long
 
-HINT = "say what to do with long ones: split or truncate (--long on the command line, long= in Python)"
-
 
 @dataclass(frozen=True, eq=False)
 class Pieces:
@@ -43,7 +41,8 @@ def cut(corpus: Corpus, kept: Tensor, tokens: int, long: Long) -> Pieces:
     too_many = lengths > tokens
     if long == "refuse" and too_many.any():
         at = int(too_many.nonzero()[0])
-        raise too_long(corpus.where(int(kept[at])), int(lengths[at]), tokens, int(lengths.max()), HINT)
+        raise too_long(corpus.where(int(kept[at])), int(lengths[at]), tokens, int(lengths.max()),
+                       "say what to do with long ones: split or truncate (--long on the command line, long= in Python)")
     counts = -(-lengths // tokens) if long == "split" else torch.ones_like(lengths)
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     owners = kept.repeat_interleave(counts)

@@ -84,7 +84,7 @@ def test_files_without_samples(tmp_path: Path) -> None:
         list(read_jsonl(tmp_path))
 
 
-def test_a_giant_line_costs_bounded_memory(tmp_path: Path) -> None:
+def test_a_giant_line_costs_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.write(GOOD + b'{"text": "')
@@ -97,9 +97,11 @@ def test_a_giant_line_costs_bounded_memory(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     path.write_bytes(GOOD)
-    assert len(list(read_jsonl(path, max_line=len(GOOD)))) == 1
+    monkeypatch.setattr("minitune.data.jsonl.MAX_LINE", len(GOOD))
+    assert len(list(read_jsonl(path))) == 1
+    monkeypatch.setattr("minitune.data.jsonl.MAX_LINE", len(GOOD) - 1)
     with pytest.raises(InputError, match=":1: the line is longer"):
-        list(read_jsonl(path, max_line=len(GOOD) - 1))
+        list(read_jsonl(path))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
