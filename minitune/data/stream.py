@@ -51,12 +51,11 @@ class Stream:
         self.parts, self.tokens, self.long = tuple(parts), tokens, long
         self.epochs, self.seed, self.shuffle = epochs, seed, shuffle
         self._pieces = [cut(part.corpus, part.kept, tokens, long) for part in parts]
-        # Of each piece its length, its start in its file, its file.
+        # Of each piece its length, its start in its file, its document there, its file.
         self._lengths = array("q", torch.cat([each.ends - each.starts for each in self._pieces]).tolist())
         self._starts = array("q", torch.cat([each.starts for each in self._pieces]).tolist())
-        self._owner = array("i", (place for place, each in enumerate(self._pieces) for _ in range(len(each.owners))))
-        sizes = [len(each.owners) for each in self._pieces]
-        self._base = [sum(sizes[:place]) for place in range(len(sizes))]
+        self._owners = array("q", torch.cat([each.owners for each in self._pieces]).tolist())
+        self._files = array("i", (place for place, each in enumerate(self._pieces) for _ in range(len(each.owners))))
         self._weighted = any(bool((~part.corpus.weights[part.kept].isnan()).any()) for part in parts)
         # Pieces without a target, which teach nothing and which no other sees: they are packed nowhere.
         self._idle = set((torch.cat([each.trained for each in self._pieces]) == 0).nonzero().flatten().tolist())
@@ -85,10 +84,17 @@ class Stream:
     @property
     def documents(self) -> list[Document]:
         """What is packed, in the files' order: each document, or its pieces where it is too long for a row."""
-        return [part.corpus.document(owner, start, end)
-                for part, pieces in zip(self.parts, self._pieces, strict=True)
-                for owner, start, end in zip(pieces.owners.tolist(), pieces.starts.tolist(), pieces.ends.tolist(),
-                                             strict=True)]
+        return [self.document(index) for index in range(self.n_pieces)]
+
+    @property
+    def n_pieces(self) -> int:
+        """How many `documents` there are."""
+        return len(self._lengths)
+
+    def document(self, index: int) -> Document:
+        """One of `documents`."""
+        start, corpus = self._starts[index], self.parts[self._files[index]].corpus
+        return corpus.document(self._owners[index], start, start + self._lengths[index])
 
     def __len__(self) -> int:
         return self.count(self.epochs)
@@ -118,17 +124,14 @@ class Stream:
         memory = [(raw(part.corpus.ids), raw(part.corpus.trained)) for part in self.parts]
 
         def piece(index: int) -> Piece:
-            start, place = self._starts[index], self._owner[index]
+            start, place = self._starts[index], self._files[index]
             end = start + self._lengths[index]
             ids, trained = memory[place]
-            return ids[4 * start:4 * end], trained[start:end], self._weight(index) if self._weighted else None
+            weight = self.parts[place].corpus.weight(self._owners[index]) if self._weighted else None
+            return ids[4 * start:4 * end], trained[start:end], weight
 
         for row in self._rows(epoch):
             yield make_batch(map(piece, row), self.tokens, self._weighted)
-
-    def _weight(self, index: int) -> float | None:
-        place = self._owner[index]
-        return self.parts[place].corpus.weight(int(self._pieces[place].owners[index - self._base[place]]))
 
     def _rows(self, epoch: int) -> list[list[int]]:
         """Which pieces stand in each batch of an epoch."""
@@ -152,10 +155,12 @@ class Stream:
     def _order(self, epoch: int) -> list[int]:
         """The pieces of an epoch with something to train, in the files' order."""
         order: list[int] = []
-        for place, (pieces, base) in enumerate(zip(self._pieces, self._base, strict=True)):
+        base = 0        # pieces of the files before
+        for place, pieces in enumerate(self._pieces):
             first = pieces.first.tolist()
             for index in self._drawn(place, epoch):
                 order += range(base + first[index], base + first[index + 1])
+            base += len(pieces.owners)
         return [index for index in order if index not in self._idle] if self._idle else order
 
     def _drawn(self, place: int, epoch: int) -> Sequence[int]:

@@ -13,14 +13,13 @@ from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, TextIO
 
-from minitune.data.document import Document
 from minitune.data.ledger import PLACES, Ledger, Note
-from minitune.data.pieces import cut
 from minitune.report.tables import print_table
 from minitune.report.terminal import say, visible
 
 if TYPE_CHECKING:
     from minitune.data.corpus import Corpus
+    from minitune.data.document import Document
     from minitune.data.stream import Stream
     from minitune.data.tokenizer import Tokenizer
 
@@ -98,16 +97,8 @@ def refused(stream: Stream, tokens: int) -> Ledger:
 
 
 def packed(stream: Stream, n: int) -> Iterator[Document]:
-    """`n` of what `stream` packs, evenly spread: samples, and the pieces of those that are too long for a row. A first
-    token is no target."""
-    cuts = [cut(part.corpus, part.kept, stream.tokens, stream.long) for part in stream.parts]
-    places = [(part, pieces, at) for part, pieces in zip(stream.parts, cuts, strict=True)
-              for at in range(len(pieces.owners))]
-    for place in spread(len(places), n):
-        part, pieces, at = places[place]
-        owner, start, end = int(pieces.owners[at]), int(pieces.starts[at]), int(pieces.ends[at])
-        document = part.corpus.document(owner, start, end)
-        yield Document(document.ids, [0, *document.trained[1:]], document.weight, document.where)
+    """`n` of what `stream` packs, evenly spread: samples, and the pieces of those that are too long for a row."""
+    return map(stream.document, spread(stream.n_pieces, n))
 
 
 def spread(count: int, n: int) -> list[int]:
