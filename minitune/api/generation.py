@@ -4,6 +4,7 @@ pieces."""
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from minitune.arguments import answers_names, short
 from minitune.config import ModelConfig
 from minitune.data.ending import Ending, FinishReason, Turn, Writer, turn_of
-from minitune.data.ids import as_prompts
 from minitune.data.tokenizer import Tokenizer
 from minitune.errors import InputError
 from minitune.model.generate import generate, sampler, steps
@@ -257,7 +257,15 @@ class Generation(nn.Module):
 
 
 def _asked_ids(ids: Any) -> Asked:
-    single, prompts = as_prompts(ids)
+    """A flat list or tensor of ids, or a list of such."""
+    if isinstance(ids, Tensor):
+        ids = ids.tolist()
+    try:
+        single = len(ids) == 0 or not isinstance(ids[0], Sequence | Tensor)
+        prompts = [[operator.index(number) for number in prompt] for prompt in ([ids] if single else ids)]
+    except (TypeError, RuntimeError, LookupError) as error:
+        raise InputError(f"generate: ids is {short(ids)}; give token ids or a list of such, as tokenizer.encode(text) "
+                         "makes them; complete(text) takes text") from error
     return Asked(prompts, single, text=False)
 
 

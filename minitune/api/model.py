@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minitune.api.generation import Generation
-from minitune.arguments import check_path, short
+from minitune.arguments import MAX_WHOLE, check_path, short
 from minitune.checkpoint.adapter import write_adapter
 from minitune.checkpoint.files import json_bytes, staged
 from minitune.checkpoint.hf_config import write_config
@@ -23,7 +23,6 @@ from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import save_weights
 from minitune.config import LINEAR_NAMES, LoRA, Quant
 from minitune.data.batch import IGNORED, Batch
-from minitune.data.ids import flat_integers
 from minitune.data.tokenizer import Tokenizer, save_tokenizer
 from minitune.devices import DTYPES
 from minitune.errors import InputError
@@ -46,6 +45,19 @@ def as_path(owner: str, name: str, value: Any) -> Path:
 def _described(value: object) -> str:
     """A tensor by dtype and shape, for a message."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else short(value)
+
+
+def _integers(name: str, value: Any) -> Tensor:
+    """What `Model.logits` is given, as an int64 tensor on the host. Fractions are never cut off."""
+    try:
+        found = torch.as_tensor(value).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = torch.empty(0)
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if not whole or found.dim() != 1 or not found.numel() or int(found.abs().max()) > MAX_WHOLE:
+        raise InputError(f"logits: {name} is {short(value)}; it must be a flat list or tensor of whole numbers below "
+                         "2**31, at least one")
+    return found.long()
 
 
 def _batch(owner: str, batch: Any) -> Batch:
@@ -179,8 +191,8 @@ class Model(Generation):
 
     def logits(self, tokens: Tensor | Sequence[int], cu_seqlens: Tensor | None = None) -> Tensor:
         """tokens int64 [T], one document or those that cu_seqlens int32 [n + 1] bounds -> fp32 [T, vocab_size]."""
-        ids = flat_integers("logits", "tokens", tokens)
-        bounds = flat_integers("logits", "cu_seqlens", [0, ids.numel()] if cu_seqlens is None else cu_seqlens)
+        ids = _integers("tokens", tokens)
+        bounds = _integers("cu_seqlens", [0, ids.numel()] if cu_seqlens is None else cu_seqlens)
         batch = Batch(tokens=ids, labels=torch.full_like(ids, IGNORED), cu_seqlens=bounds.to(torch.int32))
         return self.network.logits(self.hidden(batch))
 
