@@ -4,10 +4,10 @@
     fields, formats, conversations    which fields a row has -> Sample: segments of text, or a chat
     tokenizer, tokenizer_files, tokenizer_backends, ending      texts to ids, and what ends a turn
     chat, template, template_process, template_child, spans, mask   a chat rendered, and what of it is trained
-    document, encode              Sample -> ids with flags, in chunks
+    segments, encode              Sample -> ids with flags, in chunks
     read, corpus, cache           a whole file of them as flat arrays, kept for the next run
     ledger, account               where each token went
-    pieces, packing, batch        documents packed into rows of T tokens
+    pieces, document, packing, batch      documents packed into rows of T tokens
     stream, holdout               the epochs of it all, and what is held out of them
 """
 

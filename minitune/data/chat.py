@@ -26,16 +26,14 @@ from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 from minitune.arguments import short
-from minitune.data.document import Segment, encode_samples
 from minitune.data.mask import trained_spans
+from minitune.data.segments import Flagged, Segment, encode_segments
 from minitune.data.spans import encode_rendered
 from minitune.data.template import REASONING, ChatTemplate, Conversation
 from minitune.errors import InputError
 
 if TYPE_CHECKING:
     from minitune.data.tokenizer import Tokenizer
-
-Encoded = tuple[list[int], list[bool]]
 
 HEADERS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
 BETWEEN = "\n\n"
@@ -104,7 +102,7 @@ def _check_content(message: Mapping[str, Any], name: str) -> None:
 
 
 def encode_conversations(conversations: Sequence[Conversation], tokenizer: Tokenizer, mask: bool = True
-                         ) -> list[Encoded]:
+                         ) -> list[Flagged]:
     """The (ids, trained) of many conversations, each (messages, tools or None, where). Without ``mask`` they are
     prompts: the beginning of an answer follows, and nothing is trained.
 
@@ -118,7 +116,7 @@ def encode_conversations(conversations: Sequence[Conversation], tokenizer: Token
     places: dict[ChatTemplate | None, list[int]] = {}       # those with tools may have a template of their own
     for place, conversation in enumerate(conversations):
         places.setdefault(tokenizer.template_for(conversation[1]), []).append(place)
-    found: dict[int, Encoded] = {}
+    found: dict[int, Flagged] = {}
     for template, which in places.items():
         part = [conversations[place] for place in which]
         encoded = (_encode_plain(part, tokenizer, mask) if template is None
@@ -127,7 +125,7 @@ def encode_conversations(conversations: Sequence[Conversation], tokenizer: Token
     return [found[place] for place in range(len(conversations))]
 
 
-def encode_chat(messages: Any, tokenizer: Tokenizer, tools: Any = None, add_generation_prompt: bool = False) -> Encoded:
+def encode_chat(messages: Any, tokenizer: Tokenizer, tools: Any = None, add_generation_prompt: bool = False) -> Flagged:
     """`Tokenizer.encode_chat`. An empty answer is no error here: a model may have given one."""
     _check(messages, "chat", tools)
     return encode_conversations([(messages, tools, "chat")], tokenizer, mask=not add_generation_prompt)[0]
@@ -139,7 +137,7 @@ def render_chat(messages: Any, tokenizer: Tokenizer, tools: Any = None, add_gene
     template = tokenizer.template_for(tools)
     if template is None:
         _check_plain(messages, tools, "chat")
-        segments = render_prompt(messages, add_generation_prompt)
+        segments = _plain_segments(messages, add_generation_prompt)
         eos = tokenizer.token(tokenizer.require_eos())
         return "".join(segment.text + (eos if segment.trained else "") for segment in segments)
     chat = next(template.render([(messages, tools, "chat")], add_generation_prompt))
@@ -147,7 +145,7 @@ def render_chat(messages: Any, tokenizer: Tokenizer, tools: Any = None, add_gene
 
 
 def _encode_by(template: ChatTemplate, conversations: Sequence[Conversation], tokenizer: Tokenizer, mask: bool
-               ) -> Iterator[Encoded]:
+               ) -> Iterator[Flagged]:
     rendered = template.render(conversations, prompt=not mask, mask=mask)
     while chunk := list(islice(rendered, _CHUNK)):
         wanted = mask and (template.marks_answers or any(chat.marks for chat in chunk))
@@ -164,8 +162,8 @@ def _encode_by(template: ChatTemplate, conversations: Sequence[Conversation], to
 
 # -- the plain template
 
-def render_prompt(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[Segment]:
-    """The turns as segments of the plain template: assistant contents trained, all between them not.
+def _plain_segments(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[Segment]:
+    """The turns as the plain template writes them: assistant contents trained, all between them not.
 
     ``add_generation_prompt`` ends with the header of an assistant's turn to come.
     """
@@ -205,10 +203,10 @@ def _check_plain(messages: Sequence[Mapping[str, Any]], tools: Any, where: str) 
                 raise InputError(f"{name} has {field}, but {advice} writes only content")
 
 
-def _encode_plain(conversations: Sequence[Conversation], tokenizer: Tokenizer, mask: bool) -> list[Encoded]:
+def _encode_plain(conversations: Sequence[Conversation], tokenizer: Tokenizer, mask: bool) -> list[Flagged]:
     for messages, tools, where in conversations:
         _check_plain(messages, tools, where)
-    found = encode_samples([render_prompt(messages, not mask) for messages, _, _ in conversations], tokenizer)
+    found = encode_segments([_plain_segments(messages, not mask) for messages, _, _ in conversations], tokenizer)
     if not mask:
         return [(ids, [False] * len(ids)) for ids, _ in found]
     for (_, trained), (messages, _, _) in zip(found, conversations, strict=True):

@@ -1,4 +1,4 @@
-"""Document: the ids of one sample and which of them are trained; and how pieces of text become one."""
+"""Document: the ids of one sample and which of them are trained, ready to be packed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 from minitune.errors import InputError
-
-if TYPE_CHECKING:
-    from minitune.data.tokenizer import Tokenizer
 
 _TRUTH = bytes([0] + [1] * 255)
 
@@ -66,49 +62,4 @@ def _flags(values: Sequence[int]) -> array[int]:
     return array("b", map(bool, values))
 
 
-class Segment(NamedTuple):
-    """A piece of a sample's text. A ``trained`` one is the model's to say, and EOS is put behind it and trained too.
-
-    ``parse_special``: control tokens that are written in its text are read as such, not as text. ``ends``: where False,
-    a trained one gets no EOS.
-    """
-
-    text: str
-    trained: bool
-    parse_special: bool = False
-    ends: bool = True
-
-
-def encode_samples(samples: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
-    """The (ids, trained) of each sample: BOS where the family has one, then its segments.
-
-    Each segment is encoded by itself, without reading control tokens unless it says so, and to all but a sample's first
-    the tokenizer adds no leading blank. So the ids of the first segments are the same whatever follows: a prompt at
-    generation is exactly a prefix of the sample that was trained on. A BOS or EOS that a segment's own text spells
-    (``parse_special``) is not put there a second time.
-    """
-    texts: dict[tuple[bool, bool], list[str]] = {}
-    for sample in samples:
-        for place, segment in enumerate(sample):
-            texts.setdefault((place > 0, segment.parse_special), []).append(segment.text)
-    encoded = {(continues, parse): iter(tokenizer.encode_many(some, False, False, parse, continues=continues))
-               for (continues, parse), some in texts.items()}
-    head = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    results: list[tuple[list[int], list[bool]]] = []
-    for sample in samples:
-        ids: list[int] = []
-        trained: list[bool] = []
-        for place, segment in enumerate(sample):
-            piece = next(encoded[place > 0, segment.parse_special])
-            ids += piece
-            closed = segment.parse_special and bool(piece) and piece[-1] in tokenizer.eos_ids
-            if segment.trained and segment.ends and not closed:
-                ids.append(tokenizer.require_eos())
-            trained += [segment.trained] * (len(ids) - len(trained))
-        if head and not (sample and sample[0].parse_special and ids[:1] == head):
-            ids, trained = head + ids, [False] * len(head) + trained
-        results.append((ids, trained))
-    return results
-
-
-__all__ = ["Document", "Segment", "encode_samples"]
+__all__ = ["Document"]

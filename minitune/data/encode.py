@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from minitune.data.chat import encode_conversations
 from minitune.data.corpus import BLANK, OPEN, SPOILT
-from minitune.data.document import encode_samples
 from minitune.data.formats import Sample
+from minitune.data.segments import Flagged, encode_segments
 from minitune.data.template import REASONING
 from minitune.errors import InputError
 
@@ -65,14 +65,14 @@ def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Encoded]:
     return found
 
 
-def _encode_texts(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
-    """`encode_samples` of the samples' segments; its error names the sample."""
+def _encode_texts(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Flagged]:
+    """`encode_segments` of the samples' segments; its error names the sample."""
     try:
-        return encode_samples([sample.segments or [] for sample in samples], tokenizer)
+        return encode_segments([sample.segments or [] for sample in samples], tokenizer)
     except InputError:
         for sample in samples:
             try:
-                encode_samples([sample.segments or []], tokenizer)
+                encode_segments([sample.segments or []], tokenizer)
             except InputError as error:
                 raise InputError(f"{sample.where}: {error}") from error
         raise

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from minitune.arguments import short
 from minitune.data.conversations import check_trained, text_of, to_messages, to_tools, untrained
-from minitune.data.document import Segment
 from minitune.data.fields import check_field_map, recognise
 from minitune.data.rows import read_rows
+from minitune.data.segments import Segment
 from minitune.errors import InputError
 
 Messages = list[dict[str, Any]]

@@ -14,14 +14,15 @@ from minitune.errors import InputError
 if TYPE_CHECKING:
     from minitune.data.tokenizer import Tokenizer
 
-Encoded = tuple[list[int], list[bool], str]
-"""ids, trained, and the characters before a trained span that share a token with its beginning ("" as a rule)."""
+WithLead = tuple[list[int], list[bool], str]
+"""ids, which of them are trained, and the characters before a trained span that share a token with its beginning (""
+as a rule)."""
 
 _GUARD = "\U0010f7d5"
 """Around the names that stand in for control tokens: a private-use character, so that no text has it by chance."""
 
 
-def encode_rendered(tokenizer: Tokenizer, chats: Sequence[Rendered], spans: Sequence[Spans]) -> list[Encoded]:
+def encode_rendered(tokenizer: Tokenizer, chats: Sequence[Rendered], spans: Sequence[Spans]) -> list[WithLead]:
     """The ids of each chat's text, and which of them hold a character of its spans.
 
     A token that reaches into the beginning of a span is trained, as in transformers' own mask; one that begins within
@@ -35,8 +36,8 @@ def encode_rendered(tokenizer: Tokenizer, chats: Sequence[Rendered], spans: Sequ
 # -- tokenizers: it splits at control tokens itself, and tells each token's characters
 
 def _by_offsets(tokenizer: Tokenizer, backend: TokenizersBackend, chats: Sequence[Rendered], spans: Sequence[Spans]
-                ) -> list[Encoded]:
-    found: dict[int, Encoded] = {}
+                ) -> list[WithLead]:
+    found: dict[int, WithLead] = {}
     complete = tokenizer.control_ids <= backend.control
     plain = [i for i, chat in enumerate(chats) if complete and not chat.spelled]
     for i, encoding in zip(plain, backend.encode_with_offsets([chats[i].text for i in plain]), strict=True):
@@ -49,7 +50,7 @@ def _by_offsets(tokenizer: Tokenizer, backend: TokenizersBackend, chats: Sequenc
 
 
 def _by_names(tokenizer: Tokenizer, backend: TokenizersBackend, chats: Sequence[Rendered], spans: Sequence[Spans]
-              ) -> list[Encoded]:
+              ) -> list[WithLead]:
     """Chats whose messages spell control tokens. The template's own are written by their names, which stand for them
     in a copy of the tokenizer; what messages spell is then text to it."""
     named, back = backend.with_named_control(tokenizer.control_ids, _GUARD)
@@ -64,7 +65,7 @@ def _by_names(tokenizer: Tokenizer, backend: TokenizersBackend, chats: Sequence[
             raise InputError(f"{chat.where}: holds U+{ord(_GUARD):X} beside a control token's spelling; minitune uses "
                              "this private-use character itself, remove it")
     texts = [rename(chat, chat.text) for chat in chats]
-    found: list[Encoded] = []
+    found: list[WithLead] = []
     for chat, text, cuts, encoding in zip(chats, texts, spans, named.encode_batch(texts, add_special_tokens=False),
                                           strict=True):
         ids = encoding.ids
@@ -77,7 +78,7 @@ def _by_names(tokenizer: Tokenizer, backend: TokenizersBackend, chats: Sequence[
     return found
 
 
-def _flag(encoding: Any, ids: list[int], text: str, spans: Spans) -> Encoded:
+def _flag(encoding: Any, ids: list[int], text: str, spans: Spans) -> WithLead:
     trained = [False] * len(ids)
     lead = ""
     for start, end in spans:
@@ -106,7 +107,7 @@ Heads = dict[tuple[str, bool], list[int]]
 """(The beginning of a run up to a cut, whether the run continues a text) -> its ids."""
 
 
-def _by_runs(tokenizer: Tokenizer, chats: Sequence[Rendered], spans: Sequence[Spans]) -> list[Encoded]:
+def _by_runs(tokenizer: Tokenizer, chats: Sequence[Rendered], spans: Sequence[Spans]) -> list[WithLead]:
     pattern = any_of([tokenizer.token(number) for number in tokenizer.control_ids])
     parts = [pattern.split(chat.text) if pattern else [chat.text] for chat in chats]
     wanted = [(chat.read(piece), place > 0) for chat, pieces in zip(chats, parts, strict=True)
@@ -142,7 +143,7 @@ def _encode_runs(tokenizer: Tokenizer, runs: Sequence[tuple[str, bool]]) -> Head
     return found
 
 
-def _join(tokenizer: Tokenizer, chat: Rendered, pieces: Sequence[str], spans: Spans, encoded: Heads) -> Encoded:
+def _join(tokenizer: Tokenizer, chat: Rendered, pieces: Sequence[str], spans: Spans, encoded: Heads) -> WithLead:
     ids: list[int] = []
     trained: list[bool] = []
     lead = ""

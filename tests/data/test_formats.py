@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from minitune.data.document import Segment
 from minitune.data.fields import FORMATS
 from minitune.data.formats import Prompt, Sample, Unused, prompts_of, to_sample, to_samples
 from minitune.data.rows import read_rows
+from minitune.data.segments import Segment
 from minitune.errors import InputError
 
 
