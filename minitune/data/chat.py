@@ -26,10 +26,11 @@ from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 from minitune.arguments import short
+from minitune.data.conversations import REASONING, says_nothing
 from minitune.data.mask import trained_spans
 from minitune.data.segments import Flagged, Segment, encode_segments
 from minitune.data.spans import encode_rendered
-from minitune.data.template import REASONING, ChatTemplate, Conversation
+from minitune.data.template import ChatTemplate, Conversation
 from minitune.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,8 +54,7 @@ def check_messages(messages: Any, where: str, tools: Any = None) -> None:
     """
     _check(messages, where, tools)
     for place, message in enumerate(messages):
-        if message["role"] == "assistant" and not message.get("content") and not message.get("tool_calls") \
-                and message.get("weight") != 0:
+        if says_nothing(message):
             raise InputError(f"{where}: messages[{place}].content is empty; an assistant's turn must say something, be "
                              "left out, or have weight 0")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from minitune.arguments import short
 from minitune.data.jsonl import decode_value
-from minitune.data.template import REASONING
 from minitune.errors import InputError
 
 ROLES = {
@@ -19,6 +18,8 @@ ROLES = {
     "function": "tool", "function_response": "tool", "observation": "tool", "function_call": "assistant",
 }
 """Who speaks, as files write it -> as the messages have it."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The fields of a message in which an assistant's thoughts may stand."""
 
 _SHAPE = '{"role": …, "content": text} or {"from": …, "value": text}'
 _TEXTS = ("name", "tool_call_id", *REASONING)
@@ -45,8 +46,7 @@ def to_messages(turns: Any, where: str, name: str, *, trained: bool = True) -> l
         raise InputError(f"{where}: {name} is {short(turns)}; it must be a list of {_SHAPE}")
     messages = [_message(turn, f"{where}: {name}[{place}]") for place, turn in enumerate(turns)]
     for place, message in enumerate(messages if trained else ()):
-        if message["role"] == "assistant" and not message["content"] and not message.get("tool_calls") \
-                and message.get("weight") != 0:
+        if says_nothing(message):
             raise InputError(f"{where}: {name}[{place}] says nothing; an assistant's turn must have some content or "
                              "tool calls, be left out, or have weight 0")
     return messages
@@ -73,6 +73,16 @@ def check_trained(messages: Sequence[Mapping[str, Any]], where: str, name: str) 
     """InputError if no turn is an assistant's: nothing of the sample could be trained."""
     if all(message["role"] != "assistant" for message in messages):
         raise InputError(f"{where}: {name} has no assistant turn, so there is nothing to train on; add one")
+
+
+def is_trained(message: Mapping[str, Any]) -> bool:
+    """Whether it is an answer that is to be learned."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def says_nothing(message: Mapping[str, Any]) -> bool:
+    """Whether it is trained, though it has neither content nor tool calls."""
+    return is_trained(message) and not message.get("content") and not message.get("tool_calls")
 
 
 def untrained(messages: Sequence[dict[str, Any]], where: str, name: str) -> list[dict[str, Any]]:
@@ -222,4 +232,5 @@ def _json(text: str, name: str) -> Any:
     return value
 
 
-__all__ = ["ROLES", "check_trained", "text_of", "to_messages", "to_tools", "untrained"]
+__all__ = ["REASONING", "check_trained", "is_trained", "says_nothing", "text_of", "to_messages", "to_tools",
+           "untrained"]

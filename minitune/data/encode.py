@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from minitune.data.chat import encode_conversations
+from minitune.data.conversations import REASONING, is_trained
 from minitune.data.corpus import BLANK, OPEN, SPOILT
 from minitune.data.formats import Sample
 from minitune.data.segments import Flagged, encode_segments
-from minitune.data.template import REASONING
 from minitune.errors import InputError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _characters(sample: Sample) -> int:
 
 def _flags(sample: Sample) -> int:
     spoilt = any("\ufffd" in text or "\0" in text for text in _texts(sample))
-    ends_open = bool(sample.messages) and sample.messages[-1]["role"] != "assistant"      # type: ignore[index]
+    ends_open = sample.messages is not None and sample.messages[-1]["role"] != "assistant"
     return BLANK * _is_blank(sample) + SPOILT * spoilt + OPEN * ends_open
 
 
@@ -121,7 +121,7 @@ def _is_blank(sample: Sample) -> bool:
     """Whether a sample has answers to train and all of them are blank."""
     answers = [segment.text for segment in sample.segments or () if segment.trained]
     for message in sample.messages or ():
-        if message.get("role") == "assistant" and message.get("weight") != 0:
+        if is_trained(message):
             if message.get("tool_calls"):
                 return False
             answers.append(str(message.get("content") or ""))

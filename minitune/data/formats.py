@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minitune.arguments import short
-from minitune.data.conversations import check_trained, text_of, to_messages, to_tools, untrained
+from minitune.data.conversations import check_trained, is_trained, text_of, to_messages, to_tools, untrained
 from minitune.data.fields import check_field_map, recognise
 from minitune.data.rows import read_rows
 from minitune.data.segments import Segment
@@ -117,11 +117,10 @@ def prompts_of(path: str | Path, field_map: Mapping[str, str] | None = None) -> 
             text = "".join(segment.text for segment in sample.segments[:first])
             if text:
                 yield Prompt(text, None)
-        for place, message in enumerate(sample.messages or ()):
-            if message["role"] == "assistant" and message.get("weight") != 0:
-                if place:
-                    yield Prompt(None, sample.messages[:place] if sample.messages else None, sample.tools)
-                break
+        elif sample.messages is not None:
+            first = next((i for i, message in enumerate(sample.messages) if is_trained(message)), 0)
+            if first:
+                yield Prompt(None, sample.messages[:first], sample.tools)
 
 
 def _weight(fields: Mapping[str, Any], where: str) -> float | None:

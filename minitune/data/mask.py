@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.data.template import REASONING, ChatTemplate, Rendered
+from minitune.data.conversations import REASONING
+from minitune.data.template import ChatTemplate, Rendered
 from minitune.errors import InputError
 
 Spans = list[tuple[int, int]]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minitune.arguments import short
+from minitune.data.conversations import REASONING, is_trained
 from minitune.data.jsonl import decode_value
 from minitune.data.template_process import PROCESS
 from minitune.errors import InputError
@@ -18,7 +19,6 @@ from minitune.errors import InputError
 Conversation = tuple[Sequence[Mapping[str, Any]], Sequence[Any] | None, str]
 """(messages, tools, where): ``where`` names it in errors, as "file:line"."""
 
-REASONING = ("reasoning_content", "thinking", "reasoning")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
@@ -120,8 +120,7 @@ class ChatTemplate:
     def _prepare(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, where: str, mask: bool
                  ) -> Rendered:
         """The messages as the template is to see them: no nulls, no weight, content as text, control strings hidden."""
-        trained = [i for i, message in enumerate(messages)
-                   if mask and message["role"] == "assistant" and message.get("weight") != 0]
+        trained = [i for i, message in enumerate(messages) if mask and is_trained(message)]
         given = Rendered([_plain(message) for message in messages], list(tools) if tools else None, where, trained)
         if any(isinstance(arguments, str) for message in given.messages for arguments in _arguments(message)) \
                 and self.quotes_arguments:
@@ -206,4 +205,4 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"tool_calls": calls}
 
 
-__all__ = ["REASONING", "ChatTemplate", "Conversation", "Rendered"]
+__all__ = ["ChatTemplate", "Conversation", "Rendered"]
