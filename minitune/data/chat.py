@@ -22,11 +22,11 @@ stays text; a content that spells a header is not told from one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from minitune.arguments import short
-from minitune.data.conversations import REASONING, says_nothing
+from minitune.data.conversations import REASONING, is_trained, says_nothing
 from minitune.data.mask import trained_spans
 from minitune.data.segments import Flagged, Segment, encode_segments
 from minitune.data.spans import encode_rendered
@@ -137,9 +137,9 @@ def render_chat(messages: Any, tokenizer: Tokenizer, tools: Any = None, add_gene
     template = tokenizer.template_for(tools)
     if template is None:
         _check_plain(messages, tools, "chat")
-        segments = _plain_segments(messages, add_generation_prompt)
+        segments = _plain_segments(messages, not add_generation_prompt)
         eos = tokenizer.token(tokenizer.require_eos())
-        return "".join(segment.text + (eos if segment.trained else "") for segment in segments)
+        return "".join(segment.text + (eos if segment.ends else "") for segment in segments)
     chat = next(template.render([(messages, tools, "chat")], add_generation_prompt))
     return chat.read(chat.text)
 
@@ -162,10 +162,9 @@ def _encode_by(template: ChatTemplate, conversations: Sequence[Conversation], to
 
 # -- the plain template
 
-def _plain_segments(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[Segment]:
-    """The turns as the plain template writes them: assistant contents trained, all between them not.
-
-    ``add_generation_prompt`` ends with the header of an assistant's turn to come.
+def _plain_segments(messages: Sequence[Mapping[str, Any]], mask: bool) -> list[Segment]:
+    """The turns as the plain template writes them: an assistant's content, with EOS, is a segment, and so is all that
+    stands between two. Without ``mask`` none is trained, and the header of an assistant's turn to come ends them.
     """
     segments: list[Segment] = []
     pending = ""
@@ -174,9 +173,9 @@ def _plain_segments(messages: Sequence[Mapping[str, Any]], add_generation_prompt
         if message["role"] != "assistant":
             pending += _text(message)
             continue
-        segments += [Segment(pending, False), Segment(_text(message), True)]
+        segments += [Segment(pending, False), Segment(_text(message), mask and is_trained(message), ends=True)]
         pending = ""
-    if add_generation_prompt:
+    if not mask:
         pending += (BETWEEN if messages else "") + HEADERS["assistant"]
     if pending:
         segments.append(Segment(pending, False))
@@ -206,25 +205,7 @@ def _check_plain(messages: Sequence[Mapping[str, Any]], tools: Any, where: str) 
 def _encode_plain(conversations: Sequence[Conversation], tokenizer: Tokenizer, mask: bool) -> list[Flagged]:
     for messages, tools, where in conversations:
         _check_plain(messages, tools, where)
-    found = encode_segments([_plain_segments(messages, not mask) for messages, _, _ in conversations], tokenizer)
-    if not mask:
-        return [(ids, [False] * len(ids)) for ids, _ in found]
-    for (_, trained), (messages, _, _) in zip(found, conversations, strict=True):
-        answers = [message for message in messages if message["role"] == "assistant"]
-        if any(message.get("weight") == 0 for message in answers):
-            _untrain(trained, [message.get("weight") == 0 for message in answers])
-    return found
-
-
-def _untrain(trained: list[bool], masked: Sequence[bool]) -> None:
-    """Masks some of the trained runs, in place. A header stands between two, so each run is one answer."""
-    place = 0
-    answers = iter(masked)
-    for flag, run in groupby(list(trained)):
-        size = sum(1 for _ in run)
-        if flag and next(answers):
-            trained[place:place + size] = [False] * size
-        place += size
+    return encode_segments([_plain_segments(messages, mask) for messages, _, _ in conversations], tokenizer)
 
 
 __all__ = ["check_messages", "encode_chat", "encode_conversations", "render_chat"]

@@ -146,7 +146,7 @@ def _string(fields: Mapping[str, Any], name: str, where: str, *, empty: bool = T
 
 
 def _text(fields: Mapping[str, Any], where: str) -> _Content:
-    return _Content([Segment(_string(fields, "text", where, empty=False), True)])
+    return _Content([Segment(_string(fields, "text", where, empty=False), True, ends=True)])
 
 
 def _pair(fields: Mapping[str, Any], where: str, answer: str = "completion") -> _Content:
@@ -154,8 +154,8 @@ def _pair(fields: Mapping[str, Any], where: str, answer: str = "completion") -> 
     if not any(isinstance(fields[name], list) for name in ("prompt", answer)):
         prompt, said = _string(fields, "prompt", where), _string(fields, answer, where, empty=False)
         if not prompt:
-            return _Content([Segment(said, True)])
-        return _Content([Segment(prompt, False), Segment(said, True)])
+            return _Content([Segment(said, True, ends=True)])
+        return _Content([Segment(prompt, False), Segment(said, True, ends=True)])
     asked = untrained(_turns(fields["prompt"], where, "prompt", "user"), where, "prompt")
     answers = _turns(fields[answer], where, answer, "assistant", trained=True)
     check_trained(answers, where, answer)
@@ -195,7 +195,7 @@ def _chat(fields: Mapping[str, Any], where: str, name: str = "messages") -> _Con
 def _gradient(fields: Mapping[str, Any], where: str) -> _Content:
     inputs = fields["inputs"]
     if isinstance(inputs, str):
-        return _Content([Segment(_string(fields, "inputs", where, empty=False), True)])
+        return _Content([Segment(_string(fields, "inputs", where, empty=False), True, ends=True)])
     if not isinstance(inputs, list) or not inputs:
         raise InputError(f"{where}: inputs is {short(inputs)}; it must be a string, or a list of "
                          '{"value", "trainable", "parse_special_tokens"}')
@@ -218,10 +218,10 @@ def _gradient(fields: Mapping[str, Any], where: str) -> _Content:
             raise InputError(f"{name}.value is {short(value)}; it must be a string"
                              + (", and not empty where it is trained" if trainable else ""))
         if value:
-            segments.append(Segment(value, trainable, parse, ends=False))
+            segments.append(Segment(value, trainable, parse_special=parse))
     if not segments:
         raise InputError(f"{where}: inputs holds no text; write some or remove the sample")
-    segments[-1] = segments[-1]._replace(ends=True)
+    segments[-1] = segments[-1]._replace(ends=segments[-1].trained)
     return _Content(segments)
 
 

@@ -10,16 +10,14 @@ if TYPE_CHECKING:
 
 
 class Segment(NamedTuple):
-    """A piece of a sample's text. A ``trained`` one is the model's to say, and EOS is put behind it and trained too.
-
-    ``parse_special``: control tokens that are written in its text are read as such, not as text. ``ends``: where False,
-    a trained one gets no EOS.
+    """A piece of a sample's text. A ``trained`` one is the model's to say. EOS is put behind one that ``ends``, trained
+    as it is. ``parse_special``: control tokens that are written in its text are read as such, not as text.
     """
 
     text: str
     trained: bool
+    ends: bool = False
     parse_special: bool = False
-    ends: bool = True
 
 
 Flagged = tuple[list[int], list[bool]]
@@ -49,7 +47,7 @@ def encode_segments(samples: Sequence[Sequence[Segment]], tokenizer: Tokenizer) 
             piece = next(encoded[place > 0, segment.parse_special])
             ids += piece
             closed = segment.parse_special and bool(piece) and piece[-1] in tokenizer.eos_ids
-            if segment.trained and segment.ends and not closed:
+            if segment.ends and not closed:
                 ids.append(tokenizer.require_eos())
             trained += [segment.trained] * (len(ids) - len(trained))
         if head and not (sample and sample[0].parse_special and ids[:1] == head):

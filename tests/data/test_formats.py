@@ -26,7 +26,7 @@ def bot(content: str, **more: Any) -> dict[str, Any]:
 def sample(kind: str, **found: Any) -> Sample:
     """What is expected; ``texts``: [(text, trained), …] for segments as all formats but Gradient's have them."""
     texts = found.pop("texts", None)
-    segments = None if texts is None else [Segment(text, trained) for text, trained in texts]
+    segments = None if texts is None else [Segment(text, trained, ends=trained) for text, trained in texts]
     return Sample("w", kind, **({"segments": segments, "messages": None, "tools": None, "weight": None} | found))
 
 
@@ -77,8 +77,8 @@ READ: list[tuple[dict[str, Any], Sample]] = [
     ({"inputs": "a", "multiplier": 0.5}, sample("gradient", texts=[("a", True)], weight=0.5)),
     ({"inputs": [{"value": "", "trainable": False}, {"value": "q", "trainable": False, "parse_special_tokens": None},
                  {"value": "a", "trainable": True}, {"value": "b", "trainable": True, "parse_special_tokens": True}]},
-     sample("gradient", segments=[Segment("q", False, ends=False), Segment("a", True, ends=False),
-                                  Segment("b", True, parse_special=True)])),
+     sample("gradient", segments=[Segment("q", False), Segment("a", True),
+                                  Segment("b", True, ends=True, parse_special=True)])),
     ({"prompt": "q", "chosen": "a", "rejected": "r", "score_chosen": 3},
      sample("preference", texts=[("q", False), ("a", True)], unused=REJECTED)),
     ({"prompt": [Q, A, Q], "chosen": [A], "rejected": [bot("r")]},
@@ -224,7 +224,7 @@ def test_a_file_of_every_format_is_read_in_order(tmp_path: Path) -> None:
         numbers = [int(each.where.rsplit(":", 1)[1]) for each in found]
         assert numbers == sorted(numbers) and len(set(numbers)) == len(numbers)
     (tmp_path / "b.txt").write_text("One.\n\nTwo.", encoding="utf-8")
-    assert next(to_samples(read_rows(tmp_path / "b.txt"))).segments == [Segment("One.\n\nTwo.", True)]
+    assert next(to_samples(read_rows(tmp_path / "b.txt"))).segments == [Segment("One.\n\nTwo.", True, ends=True)]
 
 
 def test_parquet_rows_carry_nulls_for_what_a_message_has_not(tmp_path: Path) -> None:

@@ -131,13 +131,14 @@ def test_control_tokens_are_read_only_where_a_segment_says_so(tokenizer: Tokeniz
         assert tokenizer.decode(document.ids) == ("Yes" if parse else spelled)
     if bos is not None and tokenizer.adds_bos:
         text = tokenizer.token(bos) + "the dog"
-        once = encode_segments([[Segment(text, True, parse_special=True)]], tokenizer)[0]
+        once = encode_segments([[Segment(text, True, ends=True, parse_special=True)]], tokenizer)[0]
         assert once[0].count(bos) == 1 and once[0][0] == bos
-        assert encode_segments([[Segment(text, True)]], tokenizer)[0][0].count(bos) == 1
+        assert encode_segments([[Segment(text, True, ends=True)]], tokenizer)[0][0].count(bos) == 1
 
 
 def test_many_samples_are_encoded_as_one_by_one(tokenizer: Tokenizer) -> None:
-    samples = [[Segment(f"a {i}", i % 3 == 0, i % 2 == 0), Segment(" b", True, i % 5 == 0, i % 4 > 0)]
+    samples = [[Segment(f"a {i}", i % 3 == 0, ends=i % 3 == 0, parse_special=i % 2 == 0),
+                Segment(" b", True, ends=i % 4 > 0, parse_special=i % 5 == 0)]
                for i in range(20)]
     samples.insert(3, [])
     assert encode_segments(samples, tokenizer) == [encode_segments([sample], tokenizer)[0] for sample in samples]
@@ -160,5 +161,5 @@ def test_a_tokenizer_without_eos_cannot_end_an_answer(byte_level: Callable[..., 
     nothing = load_tokenizer(byte_level(tokenizer_config={}))
     with pytest.raises(InputError, match="no end-of-text token"):
         document_of({"text": "a"}, nothing)
-    ids, trained = encode_segments([[Segment("a", True, ends=False)]], nothing)[0]
+    ids, trained = encode_segments([[Segment("a", True)]], nothing)[0]
     assert ids and all(trained)
