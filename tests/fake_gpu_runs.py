@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.fake_gpu import device
+from benchmarks.fake_gpu import device, order
 
 LENGTHS = (1500, 31, 700)
 LORAS: dict[str, dict[str, Any]] = {"LoRA": {}, "dropout": {"dropout": 0.1}, "DoRA": {"dora": True},
@@ -67,7 +67,7 @@ def _step(folder: Path, variant: str = "qwen3", lora: dict[str, Any] | None = No
             made.clip(1.0)
             made.step()
             made.zero_grad()
-        return {"waits": watch.waits, "launches": watch.launches, "ops": watch.ops}
+        return {"waits": watch.waits, "races": watch.order.races, "launches": watch.launches, "ops": watch.ops}
 
 
 def _recorded(folder: Path, **options: Any) -> dict[str, Any]:
@@ -83,7 +83,8 @@ def _recorded(folder: Path, **options: Any) -> dict[str, Any]:
         whole = GraphedStep(model, mt.AdamW(model.trainable_parameters()), batch, sft, n_documents=8, n_trained=2_400)
         watch.restart()
         whole([batch, batch], 1e-3, 1.0)
-        return {"waits": watch.waits}
+        order.synchronize()     # tables that the warm-up made on its own stream go with the model
+        return {"waits": watch.waits, "races": watch.order.races}
 
 
 def steps(folder: Path) -> None:
@@ -135,7 +136,7 @@ def uses(folder: Path) -> None:
             model = mt.load(folder / "base", device="cuda", lora=mt.LoRA(rank=4), **options)
             watch.restart()
             use(model)
-            return {"waits": watch.waits}
+            return {"waits": watch.waits, "races": watch.order.races}
 
     def tune() -> dict[str, Any]:
         """Nothing has a value here, so every result would differ."""
@@ -191,6 +192,69 @@ def faults(_: Path) -> None:
     report("memory", run, lambda x: (x * 2 * 2).sum())
 
 
+def streams(folder: Path) -> None:
+    """What must be seen of streams: work that nothing orders, and offload's steps, with each of its waits left out."""
+    import torch
+
+    from minitune.model.offload import Parking
+    from minitune.ops import swiglu
+
+    kept = []
+
+    def run(use: Callable[[Any, Any], object]) -> dict[str, Any]:
+        with device.fake_gpu() as watch:
+            x, side = torch.ones(1000, device="cuda"), torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            use(x, side)
+            order.synchronize()
+            return {"races": watch.order.races}
+
+    def read_there_written_here(x: Any, side: Any) -> None:
+        with torch.cuda.stream(side):
+            kept.append(x * 2)
+        x.add_(1)
+
+    def read_on_both(x: Any, side: Any) -> None:
+        with torch.cuda.stream(side):
+            kept.append(x * 2)
+        kept.append(x * 3)
+
+    def given_back(x: Any, side: Any) -> None:
+        y = x * 2
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            kept.append(y * 2)
+
+    def read_by_the_host(x: Any, side: Any) -> None:
+        y = torch.empty(1000, pin_memory=True)
+        y.copy_(x, non_blocking=True)
+        y.sum()
+
+    def read_by_the_host_in_time(x: Any, side: Any) -> None:
+        y, done = torch.empty(1000, pin_memory=True), torch.cuda.Event()
+        y.copy_(x, non_blocking=True)
+        done.record()
+        done.synchronize()
+        y.sum()
+
+    def written_by_a_kernel(x: Any, side: Any) -> None:
+        pair = x.new_ones(8, 64, dtype=torch.bfloat16)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            kept.append(pair * 2)
+        swiglu.backward(x.new_ones(8, 32, dtype=torch.bfloat16), pair, overwrite=True)
+
+    for use in (read_there_written_here, read_on_both, given_back, read_by_the_host, read_by_the_host_in_time,
+                written_by_a_kernel):
+        report(use.__name__, run, use)
+    report("offload", _step, folder, memory="offload")
+    for left_out in ("wait_stream", "wait_event"):
+        with mock.patch.object(order.Stream, left_out, lambda *_: None):
+            report(f"offload without {left_out}", _step, folder, memory="offload")
+    with mock.patch.object(Parking, "_let_go", lambda self: setattr(self, "_leaving", None)):
+        report("offload that gives back at once", _step, folder, memory="offload")
+
+
 def memory(_: Path) -> None:
     """QLoRA steps of a 7B model, as benchmarks/fake_gpu/memory.py counts them."""
     from benchmarks.fake_gpu.memory import Case, count
@@ -229,5 +293,5 @@ def report(name: str, run: Callable[..., dict[str, Any]], *args: Any, **options:
 if __name__ == "__main__":
     device.load(sys.argv[1])
     with tempfile.TemporaryDirectory() as place:
-        {"steps": steps, "uses": uses, "faults": faults, "memory": memory}[sys.argv[2]](Path(place))
+        {"steps": steps, "uses": uses, "faults": faults, "streams": streams, "memory": memory}[sys.argv[2]](Path(place))
     device.leave()

@@ -34,7 +34,7 @@ def _run(library, group):
 
 def test_no_step_mixes_devices_or_waits(library):
     found = _run(library, "steps")
-    wrong = {name: row for name, row in found.items() if row.get("error") or row["waits"]}
+    wrong = {name: row for name, row in found.items() if row.get("error") or row["waits"] or row["races"]}
     assert not wrong, json.dumps(wrong, indent=1)
     assert len(found) > 50
     assert found["LoRA"]["launches"]["rms_norm_forward"] and found["8 bits"]["launches"]["adamw_8bit"] == 2
@@ -50,7 +50,7 @@ def test_no_step_mixes_devices_or_waits(library):
 
 def test_what_a_user_does_runs_and_a_run_waits_only_where_it_must(library):
     found = _run(library, "uses")
-    assert not {name: row for name, row in found.items() if row.get("error")}
+    assert not {name: row for name, row in found.items() if row.get("error") or row.get("races")}
     # Of six steps the last one's loss alone is asked for.
     assert list(found["train"]["waits"].values()) == [1]
     every = ["augmented", "reference", "triton"]
@@ -77,6 +77,19 @@ def test_a_fault_would_be_seen(library):
     assert "two devices" in found["two devices"]["error"] and "nonzero" in found["a boolean index"]["error"]
     # x, x·2 and x·2·2 are 4,096 bytes each; the sum came when one of them had gone.
     assert found["memory"]["peak"] == 3 * 4096 and found["memory"]["live"] == 4096
+
+
+def test_streams_that_nothing_orders_would_be_seen(library):
+    found = _run(library, "streams")
+    assert not any(row.get("error") for row in found.values()), found
+    in_order = {name for name, row in found.items() if not row["races"]}
+    assert in_order == {"read_on_both", "read_by_the_host_in_time", "offload"}
+    said = {name: " ".join(row["races"]) for name, row in found.items()}
+    assert "aten::add_ writes what stream 1 may still" in said["read_there_written_here"]
+    assert "given back is what stream 1 may still" in said["given_back"]
+    assert "aten::sum touches what stream 0 may still" in said["read_by_the_host"]
+    assert "swiglu_backward writes what stream 1 may still" in said["written_by_a_kernel"]
+    assert "given back" in said["offload that gives back at once"]
 
 
 def test_a_7b_qlora_step_holds_no_more_than_was_promised(library):

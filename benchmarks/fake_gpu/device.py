@@ -1,7 +1,8 @@
 """fake_gpu: a GPU that computes nothing; the true CUDA path over tensors that have a shape and a device, no values.
 
-What it shows without a GPU: operands on two devices, a host that waits, what torch has no rule for, and the bytes that
-are live at each moment. What a kernel computes, how long it takes and what CUDA itself refuses it cannot show.
+What it shows without a GPU: operands on two devices, a host that waits, what torch has no rule for, the bytes that are
+live at each moment, and memory that two streams touch in no order (order.py). What a kernel computes, how long it takes
+and what CUDA itself refuses it cannot show.
 
 torch reads its CUDA hooks once, so the library of `device.cpp` must be loaded before torch is: `load` comes first, in a
 process of its own, and needs a torch without CUDA. Memory that torch's C++ takes within an op is not seen, but for
@@ -66,40 +67,6 @@ def _torch() -> Path:
     return Path(found.origin).parent
 
 
-class Stream:
-    """Of torch.cuda."""
-
-    cuda_stream = 0
-
-    def __init__(self, *_: Any):
-        pass
-
-    def wait_stream(self, _: Stream) -> None:
-        pass
-
-    def wait_event(self, _: Event) -> None:
-        pass
-
-
-class Event:
-    """Of torch.cuda."""
-
-    def __init__(self, **_: Any):
-        pass
-
-    def record(self, _: Stream | None = None) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, _: Event) -> float:
-        return 1.0
-
-
 class Graph:
     """Of torch.cuda."""
 
@@ -114,11 +81,17 @@ def fake_gpu(native: bool = True) -> Iterator[Any]:
     from torch._subclasses import fake_tensor
     from triton.runtime.jit import JITFunction
 
+    from benchmarks.fake_gpu import order
     from benchmarks.fake_gpu.watch import PROCESSORS, Watch
     from minitune.ops import backends, moments8, nf4, rope
 
-    watch = Watch()
+    watch = Watch(order.begin())
     tables = (backends._native, moments8.table, rope._static, nf4.table, nf4.nested_code)
+
+    def synchronize(*_: Any) -> None:
+        watch.wait("synchronize")
+        order.synchronize()
+
     about = types.SimpleNamespace(name="a fake H200", total_memory=TOTAL, multi_processor_count=PROCESSORS, major=9,
                                   minor=0)
     gpu = {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
@@ -126,15 +99,17 @@ def fake_gpu(native: bool = True) -> Iterator[Any]:
            "get_device_name": lambda *_: about.name, "get_device_properties": lambda *_: about,
            "mem_get_info": lambda *_: (TOTAL - watch.live, TOTAL), "memory_allocated": lambda *_: watch.live,
            "memory_reserved": lambda *_: watch.live, "max_memory_allocated": lambda *_: watch.peak,
-           "current_stream": lambda *_: Stream(), "Stream": Stream, "Event": Event, "CUDAGraph": Graph,
-           "is_bf16_supported": lambda **_: True, "synchronize": lambda *_: watch.wait("synchronize"),
+           "current_stream": order.current_stream, "Stream": order.Stream, "Event": order.Event,
+           "stream": order.on, "CUDAGraph": Graph,
+           "is_bf16_supported": lambda **_: True, "synchronize": synchronize,
            "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8), "set_rng_state": lambda *_: None,
-           **{name: lambda *_, **__: contextlib.nullcontext() for name in ("stream", "device", "device_of", "graph")}}
+           **{name: lambda *_, **__: contextlib.nullcontext() for name in ("device", "device_of", "graph")}}
 
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         places = {str(x.device) for x in (*args, *options.values()) if isinstance(x, torch.Tensor)}
         assert places <= {"cuda:0"}, f"{kernel.fn.__name__} is given tensors on {sorted(places)}"
         watch.launches[kernel.fn.__name__] += 1
+        watch.launched(kernel, {**dict(zip(kernel.arg_names, args, strict=False)), **options})
 
     class Generator(torch.Generator):
         def __new__(cls, *_: Any) -> Any:

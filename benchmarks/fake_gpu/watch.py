@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.fake_gpu.order import HOST, Order, written
+
 PROCESSORS = 132
 """Of an H200: streaming multiprocessors."""
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -44,8 +46,9 @@ class NoDriver(FakeTensorMode):
 class Watch(TorchDispatchMode):
     """Runs what is on the host as it is and fakes what is on the device; keeps the books."""
 
-    def __init__(self) -> None:
+    def __init__(self, order: Order) -> None:
         super().__init__()
+        self.order = order
         self.fake = NoDriver(allow_non_fake_inputs=True)
         self.live, self.peak, self.largest = 0, 0, Counter[tuple[str, int]]()
         self.ops, self.launches, self.waits = Counter[str](), Counter[str](), Counter[str]()
@@ -73,6 +76,7 @@ class Watch(TorchDispatchMode):
         lines = [frame for frame in traceback.extract_stack() if f"{os.sep}minitune{os.sep}" in frame.filename]
         place = f"{os.path.basename(lines[-1].filename)}:{lines[-1].lineno}" if lines else "outside"
         self.waits[f"{what} in {place}"] += 1
+        self.order.wait(HOST, self.order.clocks[self.order.current])
 
     def take(self, x: Any, name: str) -> None:
         storage = x.untyped_storage()
@@ -84,9 +88,13 @@ class Watch(TorchDispatchMode):
         def gone(_: Any) -> None:
             del self.known[key], self.places[key]
             self.live -= n_bytes
+            self.order.gone(key)
 
         self.places[key] = weakref.ref(storage, gone)
         self.known[key] = name, n_bytes, next(self.next_place)
+        self.order.taken(key, name)
+        if not name.startswith(("aten::empty", "aten::new_empty")):
+            self.order.work(name, set(), {key})
         self.live += n_bytes
         self.note()
 
@@ -94,8 +102,28 @@ class Watch(TorchDispatchMode):
         """x, a tensor on the host, as one in pinned memory."""
         storage = x.untyped_storage()
         key = storage._cdata
+        self.order.gone(key)        # of what lay there before
         self.pinned[key] = weakref.ref(storage, lambda _: self.pinned.pop(key))
         return x
+
+    def touched(self, func: Any, args: Any, kwargs: Any, who: int | None = None) -> None:
+        """Tell `order` of the device's and the pinned storages that an op reads and writes."""
+        reads, writes = set[int](), set[int]()
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            writes_it = argument.alias_info is not None and argument.alias_info.is_write
+            for x in tree_leaves(value):
+                if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) in (self.known | self.pinned):
+                    (writes if writes_it else reads).add(key)
+        if (reads or writes) and not func.is_view:
+            self.order.work(func._schema.name, reads, writes, who)
+
+    def launched(self, kernel: Any, arguments: dict[str, Any]) -> None:
+        """The same of a Triton kernel."""
+        out = written(kernel)
+        keys = {name: x.untyped_storage()._cdata for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+        writes = {key for name, key in keys.items() if name in out}
+        self.order.work(kernel.fn.__name__, set(keys.values()) - writes, writes)
 
     def note(self, name: str = "", within: int = 0) -> None:
         if self.live + within > self.peak:
@@ -112,10 +140,12 @@ class Watch(TorchDispatchMode):
         faked = [x for x in tensors if isinstance(x, FakeTensor)]
         device = kwargs.get("device")
         if not faked and (device is None or torch.device(device).type != "cuda"):
+            self.touched(func, args, kwargs, HOST)
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
             return self.pin(out) if pins else out
         name = func._schema.name
+        self.touched(func, args, kwargs)
         if name in ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"):
             self.wait(name)
             return ONE.get(faked[0].dtype, 1)
@@ -132,9 +162,9 @@ class Watch(TorchDispatchMode):
                 return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         with self.fake:
             out = func(*args, **kwargs)
-        made = [x for x in tree_leaves(out) if isinstance(x, FakeTensor)]
-        for x in made:
-            self.take(x, name)
+        for x in tree_leaves(out):
+            if isinstance(x, FakeTensor):
+                self.take(x, name)
         if name in WITHIN:
             self.note(name, WITHIN[name](*tensors))
         return out
