@@ -8,10 +8,12 @@ import torch
 
 from minitune.config import LoRA, ModelConfig
 from minitune.model import half
+from minitune.model.attention_half import AttentionHalf
 from minitune.model.init import init_weights
 from minitune.model.llama import Llama
 from minitune.model.lora import Projection
 from minitune.model.memory import kept_bytes
+from minitune.model.mlp_half import MlpHalf
 from minitune.ops import rms_norm, rope, tuned
 from minitune.ops.documents import Documents
 from tests.tolerance import check_rms, relative
@@ -228,6 +230,53 @@ def test_a_layer_whose_input_needs_no_gradient_gets_none():
     assert x.grad is None and all(a.A.grad is not None for a in network.adapters().values())
 
 
+@pytest.mark.parametrize("trained", ["norms", "*.layers.0.post_attention_layernorm.weight", "*.layers.0.mlp.*"])
+@pytest.mark.parametrize("policy", ["keep", "full"])
+def test_nor_does_what_it_trains_before_anything_else_need_it(policy, trained):
+    """The first norm that is trained, or the first product, above an embedding that is not."""
+    network = _network(SHAPES["llama"], (trained,) if "*" in trained else trained)
+    weights = [p for p in network.parameters() if p.requires_grad and p is not network.norm]
+    x, upstream = _x_and_upstream(torch.float32)
+    network.refresh_images()
+    found = torch.autograd.grad(_fast(network, policy)(x), weights, upstream)
+    expected = torch.autograd.grad(_fast(network, policy)(x.clone().requires_grad_()), weights, upstream)
+    assert all(torch.equal(d, e) for d, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["keep", "full"])
+def test_a_half_is_given_gradients_whose_values_lie_in_memory(policy):
+    """Kernels take their addresses; those of a sum are one value, expanded."""
+    network, given = _network(SHAPES["llama"], LORAS["all"]), []
+
+    def watched(self, dy, past, *rest, usual=MlpHalf.backward_from):
+        given.append((dy, past))
+        return usual(self, dy, past, *rest)
+
+    network.refresh_images()
+    y = _fast(network, policy)(_x_and_upstream(torch.float32)[0])
+    with mock.patch.object(MlpHalf, "backward_from", watched):
+        y.sum().backward()
+    assert len(given) == 2 and all(d.is_contiguous() for pair in given for d in pair)
+
+
+def test_full_holds_the_memory_of_one_half_at_a_time():
+    network, alive = _network(SHAPES["llama"], LORAS["all"]), []
+
+    def first(self, *rest, usual=AttentionHalf.forward_keeping, **options):
+        y, kept = usual(self, *rest, **options)
+        alive.append(weakref.ref(kept["attended"]))
+        return y, kept
+
+    def second(self, *rest, usual=MlpHalf.forward_keeping, **options):
+        assert alive.pop()() is None
+        return usual(self, *rest, **options)
+
+    network.refresh_images()
+    with mock.patch.object(AttentionHalf, "forward_keeping", first), mock.patch.object(MlpHalf, "forward_keeping",
+                                                                                       second):
+        assert _fast(network, "full")(_x_and_upstream(torch.float32)[0]).requires_grad
+
+
 @pytest.mark.parametrize(("trained", "policy"), [("norms", "keep"), ("norms", "full"), ("full", "full")])
 def test_a_base_weight_that_changed_before_a_backward_that_reads_it_is_an_error(trained, policy):
     """It would give wrong gradients: autograd says so."""
@@ -286,12 +335,13 @@ def test_a_loss_of_the_stream_alone_passes_the_half_by(with_branch):
     assert all(torch.equal(d, torch.ones_like(x)) for d in torch.autograd.grad(total.sum(), given))
 
 
-@pytest.mark.parametrize(("trained", "again"), [("norms", 0), ("full", 4), (("*.q_proj.bias", "*.down_proj.*"), 0)],
-                         ids=str)
-def test_a_norms_output_is_formed_again_only_for_who_reads_it(trained, again):
+@pytest.mark.parametrize(("trained", "policy", "again"), [
+    ("norms", "pointwise", 0), ("full", "pointwise", 4), ("full", "keep", 0),
+    (("*.q_proj.bias", "*.down_proj.*"), "pointwise", 0)], ids=str)
+def test_a_norms_output_is_formed_again_only_for_who_reads_it(trained, policy, again):
     network = _network(SHAPES["mistral"], trained)
     network.refresh_images()
-    y = _fast(network, "pointwise")(_x_and_upstream(torch.float32)[0])
+    y = _fast(network, policy)(_x_and_upstream(torch.float32)[0])
     with mock.patch.object(rms_norm, "apply", side_effect=rms_norm.apply) as apply:
         y.sum().backward()
     assert apply.call_count == again

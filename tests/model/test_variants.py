@@ -75,6 +75,22 @@ def test_a_step_between_a_loss_and_its_backward_is_an_error(tiny, lora):
         late.backward()
 
 
+def test_under_plain_autograd_a_policy_other_than_keep_holds_little(tiny):
+    held = {}
+    for memory in ("keep", "pointwise", "full"):
+        model, found = _model(tiny, KINDS["dora"], memory=memory), {}
+
+        def pack(tensor, found=found):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        batch = _batch()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            assert model.hidden(batch).requires_grad
+        held[memory] = sum(found.values())
+    assert held["full"] == held["pointwise"] < held["keep"] / 2
+
+
 @pytest.mark.parametrize("quant", [None, "nf4"])
 @pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7], [9, 8]]], ids=["one", "several"])
 def test_generation_is_that_of_the_logits(tmp_path, lora, prompts, quant):
