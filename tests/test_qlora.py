@@ -102,6 +102,17 @@ def test_generation_is_that_of_the_decoded_weights(tmp_path, prompts, dtype):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_one_sequence_has_its_weights_decoded_only_where_nothing_reads_them_packed(tmp_path, backend):
+    if backends.missing(backend, torch.device("cpu")):
+        pytest.skip(backends.missing(backend, torch.device("cpu")))
+    make("llama-2-gqa", tmp_path)
+    network = mt.load(tmp_path, quant="nf4", device="cpu").network
+    with backends.use(backend), network.weights_at_hand(1):
+        assert {projection.decoded is None for projection in network.projections()} == {backend == "native"}
+    assert all(projection.decoded is None for projection in network.projections())
+
+
 def test_training_lowers_the_loss_and_the_adapter_goes_on(tmp_path):
     make("llama-2-gqa", tmp_path / "base")
     model = mt.load(tmp_path / "base", quant="nf4-dq", lora=mt.LoRA(rank=4), device="cpu")

@@ -107,3 +107,12 @@ def test_a_copied_model_keeps_weight_and_layout_together(network):
 def test_a_weight_that_is_trained_is_laid_out_no_longer(network):
     network.unfreeze(["model.layers.0.mlp.*"])
     assert network.blocks()[0].mlp.gate_up.around is None and network.blocks()[1].mlp.gate_up.around is not None
+
+
+def test_nor_by_an_adapter_that_comes_to_it_later():
+    network = Llama(CONFIG, dtype=torch.bfloat16)
+    init_weights(network, seed=1)
+    network.unfreeze(["model.layers.0.mlp.*"])
+    network.add_adapters(LoRA(rank=4), seed=2)
+    assert network.blocks()[0].mlp.gate_up.around is None and network.blocks()[1].mlp.gate_up.around is not None
+    assert all(torch.isfinite(found).all() for found in _step(network))

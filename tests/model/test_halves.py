@@ -326,6 +326,40 @@ def test_copies_take_what_is_predicted(trained, policy):
     assert (held > 0) == (policy != "full" and trained != "norms")
 
 
+def test_a_weight_that_is_trained_in_parts_lies_nowhere_else():
+    network = _network(SHAPES["qwen2"], BASES["full"], torch.bfloat16)
+    assert all(p.untyped_storage().nbytes() == 0 for projection in network.projections()
+               for p in (projection.weight, projection.bias) if p is not None)
+
+
+def test_a_trained_bias_has_its_gradient_in_fp32():
+    """Of bf16 the sum over the tokens is rounded nowhere."""
+    network = _network(SHAPES["qwen2"], ("*.q_proj.bias",), torch.bfloat16)
+    gradients = _gradients(network, _fast(network, "keep"), torch.bfloat16)[2:]
+    assert len(gradients) == 2 and not any(torch.equal(d, d.bfloat16().float()) for d in gradients)
+
+
+@torch.no_grad()
+def test_a_pass_without_gradients_reads_trained_weights_as_they_stand():
+    """Two such passes, nothing between them but the update."""
+    network, (x, _) = _network(SHAPES["qwen2"], BASES["full"]), _x_and_upstream(torch.float32)
+    found = []
+    for _ in range(2):
+        network.refresh_images()
+        found.append(_fast(network, "keep")(x))
+        network.blocks()[1].mlp.down.base_parameters()[0].add_(1)
+    assert not torch.equal(*found)
+
+
+def test_dropout_and_dora_take_plain_autograd_only_where_they_count():
+    for lora in (LoRA(rank=2, dropout=0.1), LoRA(rank=2, dora=True)):
+        network = _network(SHAPES["llama"], lora)
+        assert network.needs_composed
+        assert network.eval().needs_composed == lora.dora
+        with network.adapters_switched(False):
+            assert not network.needs_composed
+
+
 @pytest.mark.parametrize("with_branch", [False, True])
 def test_a_loss_of_the_stream_alone_passes_the_half_by(with_branch):
     network = _network(SHAPES["llama"], BASES["full"])
