@@ -162,6 +162,21 @@ def test_rows_go_on_in_full_precision_beside_more_tokens(tmp_path):
     assert torch.equal(again.network.output.rows.embedding[0], model.network.output.rows.embedding[0])
 
 
+def test_rows_of_a_head_of_its_own_go_on_too(tmp_path):
+    make("llama-2-gqa", tmp_path)
+    network = mt.load(tmp_path, lora=LORA, device="cpu", dtype="float32").network
+    network.train_tokens([9, 5])
+    with torch.no_grad():
+        network.output.rows.embedding.normal_()
+        network.output.rows.head.normal_()
+    before = network.output.rows
+    network.train_tokens([40, 9, 5])
+    after = network.output.rows
+    assert before.ids == (5, 9) and after.ids == (5, 9, 40)
+    assert torch.equal(after.embedding[:2], before.embedding) and torch.equal(after.head[:2], before.head)
+    assert torch.equal(after.embedding[2], network.embedding[40]) and torch.equal(after.head[2], network.head[40])
+
+
 @pytest.mark.parametrize("variant", ["llama-tied", "llama-2-gqa"])
 def test_a_vocabulary_that_peft_resized_is_taken_over(tmp_path, variant):
     base = make(variant, tmp_path / "base")
