@@ -1,5 +1,7 @@
 """The KV cache: it grows with what is generated, not with the limit, and growing changes no token."""
 
+import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -8,8 +10,11 @@ import torch
 import minitune as mt
 from minitune.model import generate as generation
 from minitune.model.lora import Projection
+from minitune.ops import attention
+from minitune.ops.documents import Documents
 from tests.batches import documents, packed
 from tests.oracles import make
+from tests.tolerance import relative
 
 
 def _caches(monkeypatch):
@@ -52,6 +57,42 @@ def test_a_high_limit_costs_nothing_until_it_is_used(tmp_path, monkeypatch):
         assert len(answer[0]) == count
     assert [cache.capacity for cache in caches] == [3 + generation.ROOM, 4 * (3 + generation.ROOM)]
     assert caches[1].keys[0].shape == caches[1].values[-1].shape == torch.Size([1, 2, caches[1].capacity, 8])
+
+
+@pytest.mark.parametrize("lengths", [(4, 4), (2, 9, 5), (0, 3)], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 3, 5, 10, 20])
+def test_a_token_attends_to_what_its_row_holds_and_its_window_shows(window, lengths):
+    """As the last one of a document in `attention.reference`; keys behind the end of a row are stale."""
+    q, keys, values = torch.randn(len(lengths), 4, 8), *torch.randn(2, len(lengths), 2, 12, 8)
+    found = generation._attend(SimpleNamespace(window=window), q, keys, values, list(lengths))
+    for row, length in enumerate(lengths):
+        n = length + 1
+        whole = attention.reference(q[row].expand(n, -1, -1), keys[row, :, :n].transpose(0, 1),
+                                    values[row, :, :n].transpose(0, 1), Documents.from_lengths((n,)), window)
+        assert relative(found[row], whole[-1].flatten()) < 1e-6
+
+
+def test_each_row_ends_where_it_is_finished(tmp_path):
+    make("llama-2-gqa", tmp_path)
+    network, asked = mt.load(tmp_path, device="cpu", dtype="float32").network, [0, 0, 0]
+
+    def finished(row, ids):
+        asked[row] += 1
+        return len(ids) == (4, 1, 3)[row]
+
+    found = generation.generate(network, [[5, 6], [7], [8, 9, 10]], 20, generation.sampler(), finished)
+    assert asked == [len(ids) for ids in found] == [4, 1, 3]
+
+
+def test_the_first_place_that_the_model_does_not_know_is_said(tmp_path):
+    make("llama-2-gqa", tmp_path)
+    model = mt.load(tmp_path, device="cpu", dtype="float32")
+    prompt = [5] * (model.config.max_positions - 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(generation.steps(model.network, [prompt], 3, generation.sampler()))
+    with pytest.warns(UserWarning, match=f"a document of {len(prompt) + 3} tokens is longer than"):
+        list(generation.steps(model.network, [prompt], 4, generation.sampler()))
 
 
 def test_sampling_takes_a_whole_number_as_temperature(tmp_path):

@@ -298,6 +298,14 @@ def test_clip_of_plain_parameters_and_torch_optimizers(wrap):
     assert clip_grad_norm(wrap(ours), None).item() == pytest.approx(0.5, rel=1e-5)
 
 
+def test_the_factor_of_a_tiny_norm_is_torchs():
+    ours, theirs = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+    ours.grad, theirs.grad = torch.full((4,), 1e-6), torch.full((4,), 1e-6)
+    clip_grad_norm([ours], 1e-6)
+    nn.utils.clip_grad_norm_([theirs], 1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=0)
+
+
 def test_global_norm_is_exact_where_one_fp32_sum_is_not():
     x = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0)) * 0.01
     truth = x.double().norm().item()
