@@ -230,6 +230,10 @@ def test_resume_is_bitwise_and_an_empty_state_resets(moments):
     assert all(torch.equal(a, b) for a, b in zip(resumed, straight, strict=True))
     second.load_state_dict(empty)
     assert not second.state_dict()["state"]
+    fresh = copy.deepcopy(resumed)
+    continued(second, resumed, range(6, 8))
+    continued(AdamW(fresh, lr=empty["param_groups"][0]["lr"], moments=moments), fresh, range(6, 8))
+    assert all(torch.equal(a, b) for a, b in zip(resumed, fresh, strict=True))
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
