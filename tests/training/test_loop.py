@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -70,6 +71,38 @@ def test_label_smoothing_is_a_share():
 def test_runs_are_bitwise_repeatable(fakes):
     losses = [fit(fakes.TinyModel(), data(fakes), Training(epochs=3), fakes.objective).losses for _ in range(2)]
     assert losses[0] == losses[1]
+
+
+def test_what_is_drawn_in_a_run_is_drawn_from_its_seed(fakes):
+    """Dropout, that is; whatever was drawn before."""
+    def drawing(model, batch):
+        drawn.append(torch.rand(()).item())
+        return fakes.objective(model, batch)
+
+    runs = []
+    for seed in (3, 3, 4):
+        drawn = []
+        fit(fakes.TinyModel(), data(fakes), Training(max_steps=3, seed=seed), drawing)
+        runs.append(drawn)
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_each_step_has_its_own_flops(fakes):
+    costs = SimpleNamespace(of_batch=lambda batch, n_filler: float(batch.n_tokens))
+    run = fit(fakes.TinyModel(), data(fakes), Training(max_steps=4, micro_batches=2), fakes.objective, costs=costs)
+    assert [record.flops for record in run.records] == [record.n_tokens for record in run.records]
+
+
+def test_a_cpu_leaves_filler_out(fakes):
+    seen = []
+
+    def watching(model, batch):
+        seen.append(batch.n_tokens)
+        return fakes.objective(model, batch)
+
+    batches = pack([[1, 2, 3, 4, 5]], tokens=200)
+    run = fit(fakes.TinyModel(), batches, Training(max_steps=1), watching)
+    assert seen[0] < 200 and run.records[0].n_tokens == 200 and run.records[0].n_filler == 195
 
 
 @pytest.mark.parametrize("lag", [0, 1])

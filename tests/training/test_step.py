@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minitune.errors import InputError
+from minitune.training import flat
 from minitune.training.optimizers import SGD, AdamW
 from minitune.training.step import train_step
 
@@ -130,3 +131,10 @@ def test_batches_may_come_from_an_iterator_and_need_gradients(fakes):
     assert torch.equal(model.B, other.B)
     with torch.no_grad(), pytest.raises(InputError, match="train_step: gradients are switched off here"):
         train_step(model, [fakes.make_batch(9)], SGD(model.param_groups(1.0), 1.0))
+
+
+def test_a_large_gradient_does_not_outlive_its_step(fakes, monkeypatch):
+    """What comes before the next backward has its memory."""
+    monkeypatch.setattr(flat, "WHOLE", 30)
+    model, _, _ = step(fakes, SPLITS["2x4"], lr=0.1)
+    assert model.A.numel() < 30 <= model.B.numel() and model.A.grad is not None and model.B.grad is None
