@@ -72,6 +72,9 @@ def test_data_without_a_trained_token_is_refused_and_the_mode_put_back(tiny):
         with pytest.raises(mt.InputError, match="evaluate: the data has no trained token"):
             evaluate(model, data)
     assert model.training
+    model.eval()
+    evaluate(model, batches())
+    assert not model.training
 
 
 def test_a_hopeless_loss_has_a_perplexity_too():

@@ -239,3 +239,9 @@ def test_gpu_kernels(window):
     for name, value, p, t in zip(("out", "dq", "dk", "dv"), results[0], plain, truth, strict=True):
         check(name, value, p, t)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "two runs differ"
+
+
+def test_a_window_of_the_library_does_not_count_the_token_itself(monkeypatch):
+    monkeypatch.setattr(attention_library, "_flash_windows", lambda: True)
+    assert attention_library._window(5) == {"window_size_left": 4, "window_size_right": 0}
+    assert attention_library._window(None) == {"window_size_left": -1, "window_size_right": 0}

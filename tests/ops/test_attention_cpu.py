@@ -10,7 +10,7 @@ import torch
 from minitune.ops import attention, attention_cpu, backends
 from minitune.ops.deterministic import deterministic
 from minitune.ops.documents import Documents
-from tests.tolerance import check
+from tests.tolerance import check, relative
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -255,3 +255,14 @@ def test_nothing_to_do(lengths):
 def test_as_torch_sees_it(backward):
     op = torch.ops.minitune.attention_amx_backward if backward else torch.ops.minitune.attention_amx
     torch.library.opcheck(op.default, tuple(_arguments(backward).values()))
+
+
+def test_blocks_are_summed_in_fp32():
+    """Equal scores, and 1 from every query: a value gets 1 / (how many keys the query sees), of 64 blocks and 8 heads."""
+    length, heads = 4096, 8
+    q, k = torch.zeros(length, heads, 8).bfloat16(), torch.randn(length, 1, 8).bfloat16()
+    documents = Documents.from_lengths((length,))
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
+    attention_cpu.backward_blocks(torch.ones_like(q), q, k, k, documents, None, (dq, dk, dv))
+    expected = heads * (1 / torch.arange(1, length + 1).double()).flip(0).cumsum(0).flip(0)
+    assert relative(dv[:, 0], expected[:, None].expand(-1, 8)) < 2.2e-3

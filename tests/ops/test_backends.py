@@ -127,3 +127,10 @@ def test_a_device_that_is_not_there():
         mt.backends("nonsense")
     if not torch.cuda.is_available():
         assert mt.backends("cuda")["triton"] == mt.backends("cuda")["cudnn"] == "torch finds no GPU here"
+
+
+def test_heads_and_values_lie_side_by_side_or_do_not():
+    x = torch.zeros(6, 8, 4)
+    apart = {"rows": x[::2], "heads": x[:, ::2], "values": x[:, :, ::2], "turned": x.transpose(0, 1),
+             "expanded": x[:1].expand(6, -1, -1), "some heads": x[:, 2:5], "one head": x[:, 3:4], "dimensions": x[None]}
+    assert [name for name, each in apart.items() if backends.side_by_side(each)] == ["rows", "some heads", "one head"]

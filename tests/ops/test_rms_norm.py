@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minitune.ops import rms_norm
+from minitune.ops import backends, rms_norm
 from tests.tolerance import check
 
 EPS = 1e-5
@@ -84,3 +84,15 @@ def test_reference_gradcheck():
     assert torch.autograd.gradcheck(lambda x, w: rms_norm.rms_norm(x, w, EPS), (x, weight))
     assert torch.autograd.gradcheck(lambda x: rms_norm.reference(x, weight, EPS), x)
     assert torch.autograd.gradcheck(lambda x: rms_norm.rms_norm(x, weight, EPS), x)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_gradient_that_is_one_value_expanded(backend):
+    """Of a sum over hidden states."""
+    if backends.missing(backend, torch.device("cpu")):
+        pytest.skip(backends.missing(backend, torch.device("cpu")))
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.rand(8, requires_grad=True)
+    with backends.use(backend):
+        found = torch.autograd.grad(rms_norm.rms_norm(x, weight, 1e-5).sum(), (x, weight))
+        expected = torch.autograd.grad((rms_norm.rms_norm(x, weight, 1e-5) * torch.ones(6, 8)).sum(), (x, weight))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -45,6 +45,9 @@ def test_angles_restart_with_each_document_and_dynamic_reads_its_length():
         assert torch.equal(cos[start : start + length], expected[0])
         assert torch.equal(sin[start : start + length], expected[1])
         start += length
+    one_more = Documents.from_lengths((9,))
+    angles = one_more.positions()[:, None] * rope.frequencies(config.rope, 16, 8, 9)[0]
+    assert torch.equal(rope.tables(config, one_more.positions(), one_more)[0], angles.cos())
     short, long = (rope.frequencies(config.rope, 16, 8, n)[0] for n in (5, 20))
     assert not torch.equal(short, long)
     assert torch.equal(rope.frequencies(config.rope, 16, 8, 8)[0], short)
@@ -53,6 +56,21 @@ def test_angles_restart_with_each_document_and_dynamic_reads_its_length():
 def test_linear_is_slower_by_its_factor():
     plain, scaled = (rope.frequencies(Rope(kind=k, factor=4.0), 16, 64)[0] for k in ("default", "linear"))
     assert torch.allclose(scaled * 4, plain)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize("original", [16, 4096, 1 << 17])
+def test_yarn_has_the_frequencies_of_transformers(original, truncate):
+    """Of an original context in which few pairs turn, and of one in which nearly all do."""
+    theirs = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS["yarn"]
+    config = pytest.importorskip("transformers").LlamaConfig(
+        hidden_size=32, num_attention_heads=2, max_position_embeddings=4 * original, rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": original,
+            "truncate": truncate})
+    expected, factor = theirs(config, "cpu")
+    own = Rope(kind="yarn", theta=10_000.0, factor=4.0, original_max_positions=original, truncate=truncate)
+    found = rope.frequencies(own, 16, 4 * original)
+    assert relative(found[0], expected) < 1e-6 and found[1] == pytest.approx(factor)
 
 
 def test_llama3_keeps_short_waves_and_slows_long_ones():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minitune.ops import linear_cross_entropy, rms_norm, rope, swiglu
+from minitune.ops import adamw, linear_cross_entropy, moments8, rms_norm, rope, swiglu
 
 
 def _squared(x):
@@ -36,7 +36,13 @@ def _losses(x):
     linear_cross_entropy.losses_(x, torch.zeros(6, dtype=torch.int64), torch.empty(6), 0.0, True)
 
 
-@pytest.mark.parametrize("write", [_rope, _norm, _norm_backward, _swiglu, _swiglu_backward, _losses])
+def _adamw_8bit(x):
+    moments = (moments8.zeros(x.numel(), signed, torch.device("cpu")) for signed in (True, False))
+    adamw.adamw_8bit_(x.view(-1), torch.randn(x.numel()), *moments, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8,
+                      weight_decay=0.0, step=1)
+
+
+@pytest.mark.parametrize("write", [_rope, _norm, _norm_backward, _swiglu, _swiglu_backward, _losses, _adamw_8bit])
 def test_a_tensor_that_a_backward_saved_may_not_be_written_unnoticed(write):
     x = torch.randn(6, 16)
     total = _squared(x)
