@@ -7,6 +7,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from minitune.kernels import lora_images as kernels
 from minitune.kernels.launch import Config
+from minitune.ops import backends
+from minitune.ops.lora_images import Images
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 POISON = 777.0
@@ -86,3 +88,21 @@ def test_a_flat_that_is_too_short_is_not_written(device):
     *copies, n = _copies(EVEN[:1], device, gap=0)
     with pytest.raises(AssertionError):
         kernels.refresh(kernels.table(*copies, device), torch.empty(n - 1, dtype=torch.bfloat16, device=device))
+
+
+def test_what_is_remembered_of_the_parameters_is_what_they_are(device):
+    """A parameter that an optimizer moved to its buffer, and one whose factor was set anew."""
+    images, flat, old = Images(), torch.zeros(64, device=device), torch.randn(4, 8).to(device)
+    parameter, place = torch.nn.Parameter(old.clone()), flat[16:48].view(4, 8)
+    with backends.use("triton"):
+        images.refresh(flat, [(place, parameter.detach(), 1.0)])
+        assert torch.equal(place, old)
+        left = parameter.data
+        parameter.data = old * 3
+        left.fill_(POISON)
+        images.refresh(flat, [(place, parameter.detach(), 1.0)])
+        assert torch.equal(place, old * 3)
+        images.refresh(flat, [(place, parameter.detach(), 0.5)])
+        assert torch.equal(place, old * 1.5)
+        images.refresh(flat, [(flat[:32].view(4, 8), parameter.detach(), 0.5)])
+        assert torch.equal(flat[:32].view(4, 8), old * 1.5)
