@@ -84,6 +84,22 @@ def test_each_row_ends_where_it_is_finished(tmp_path):
     assert asked == [len(ids) for ids in found] == [4, 1, 3]
 
 
+@torch.no_grad()
+def test_a_step_of_a_stream_leaves_the_adapters_as_they_were_switched(tmp_path):
+    make("llama-2-gqa", tmp_path)
+    model = mt.load(tmp_path, lora=mt.LoRA(rank=2), device="cpu", dtype="float32")
+    for adapter in model.network.adapters().values():
+        adapter.B.normal_()
+    ids, adapted = torch.tensor([3, 4, 5]), generation.steps(model.network, [[5, 6]], 3, generation.sampler())
+    with model.adapter_disabled():
+        base, other = model.logits(ids), generation.steps(model.network, [[5, 6]], 3, generation.sampler())
+        next(adapted)
+        assert torch.equal(model.logits(ids), base)
+    whole = model.logits(ids)
+    next(other)
+    assert torch.equal(model.logits(ids), whole) and not torch.equal(whole, base)
+
+
 def test_the_first_place_that_the_model_does_not_know_is_said(tmp_path):
     make("llama-2-gqa", tmp_path)
     model = mt.load(tmp_path, device="cpu", dtype="float32")

@@ -258,7 +258,7 @@ def test_as_torch_sees_it(backward):
 
 
 def test_blocks_are_summed_in_fp32():
-    """Equal scores, and 1 from every query: a value gets 1 / (how many keys the query sees), of 64 blocks and 8 heads."""
+    """Equal scores, and 1 from every query: a value gets 1 / (how many keys the query sees), 64 blocks, 8 heads."""
     length, heads = 4096, 8
     q, k = torch.zeros(length, heads, 8).bfloat16(), torch.randn(length, 1, 8).bfloat16()
     documents = Documents.from_lengths((length,))
