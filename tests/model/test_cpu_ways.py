@@ -117,3 +117,8 @@ def test_nor_by_an_adapter_that_comes_to_it_later():
     network.add_adapters(LoRA(rank=4), seed=2)
     assert network.blocks()[0].mlp.gate_up.around is None and network.blocks()[1].mlp.gate_up.around is not None
     assert all(torch.isfinite(found).all() for found in _step(network))
+
+
+def test_a_weight_that_is_trained_in_parts_lies_nowhere_else(network):
+    network.unfreeze("full")
+    assert all(projection.weight.untyped_storage().nbytes() == 0 for projection in network.projections())

@@ -75,6 +75,14 @@ def test_a_step_between_a_loss_and_its_backward_is_an_error(tiny, lora):
         late.backward()
 
 
+@pytest.mark.parametrize("lora", [mt.LoRA(rank=2, dropout=0.1), mt.LoRA(rank=2, dora=True)], ids=["dropout", "dora"])
+def test_plain_autograd_is_taken_only_where_it_has_to_be(tiny, lora):
+    model = _model(tiny, lora).train()
+    assert model.network.needs_composed and model.eval().network.needs_composed == lora.dora
+    with model.adapter_disabled():
+        assert not model.network.needs_composed
+
+
 def test_under_plain_autograd_a_policy_other_than_keep_holds_little(tiny):
     held = {}
     for memory in ("keep", "pointwise", "full"):
