@@ -89,7 +89,7 @@ def _merge(name: str, values: Callable[[], Tensor], adapter: Adapter | None, row
     whole.addmm_(adapter.B, adapter.A, alpha=adapter.scale)
     if adapter.m is not None:
         whole *= adapter.gain(dora.row_lengths(whole, None, None))[:, None]
-    merged = whole.to(dtype) if rows is None else rows.written(whole.to(dtype), True)
+    merged = whole.to(dtype)        # an adapter on the head and trained rows do not go together
     if not bool(merged.isfinite().all()):
         raise InputError(f"merge: {name} with its adapter holds values that are not finite in {dtype}")
     return merged

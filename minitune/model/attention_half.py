@@ -133,7 +133,7 @@ class AttentionHalf(Half):
         if apart is not None:       # they are turned on their way into one buffer
             rope.join(*apart, context.cos, context.sin, d_qkv, back=True)
         else:
-            attention.backward(d_heads, saved, d_qkv, not wanted.overwrite)
+            attention.backward(d_heads, saved, d_qkv)
             rope.rotate_(d_qk, context.cos, context.sin, back=True)
         d_norms: list[Tensor] = []
         if self.q_norm is not None and self.k_norm is not None:

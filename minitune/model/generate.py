@@ -209,7 +209,7 @@ def _attend(layer: AttentionHalf, q: Tensor, keys: Tensor, values: Tensor, lengt
     longest = max(lengths) + 1
     first = 0 if layer.window is None else max(0, min(lengths) + 1 - layer.window)
     mask = None
-    if min(lengths) + 1 < longest or first > 0 or (layer.window is not None and longest > layer.window):
+    if min(lengths) + 1 < longest or (layer.window is not None and longest > layer.window):
         place = torch.arange(first, longest, device=q.device)
         last = torch.tensor(lengths, device=q.device)[:, None]
         mask = (place <= last) if layer.window is None else (place <= last) & (place > last - layer.window)
