@@ -196,7 +196,6 @@ def streams(folder: Path) -> None:
     """What must be seen of streams: work that nothing orders, and offload's steps, with each of its waits left out."""
     import torch
 
-    from minitune.model.offload import Parking
     from minitune.ops import swiglu
 
     kept = []
@@ -247,6 +246,13 @@ def streams(folder: Path) -> None:
     for use in (read_there_written_here, read_on_both, given_back, read_by_the_host, read_by_the_host_in_time,
                 written_by_a_kernel):
         report(use.__name__, run, use)
+    _parked(folder)
+
+
+def _parked(folder: Path) -> None:
+    """Offload's steps, whole and with each of its waits left out."""
+    from minitune.model.offload import Parking
+
     report("offload", _step, folder, memory="offload")
     for left_out in ("wait_stream", "wait_event"):
         with mock.patch.object(order.Stream, left_out, lambda *_: None):

@@ -82,28 +82,11 @@ def fake_gpu(native: bool = True) -> Iterator[Any]:
     from triton.runtime.jit import JITFunction
 
     from benchmarks.fake_gpu import order
-    from benchmarks.fake_gpu.watch import PROCESSORS, Watch
+    from benchmarks.fake_gpu.watch import Watch
     from minitune.ops import backends, moments8, nf4, rope
 
     watch = Watch(order.begin())
     tables = (backends._native, moments8.table, rope._static, nf4.table, nf4.nested_code)
-
-    def synchronize(*_: Any) -> None:
-        watch.wait("synchronize")
-        order.synchronize()
-
-    about = types.SimpleNamespace(name="a fake H200", total_memory=TOTAL, multi_processor_count=PROCESSORS, major=9,
-                                  minor=0)
-    gpu = {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
-           "is_initialized": lambda: True, "get_device_capability": lambda *_: (9, 0),
-           "get_device_name": lambda *_: about.name, "get_device_properties": lambda *_: about,
-           "mem_get_info": lambda *_: (TOTAL - watch.live, TOTAL), "memory_allocated": lambda *_: watch.live,
-           "memory_reserved": lambda *_: watch.live, "max_memory_allocated": lambda *_: watch.peak,
-           "current_stream": order.current_stream, "Stream": order.Stream, "Event": order.Event,
-           "stream": order.on, "CUDAGraph": Graph,
-           "is_bf16_supported": lambda **_: True, "synchronize": synchronize,
-           "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8), "set_rng_state": lambda *_: None,
-           **{name: lambda *_, **__: contextlib.nullcontext() for name in ("device", "device_of", "graph")}}
 
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         places = {str(x.device) for x in (*args, *options.values()) if isinstance(x, torch.Tensor)}
@@ -121,7 +104,7 @@ def fake_gpu(native: bool = True) -> Iterator[Any]:
         return extension(name, absent) if name == "_C" else None if native else "left out"
 
     with contextlib.ExitStack() as stack:
-        for name, value in gpu.items():
+        for name, value in _cuda(watch).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for owner, name, value in ((torch.version, "cuda", "13.0"), (torch.Tensor, "data_ptr", _address(watch)),
                                    (torch.backends.cudnn, "is_available", lambda: True),
@@ -137,6 +120,31 @@ def fake_gpu(native: bool = True) -> Iterator[Any]:
         stack.callback(lambda: [table.cache_clear() for table in tables])
         with watch.fake, watch:
             yield watch
+
+
+def _cuda(watch: Any) -> dict[str, Any]:
+    """What stands in torch.cuda meanwhile."""
+    import torch
+
+    from benchmarks.fake_gpu import order
+    from benchmarks.fake_gpu.watch import PROCESSORS
+
+    def synchronize(*_: Any) -> None:
+        watch.wait("synchronize")
+        order.synchronize()
+
+    about = types.SimpleNamespace(name="a fake H200", total_memory=TOTAL, multi_processor_count=PROCESSORS, major=9,
+                                   minor=0)
+    return {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
+            "is_initialized": lambda: True, "get_device_capability": lambda *_: (9, 0),
+            "get_device_name": lambda *_: about.name, "get_device_properties": lambda *_: about,
+            "mem_get_info": lambda *_: (TOTAL - watch.live, TOTAL), "memory_allocated": lambda *_: watch.live,
+            "memory_reserved": lambda *_: watch.live, "max_memory_allocated": lambda *_: watch.peak,
+            "current_stream": order.current_stream, "Stream": order.Stream, "Event": order.Event,
+            "stream": order.on, "CUDAGraph": Graph,
+            "is_bf16_supported": lambda **_: True, "synchronize": synchronize,
+            "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8), "set_rng_state": lambda *_: None,
+            **{name: lambda *_, **__: contextlib.nullcontext() for name in ("device", "device_of", "graph")}}
 
 
 def leave() -> NoReturn:

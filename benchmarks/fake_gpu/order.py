@@ -3,7 +3,8 @@
 Each stream, and the host, has a vector clock (Mattern 1989): how far it has waited for each of the others. What the
 host does or learns comes before what it puts in line later. Two accesses to a storage, one of them a write, must be
 ordered; and memory is given back to the stream that was current when it was taken, which may hand it out again at once:
-others that have touched it must have been waited for by then.
+others that have touched it must have been waited for by then. (`record_stream`, another way to say so, is not known
+here, nor is memory that a kernel finds through a table of addresses.)
 """
 
 from __future__ import annotations
@@ -164,18 +165,18 @@ def written(kernel: Any) -> frozenset[str]:
     made_of: dict[str, set[str]] = {}
     stored: set[str] = set()
     for node in ast.walk(function):
-        if isinstance(node, ast.Assign | ast.AugAssign) and node.value is not None:
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) and node.value is not None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             for name in set().union(*map(_names, targets)):
                 made_of.setdefault(name, set()).update(_names(node.value))
         if isinstance(node, ast.Call):
             called = kernel.fn.__globals__.get(node.func.id) if isinstance(node.func, ast.Name) else None
-            if isinstance(node.func, ast.Attribute) and node.func.attr == "store":
+            if isinstance(node.func, ast.Attribute) and (node.func.attr == "store" or node.func.attr[:6] == "atomic"):
                 stored |= _names(node.args[0])
             elif isinstance(called, type(kernel)):
                 inner = written(called)
-                stored = stored.union(*(_names(value) for name, value in zip(called.arg_names, node.args, strict=False)
-                                        if name in inner))
+                given = [*zip(called.arg_names, node.args, strict=False), *((x.arg, x.value) for x in node.keywords)]
+                stored = stored.union(*(_names(value) for name, value in given if name in inner))
     reached: set[str] = set()
     while stored - reached:
         reached |= stored

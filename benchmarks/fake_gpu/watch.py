@@ -113,14 +113,18 @@ class Watch(TorchDispatchMode):
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             writes_it = argument.alias_info is not None and argument.alias_info.is_write
             for x in tree_leaves(value):
-                if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) in (self.known | self.pinned):
+                if isinstance(x, torch.Tensor) and self.has(key := x.untyped_storage()._cdata):
                     (writes if writes_it else reads).add(key)
         if (reads or writes) and not func.is_view:
             self.order.work(func._schema.name, reads, writes, who)
 
+    def has(self, key: int) -> bool:
+        return key in self.known or key in self.pinned
+
     def launched(self, kernel: Any, arguments: dict[str, Any]) -> None:
         """The same of a Triton kernel."""
         out = written(kernel)
+        assert out, f"{kernel.fn.__name__} stores nothing"
         keys = {name: x.untyped_storage()._cdata for name, x in arguments.items() if isinstance(x, torch.Tensor)}
         writes = {key for name, key in keys.items() if name in out}
         self.order.work(kernel.fn.__name__, set(keys.values()) - writes, writes)

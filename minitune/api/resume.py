@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -93,7 +94,11 @@ def about(model: Model, training: Training, data: Iterable[Batch], valid: Sequen
 
 
 def name_of(objective: Objective | None) -> str | None:
-    """What a run's files call an objective of the caller's own."""
+    """What a run's files call an objective of the caller's own: a function by its name, a partial one with its values,
+    another object by its class."""
+    if isinstance(objective, functools.partial):
+        given = [*map(short, objective.args), *(f"{name}={short(value)}" for name, value in objective.keywords.items())]
+        return f"{name_of(objective.func)}({', '.join(given)})"
     return None if objective is None else str(getattr(objective, "__qualname__", type(objective).__qualname__))
 
 

@@ -120,7 +120,7 @@ def _run(model: Model, ready: Ready, training: Training, objective: Objective | 
                 progress() if shown else NotesAsWarnings()]
     _tell_ledgers(model, ready.batches, ready.held_out, everyone, shown)
     rate = matrix_rate(model.device, model.network.dtype) if shown or folder is not None else None
-    minimised = objective or functools.partial(sft.sft, label_smoothing=training.label_smoothing)
+    minimised = functools.partial(sft.sft, label_smoothing=training.label_smoothing) if objective is None else objective
     return fit(model, ready.batches, training, minimised, everyone, evaluate=ready.examiner,
                costs=costs_of(model.network), matrix_rate=rate,
                chance=math.log(model.config.vocab_size) if objective is None else None,

@@ -187,7 +187,9 @@ def base_copies(folder: Path) -> dict[str, Tensor]:
         for name in checkpoint.names():
             match = _BASE.fullmatch(name)
             if match is not None:
-                found[f"{match[1]}.weight"] = checkpoint.read(name)
+                found[f"{match[1]}.weight"] = value = torch.empty(
+                    checkpoint.info(name).shape, dtype=checkpoint.info(name).dtype)
+                checkpoint.read_into(name, value)       # which refuses what is no float
     return found
 
 

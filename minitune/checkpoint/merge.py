@@ -85,11 +85,12 @@ def _merge(name: str, values: Callable[[], Tensor], adapter: Adapter | None, row
     base = values()
     if adapter is None:
         return base.to(dtype) if rows is None else rows.written(base.to(dtype), name == HEAD_WEIGHT)
+    assert rows is None, "load refuses trained rows beside an adapter on the head"
     whole = base.to(adapter.A.device, torch.float32, copy=True)
     whole.addmm_(adapter.B, adapter.A, alpha=adapter.scale)
     if adapter.m is not None:
         whole *= adapter.gain(dora.row_lengths(whole, None, None))[:, None]
-    merged = whole.to(dtype)        # an adapter on the head and trained rows do not go together
+    merged = whole.to(dtype)
     if not bool(merged.isfinite().all()):
         raise InputError(f"merge: {name} with its adapter holds values that are not finite in {dtype}")
     return merged

@@ -45,7 +45,8 @@ _CHUNK = 256
 
 
 def check_messages(messages: Any, where: str, tools: Any = None) -> None:
-    """InputError unless `messages` is a conversation to train on, and `tools` a list of JSON objects or None.
+    """InputError unless `messages` is a conversation that may be trained on, and `tools` a list of JSON objects or
+    None.
 
     A message has a role of `ROLES` and content: text, or a list of {"type": "text", "text"}. An assistant's may have
     tool_calls, and then no content; reasoning_content (or thinking, reasoning); and weight, 0 or 1. One that says

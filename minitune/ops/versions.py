@@ -19,7 +19,8 @@ def written(*tensors: Tensor | None) -> None:
 
 def unwritten(run: Callable[..., Result], parameters: Iterable[Tensor]) -> Callable[..., Result]:
     """`run`, for a backward that computes the forward again: RuntimeError where a parameter was written to since now.
-    What is computed again saves its tensors anew, so autograd would mix old and new values without a word."""
+    What is computed again saves its tensors anew, so autograd would mix old and new values without a word. A write
+    that autograd is not told of, through `.data` or by a fused optimizer of torch's, is not seen."""
     versions = [(p, p._version) for p in parameters]
 
     def checked(*arguments: object) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -152,6 +153,7 @@ def test_some_settings_may_be_others(tiny, data, tmp_path):
     ({}, {"valid": "data.jsonl"}, "begun: the validation data is not what it was; give"),
     ({}, {"data": "other.jsonl"}, "begun: the data is not what it was; give"),
     ({}, {"objective": mt.Model.loss_sum}, "objective is 'Model.loss_sum' and was not given"),
+    ({}, {"objective": functools.partial(mt.Model.loss_sum, beta=0.1)}, r"objective is 'Model.loss_sum\(beta=0.1\)'"),
     ({}, {"data": {"data.jsonl": 0.5}}, r"data: files\[0\]\.share is 0\.5 and was 1"),
 ])
 def test_another_run_is_refused_by_its_field_and_nothing_is_lost(tiny, data, tmp_path, monkeypatch, how, settings,

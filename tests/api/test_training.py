@@ -321,6 +321,16 @@ def test_an_objective_of_the_callers_own_is_what_is_minimised(tiny, data, tmp_pa
     assert json.loads((tmp_path / "run" / "config.json").read_text())["objective"] == "half_the_loss"
 
 
+def test_an_objective_may_be_an_object_that_counts_as_false(tiny, data):
+    class Kept(list):
+        def __call__(self, m, batch):
+            total, n = m.loss_sum(batch)
+            return total * 3, n
+
+    three = mt.train(model(tiny), data, tokens=64, max_steps=1, objective=Kept())
+    assert three.losses == pytest.approx([3 * mt.train(model(tiny), data, tokens=64, max_steps=1).losses[0]])
+
+
 def test_an_objective_far_above_the_loss_of_guessing_is_no_divergence(tiny, data):
     run = mt.train(model(tiny), data, tokens=64, max_steps=20, lr=1e-6,
                    objective=lambda m, batch: (m.loss_sum(batch)[0] * 100, batch.n_trained))

@@ -6,8 +6,11 @@ It runs a launch's programs one after another, and each tile as a whole; so it m
 - a read or a write beside the elements of the tensors that the launch was given;
 - a value that one program writes and another reads or writes;
 - a value that a program writes and then reads, or that it writes from another place of a tile than it read it into or
-  wrote it from before: that is another thread, which nobody waits for but at a `tl.debug_barrier`, or where a tile is
-  reduced to one value.
+  wrote it from before: that is another thread, which nobody waits for but at a `tl.debug_barrier`, or where several
+  warps reduce a tile to one value.
+
+Not seen is where one warp reduces a tile, and the others do not wait: the tiles here are small, and how many warps
+would share a real one is not known. An atomic operation is an error too: no kernel has one.
 """
 
 from __future__ import annotations
@@ -100,6 +103,7 @@ class Launch:
         place.reader[at] = np.where((reader == NOBODY) | (reader == self.program), self.program, SEVERAL)
         again = (place.read_in[at] == self.epoch) & (place.read_at[at] != position)
         place.read_at[at], place.read_in[at] = np.where(again, SEVERAL, position), self.epoch
+        place.read_at[at[place.read_at[at] != position]] = SEVERAL      # read twice in one tile, too
 
     def write(self, pointers: Any, mask: Any) -> None:
         place, at, position = self.found(pointers, mask)
@@ -168,6 +172,10 @@ def _reduce(reduction: Any, given: Any) -> None:
         _barrier(reduction)
 
 
+def _atomic(*_: Any) -> None:
+    raise AssertionError("an atomic operation: its order is another in each run, and it is not watched here")
+
+
 def install() -> None:
     """Once a process, before a kernel runs."""
     builder = interpreter.InterpreterBuilder
@@ -176,4 +184,6 @@ def install() -> None:
     _wrapped(builder, "create_masked_load", _read)
     _wrapped(builder, "create_masked_store", _write)
     _wrapped(builder, "create_barrier", _barrier)
+    for name in ("create_atomic_rmw", "create_atomic_cas"):
+        _wrapped(builder, name, _atomic)
     _wrapped(interpreter.ReduceOps, "apply", _reduce)

@@ -20,11 +20,23 @@ def _shifted(x, n, shift, WAIT: tl.constexpr):
 
 
 @triton.jit
-def _after_maximum(x):
-    """All threads wait for a maximum."""
-    i = tl.arange(0, N)
+def _after_maximum(x, SIZE: tl.constexpr):
+    """Several warps wait for a maximum."""
+    i = tl.arange(0, SIZE)
     own = tl.load(x)
     tl.store(x + i, tl.load(x + i) - tl.max(tl.load(x + i), axis=0) - own)
+
+
+@triton.jit
+def _one_place_read_by_all(x):
+    i = tl.arange(0, N)
+    value = tl.load(x + i * 0)
+    tl.store(x + i * 0, value + 1, mask=i == N - 1)
+
+
+@triton.jit
+def _added(x):
+    tl.atomic_add(x, 1)
 
 
 @triton.jit
@@ -77,6 +89,8 @@ FAULTS = {
     "written by two": (lambda: _one_place[(2,)](_values()), "writes what another program wrote"),
     "read at another place": (lambda: _shifted[(1,)](_values(), 16, 1, False), "read at another place of a tile"),
     "read after the write": (lambda: _read_again[(1,)](_values(), _values(), False), "reads what it has just written"),
+    "read by all": (lambda: _one_place_read_by_all[(1,)](_values()), "read at another place of a tile"),
+    "an atomic": (lambda: _added[(1,)](_values()), "an atomic operation"),
     "written from two places": (lambda: _twice[(1,)](_values(), False), "writes twice, from two places of a tile"),
     "written twice at once": (lambda: _half_as_many[(1,)](_values()), "writes a value twice in one tile"),
 }
@@ -96,8 +110,7 @@ def test_what_waits_and_what_stays_apart_is_no_fault():
     assert y.tolist() == [*range(1, 16), 0]
     _twice[(1,)](x, True)
     assert x.tolist() == list(range(15, -1, -1))
-    _after_maximum[(1,)](x := _values())
-    assert x.tolist() == list(range(-15, 1))
+    _after_maximum[(1,)](x := _values(64), 64)
+    assert x.tolist() == list(range(-63, 1))
     _neighbours[(4,)](_values(), y := _values()[3:], 1)
     assert y[:4].tolist() == [1, 2, 3, 4]
-

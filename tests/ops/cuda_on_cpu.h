@@ -1,6 +1,7 @@
 // cuda_on_cpu.h: as much of CUDA as csrc/nf4_cuda.cu takes, on a CPU: each thread of a block is a fiber, a block runs
 // after the other. A warp runs until it waits for the others, the last one first and in the next turn the first, and
-// shared memory is filled with 0xff before each block: without a barrier that it needs, a kernel's results are wrong.
+// shared memory is filled with 0xff before each block: without a barrier, what low threads fill for all is read too
+// early.
 // What a barrier or a shuffle waits for in vain, and a wide access to an address that is not aligned, is an error.
 // Speed and the order of memory are a GPU's matter.
 #pragma once
