@@ -239,7 +239,11 @@ class Model(Generation):
 
     @contextlib.contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """Within it the model answers as its base does; other threads that share it wait."""
+        """Within it the model answers as its base does; other threads that share it wait. InputError where weights of
+        the base are trained: what they were is nowhere."""
+        if self.network.trained_names():
+            raise InputError("adapter_disabled: weights of the base itself are trained (train=…), so there is no "
+                             "adapter to switch off; load a second model as the reference")
         with self.network.turn, self.network.adapters_switched(False):
             yield
 

@@ -45,7 +45,7 @@ from minitune.training.loop import fit
 from minitune.training.machine import matrix_rate
 from minitune.training.run import Observer, Run, tell
 from minitune.training.runner import all_finite
-from minitune.training.step import Objective
+from minitune.training.step import Objective, check_objective
 
 Files = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]] | Mapping[str | Path, float]
 """What `mt.data.stream` reads: a file, several, {file: how often each of its samples is seen in an epoch}, or the
@@ -225,12 +225,8 @@ def _check_observers(observers: Any) -> None:
 
 
 def _check_objective(objective: Any, training: Training) -> None:
-    if objective is None:
-        return
-    if not callable(objective):
-        raise InputError(f"train: objective is {short(objective)}; give a function of (model, batch) that gives (sum "
-                         "of losses, number of trained tokens)")
-    if training.label_smoothing:
+    check_objective("train", objective)
+    if objective is not None and training.label_smoothing:
         raise InputError(f"train: label_smoothing is {training.label_smoothing}, which is a part of the loss of the "
                          "next token; smooth in your objective (model.losses_at takes label_smoothing), or leave one "
                          "out")

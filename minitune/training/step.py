@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ def own_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
 
 
 def train_step(model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, lr: float | None = None,
-               clip: float | None = 1.0, objective: Objective = own_loss) -> StepResult:
+               clip: float | None = 1.0, objective: Objective | None = None) -> StepResult:
     """Gradients of all micro-batches, clipped to the global norm `clip` (0: not clipped), then one update.
 
     The number of trained tokens of the whole step is known on the host before it begins and divides every loss, so any
@@ -49,7 +50,10 @@ def train_step(model: Any, micro_batches: Sequence[Batch], optimizer: torch.opti
     Raises InputError for what is no batch, rate or norm, and where no token of the step is trained.
     """
     micro_batches = checked("train_step", micro_batches, lr, clip)
-    loss, n_step = gradients(model, micro_batches, optimizer, objective)
+    check_objective("train_step", objective)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"train_step: optimizer is {short(optimizer)}; give mt.AdamW, mt.SGD or one of torch's")
+    loss, n_step = gradients(model, micro_batches, optimizer, own_loss if objective is None else objective)
     norm = update(optimizer, lr, clip)
     return StepResult(loss, norm, n_step, sum(batch.n_tokens for batch in micro_batches))
 
@@ -71,6 +75,21 @@ def checked(owner: str, micro_batches: Any, lr: float | None, clip: float | None
     return batches
 
 
+def check_objective(owner: str, objective: Any) -> None:
+    """InputError unless it is None, or can be called with a model and a batch."""
+    wanted = "give a function of (model, batch) that gives (sum of losses, number of trained tokens)"
+    if objective is None:
+        return
+    if not callable(objective):
+        raise InputError(f"{owner}: objective is {short(objective)}; {wanted}")
+    try:
+        inspect.signature(objective).bind(None, None)
+    except ValueError:
+        return      # a function in C tells no signature
+    except TypeError as error:
+        raise InputError(f"{owner}: objective cannot be called with a model and a batch ({error}); {wanted}") from None
+
+
 def gradients(model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer,
               objective: Objective) -> tuple[Tensor, int]:
     """The first half of `train_step` -> (loss, trained tokens). It changes gradients alone, no weight and no moment."""
@@ -85,7 +104,9 @@ def gradients(model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim
             continue
         loss_sum, n = _result(objective(model, batch))
         if n != batch.n_trained:
-            raise InputError(f"the objective counted {n} trained tokens where the batch has {batch.n_trained}")
+            raise InputError(f"the objective counted {n} trained tokens where the batch has {batch.n_trained}; the "
+                             "step divides by those: of a mean of your own give (mean * batch.n_trained, "
+                             "batch.n_trained)")
         (loss_sum / n_step).backward()
         total = loss_sum.detach() if total is None else total + loss_sum.detach()
         del loss_sum    # and with it the graph, before the next forward
@@ -100,7 +121,8 @@ def _result(found: Any) -> tuple[Tensor, int]:
         if loss.dim() == 0 and loss.requires_grad:
             return loss, n
     raise InputError(f"the objective gave {short(found)}; it must give (the sum of the losses, a tensor of no dimension"
-                     " that depends on what is trained; the number of trained tokens, an int)")
+                     " that depends on what is trained, which lora= or train= of mt.load name; the number of trained "
+                     "tokens, an int)")
 
 
 def update(optimizer: torch.optim.Optimizer, lr: float | None, clip: float | None) -> Tensor:

@@ -62,6 +62,12 @@ def test_losses_with_and_without_a_graph_agree(tmp_path, lora, memory):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.trainable_parameters())
 
 
+def test_a_base_that_is_trained_is_no_reference(tiny):
+    model = mt.load(tiny, device="cpu", train="last:1")
+    with pytest.raises(mt.InputError, match="no adapter to switch off; load a second model"), model.adapter_disabled():
+        pass
+
+
 @pytest.mark.parametrize("lora", [KINDS["head"], mt.LoRA(rank=4, targets=("q_proj",), dropout=0.1)],
                          ids=["head", "dropout"])
 def test_a_step_between_a_loss_and_its_backward_is_an_error(tiny, lora):

@@ -93,7 +93,7 @@ def test_the_models_own_loss_and_the_groups_own_rates_are_the_default(fakes):
     model, other = fakes.TinyModel(), fakes.TinyModel()
     batches = [joined(fakes, LENGTHS[:3]), joined(fakes, LENGTHS[3:])]
     optimizers = [torch.optim.SGD([{"params": [m.A], "lr": 0.3}, {"params": [m.B], "lr": 0.1}]) for m in (model, other)]
-    train_step(model, batches, optimizers[0])
+    train_step(model, batches, optimizers[0], objective=None)
     for batch in batches:
         (other.loss_sum(batch)[0] / sum(b.n_trained for b in batches)).backward()
     torch.nn.utils.clip_grad_norm_([other.A, other.B], 1.0)
@@ -113,14 +113,18 @@ def _wrong_objective(found):
     ({"micro_batches": None}, "micro_batches is None"), ({"micro_batches": [[1, 2]]}, r"holds \[1, 2\]; give mt.Batch"),
     ({"objective": _wrong_objective(torch.ones(()))}, r"the objective gave tensor\(1.*; it must give"),
     ({"objective": _wrong_objective((torch.ones(()), 5))}, "it must give"),
+    ({"objective": 3}, "train_step: objective is 3; give a function"),
+    ({"objective": lambda: None}, r"objective cannot be called with a model and a batch \(too many"),
+    ({"optimizer": None}, "train_step: optimizer is None; give mt.AdamW"),
     ({"objective": _wrong_objective((torch.ones((), requires_grad=True), torch.tensor(5)))}, "it must give"),
 ])
 def test_what_makes_no_step_is_refused_and_changes_no_weight(fakes, change, message):
     model = fakes.TinyModel()
     before = [p.detach().clone() for p in (model.A, model.B)]
-    given = {"micro_batches": [fakes.make_batch(9)], "lr": 0.1, "clip": 1.0, "objective": fakes.objective} | change
+    given = {"micro_batches": [fakes.make_batch(9)], "optimizer": SGD(model.param_groups(1.0), 1.0), "lr": 0.1,
+             "clip": 1.0, "objective": fakes.objective} | change
     with pytest.raises(InputError, match=message):
-        train_step(model, optimizer=SGD(model.param_groups(1.0), 1.0), **given)
+        train_step(model, **given)
     assert all(torch.equal(a, b) for a, b in zip(before, (model.A, model.B), strict=True))
 
 
