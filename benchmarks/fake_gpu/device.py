@@ -134,7 +134,7 @@ def _cuda(watch: Any) -> dict[str, Any]:
         order.synchronize()
 
     about = types.SimpleNamespace(name="a fake H200", total_memory=TOTAL, multi_processor_count=PROCESSORS, major=9,
-                                   minor=0)
+                                  minor=0)
     return {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
             "is_initialized": lambda: True, "get_device_capability": lambda *_: (9, 0),
             "get_device_name": lambda *_: about.name, "get_device_properties": lambda *_: about,
