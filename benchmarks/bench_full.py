@@ -1,7 +1,7 @@
 """Full fine-tuning on the CPU: every weight trained by minitune and by transformers, side by side.
 
-``python -m benchmarks.bench_full`` writes benchmarks/results/<date>-full-12x768.json and prints the table. Sides, turns
-and void runs are those of bench_train. transformers runs with its weights in fp32 under autocast, which is what
+``python -m benchmarks.bench_full`` writes benchmarks/results/<date>-full-12x768.json and prints the table. Sides and
+turns are those of bench_train. transformers runs with its weights in fp32 under autocast, which is what
 minitune does, and with everything in bf16, which takes less memory and keeps 8 bits of each weight; each of them
 compiled too. minitune runs with its moments in fp32, which is what stands beside the others, and in 8 bits.
 """
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.bench_train import LAYOUTS, SIDES, Record, arguments, compare_losses, say
-from benchmarks.harness import ROOT, VOID_SHARE, Worker, WorkerError, ask_quietly, machine, save, summary
+from benchmarks.bench_train import LAYOUTS, SIDES, arguments
+from benchmarks.harness import ROOT, VOID_SHARE, machine, save
 from benchmarks.shapes import LR, SEED, SIZES, layout
+from benchmarks.turns import compare_losses, say, take_turns
 
 
 def variants(compiled: bool) -> dict[str, dict[str, Any]]:
@@ -32,32 +33,13 @@ def variants(compiled: bool) -> dict[str, dict[str, Any]]:
 
 
 def rounds(folder: Path, size: str, shape: str, told: argparse.Namespace) -> dict[str, Any]:
-    """All sides in turn, `told.rounds` times: each side's record, or why it did not run."""
+    """All sides in turn: each side's record, or why it did not run."""
     sides = {"ours": arguments("ours", folder, size, shape)}
     sides["ours, moments in 8 bits"] = [*sides["ours"], "--moments", "8bit"]
     sides |= {name: arguments("peers", folder, size, shape, variant)
               for name, variant in variants(told.compiled).items()}
-    records = {name: Record(name, sum(layout(shape))) for name in sides}
-    found: dict[str, Any] = {}
-    workers: dict[str, Worker] = {}
-    try:
-        for name, words in sides.items():
-            workers[name] = Worker(SIDES, *words, "--full")
-            try:
-                records[name].add([workers[name].ask("steps", n=told.warmup)], told.void_share, warmup=True)
-            except WorkerError as error:
-                found[name] = {"failed": str(error)[-500:]}
-                workers.pop(name).close()
-        for turn in range(told.rounds):
-            for name, worker in workers.items():
-                answers = ask_quietly(worker, "steps", told.attempts, told.void_share, n=told.steps)
-                records[name].add(answers, told.void_share)
-            medians = {name: summary(records[name].rates()).get("median") for name in workers}
-            say(f"  round {turn + 1}: " + ", ".join(f"{name} {rate or 0:.0f}" for name, rate in medians.items()))
-    finally:
-        for worker in workers.values():
-            worker.close()
-    return found | {name: records[name].as_dict() for name in workers}
+    found, _ = take_turns({name: [SIDES, *words, "--full"] for name, words in sides.items()}, sum(layout(shape)), told)
+    return found
 
 
 def bench(size: str, told: argparse.Namespace) -> Path:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables, tables_nf4
-from benchmarks.bench_train import SIDES, Record, arguments, say
+from benchmarks.bench_train import SIDES, arguments
 from benchmarks.harness import ROOT, VOID_SHARE, Worker, ask_quietly, machine, save, summary
 from benchmarks.nf4_sides import SHAPES
 from benchmarks.shapes import ALPHA, LR, RANK, SEED, SIZES, layout
+from benchmarks.turns import Record, all_ran, say, take_turns
 
 QUANT = "nf4-dq"
 
@@ -78,22 +79,8 @@ def training(folder: Path, size: str, shape: str, told: argparse.Namespace) -> d
     sides = {"ours": [*arguments("ours", folder, size, shape), "--quant", QUANT],
              "ours_16bit": arguments("ours", folder, size, shape),
              "theirs": [*arguments("peers", folder, size, shape, rival), "--quant", QUANT]}
-    records = {name: Record(name, sum(layout(shape))) for name in sides}
-    workers: dict[str, Worker] = {}
-    try:
-        for name, words in sides.items():
-            workers[name] = Worker(SIDES, *words)
-            records[name].add([workers[name].ask("steps", n=told.warmup)], told.void_share, warmup=True)
-        for turn in range(told.rounds):
-            for name, worker in workers.items():
-                records[name].add(ask_quietly(worker, "steps", told.attempts, told.void_share, n=told.steps),
-                                  told.void_share)
-            medians = {name: summary(record.rates()).get("median") or 0 for name, record in records.items()}
-            say(f"  round {turn + 1}: " + ", ".join(f"{name} {rate:.0f}" for name, rate in medians.items()))
-    finally:
-        for worker in workers.values():
-            worker.close()
-    return {"rival": rival, "tried": tried, "sides": {name: record.as_dict() for name, record in records.items()}}
+    found, _ = take_turns({name: [SIDES, *words] for name, words in sides.items()}, sum(layout(shape)), told)
+    return {"rival": rival, "tried": tried, "sides": all_ran(found)}
 
 
 def loading(folder: Path, size: str, told: argparse.Namespace) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """A LoRA training step on the CPU: minitune, the best transformers + PEFT, and the machine's limit, side by side.
 
 ``python -m benchmarks.bench_train --size 12x768 --size 16x2048`` writes benchmarks/results/<date>-train-<size>.json and
-prints the table. Each side is a process of its own; they take turns, a few steps at a time, while the others sleep. A
-turn in which other processes took more than 5 % of the CPU is void and repeated. Run it on a quiet machine.
+prints the table. The sides take turns (`turns.py`). Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -17,60 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.harness import ROOT, VOID_SHARE, Answer, Worker, WorkerError, ask_quietly, machine, save, summary
+from benchmarks.harness import ROOT, VOID_SHARE, Worker, WorkerError, ask_quietly, machine, save, summary
 from benchmarks.shapes import ALPHA, LR, NEW_TOKENS, PROMPT, RANK, SEED, SIZES, layout
+from benchmarks.turns import Record, all_ran, compare_losses, say, take_turns
 
 SIDES = "benchmarks.train_sides"
 LAYOUTS = ("4x256", "1x1024")
 """What a whole run of a size measures."""
-MUST_FALL = 0.02
-"""Nats that the loss of the one repeated batch must fall by in the whole run; less is standing still."""
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-# ---- turns ----------------------------------------------------------------------------------------------------------
-class Record:
-    """The turns of one side: valid samples, void turns, the whole loss curve, the peak of memory."""
-
-    def __init__(self, name: str, n_tokens: int) -> None:
-        self.name, self.n_tokens = name, n_tokens
-        self.turns: list[dict[str, Any]] = []
-        self.losses: list[float] = []
-        self.grad_norms: list[float] = []
-        self.memory: dict[str, int] = {}
-        self.extra: dict[str, Any] = {}
-
-    def add(self, answers: list[Answer], limit: float, warmup: bool = False) -> None:
-        for answer in answers:
-            value = answer.value
-            self.losses += value.get("losses", [])
-            if "grad_norm" in value:
-                self.grad_norms.append(value["grad_norm"])
-            self.memory = {**value["memory"], "anonymous_peak": max(self.memory.get("anonymous_peak", 0),
-                                                                    answer.anonymous_peak)}
-            self.extra = {key: value[key] for key in ("threads", "flops") if key in value}
-            self.turns.append({"seconds": value["seconds"], "other_share": answer.other_share,
-                               "void": answer.void(limit), "warmup": warmup})
-
-    def rates(self) -> list[float]:
-        """Tokens/s of every step of every valid turn."""
-        return [self.n_tokens / second for turn in self.turns if not (turn["void"] or turn["warmup"])
-                for second in turn["seconds"]]
-
-    def still(self) -> bool:
-        """Whether a trainer's loss stood still, or nothing had a gradient."""
-        if not self.losses:
-            return False
-        return self.losses[0] - min(self.losses[-3:]) < MUST_FALL or min(self.grad_norms) <= 0
-
-    def as_dict(self) -> dict[str, Any]:
-        still = self.still()
-        return {"name": self.name, "tokens_per_s": summary(self.rates()), "turns": self.turns, "losses": self.losses,
-                "grad_norms": self.grad_norms, "void": still or not self.rates(), "loss_stood_still": still,
-                "memory": self.memory, **self.extra}
 
 
 def arguments(side: str, folder: Path, size: str, shape: str, variant: dict[str, Any] | None = None) -> list[str]:
@@ -127,45 +79,15 @@ def choose_rivals(folder: Path, size: str, shape: str,
 # ---- the alternation ------------------------------------------------------------------------------------------------
 def alternate(folder: Path, size: str, shape: str, rivals: list[dict[str, Any]],
               told: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
-    """All sides in turn, `told.rounds` times; each side's record, and the profiles that were asked for."""
-    sides = {"products": arguments("products", folder, size, shape)}
+    """All sides in turn; each side's record, and the profiles that were asked for."""
+    sides = {"products": [SIDES, *arguments("products", folder, size, shape)]}
     if told.ours:
-        sides["ours"] = arguments("ours", folder, size, shape)
+        sides["ours"] = [SIDES, *arguments("ours", folder, size, shape)]
     for variant in rivals:
-        sides["compiled" if variant["compiled"] else "eager"] = arguments("peers", folder, size, shape, variant)
-    workers: dict[str, Worker] = {}
-    records = {name: Record(name, sum(layout(shape))) for name in sides}
-    profiles: dict[str, str] = {}
-    try:
-        for name, words in sides.items():
-            workers[name] = Worker(SIDES, *words)
-            records[name].add([workers[name].ask("steps", n=told.warmup)], told.void_share, warmup=True)
-        for turn in range(told.rounds):
-            for name, worker in workers.items():
-                answers = ask_quietly(worker, "steps", told.attempts, told.void_share, n=told.steps)
-                records[name].add(answers, told.void_share)
-            medians = {name: summary(record.rates()).get("median") for name, record in records.items()}
-            say(f"  round {turn + 1}: " + ", ".join(f"{name} {rate or 0:.0f}" for name, rate in medians.items()))
-        if told.profile:
-            profiles = {name: worker.ask("profile").value["text"] for name, worker in workers.items()
-                        if name in ("ours", "eager")}
-    finally:
-        for worker in workers.values():
-            worker.close()
-    return {name: record.as_dict() for name, record in records.items()}, profiles
-
-
-def compare_losses(sides: dict[str, Any]) -> dict[str, Any]:
-    """Whether our loss curve is the rival's: the same start, and the same course though A starts from other noise."""
-    if "ours" not in sides:
-        return {"compared": False}
-    ours, theirs = sides["ours"]["losses"], sides["eager"]["losses"]
-    steps = min(len(ours), len(theirs))
-    fell = theirs[0] - theirs[steps - 1]
-    apart = max(abs(a - b) for a, b in zip(ours[:steps], theirs[:steps], strict=True))
-    return {"compared": True, "start_difference": abs(ours[0] - theirs[0]), "largest_difference": apart, "steps": steps,
-            "their_fall": fell, "our_fall": ours[0] - ours[steps - 1],
-            "same_start": abs(ours[0] - theirs[0]) <= 2e-3 * theirs[0], "same_course": apart <= max(0.02, 0.25 * fell)}
+        sides["compiled" if variant["compiled"] else "eager"] = [
+            SIDES, *arguments("peers", folder, size, shape, variant)]
+    found, profiles = take_turns(sides, sum(layout(shape)), told, ("ours", "eager") if told.profile else ())
+    return all_ran(found), profiles
 
 
 # ---- from process start ---------------------------------------------------------------------------------------------

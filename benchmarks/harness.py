@@ -26,7 +26,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 VOID_SHARE = 0.05
 """A run in which other processes took more than this share of the whole CPU is void."""
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "sve", "bf16")
-_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "accelerate")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "accelerate", "litgpt",
+             "torchtune", "torchao")
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from benchmarks.tables_full import full_table
 from benchmarks.tables_gpu import gpu_tables
 from benchmarks.tables_memory import memory_table
 from benchmarks.tables_nf4 import nf4_kernels_table, nf4_table, readme_nf4
+from benchmarks.tables_peers import peers_table, readme_peers
 from benchmarks.tables_text import markdown, ratio, spread, verdict, where
 
 Raw = dict[str, Any]
@@ -121,7 +122,9 @@ def _until(side: Raw, mark: str) -> str:
 
 # ---- documents ------------------------------------------------------------------------------------------------------
 _KINDS: dict[str, tuple[str, Callable[[Raw], list[str]]]] = {
-    "train": ("Training and generation on the CPU", train_table), "full": ("Full fine-tuning on the CPU", full_table),
+    "train": ("Training and generation on the CPU", train_table),
+    "peers": ("Beside LitGPT and torchtune on the CPU", peers_table),
+    "full": ("Full fine-tuning on the CPU", full_table),
     "nf4-kernels": ("4-bit kernels on the CPU", nf4_kernels_table), "nf4": ("QLoRA on the CPU", nf4_table),
     "data": ("Reading data on the CPU", data_table),
     "gpu": ("On a GPU", gpu_tables), "memory": ("A GPU's memory, counted without one", memory_table)}
@@ -177,7 +180,10 @@ def documents(results: Path = RESULTS, page: Path = PAGE, kernels: Path = KERNEL
         if raw["kind"] == "aot":
             found[kernels] = kernels_page(raw)
     if readme.exists():
-        found[readme] = fill(fill(readme.read_text(), "train", readme_train(raws)), "nf4", readme_nf4(raws))
+        text = readme.read_text()
+        for kind, table in {"train": readme_train, "peers": readme_peers, "nf4": readme_nf4}.items():
+            text = fill(text, kind, table(raws))
+        found[readme] = text
     return found
 
 

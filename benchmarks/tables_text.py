@@ -31,7 +31,7 @@ def where(raw: Raw) -> str:
     flags = [flag for flag in machine["flags"] if flag in ("avx512_bf16", "amx_bf16")]
     cpu = f"{machine['cores']} cores of {machine['cpu']} ({', '.join(flags) or 'no bf16'})"
     device = "; ".join(machine["gpus"]) or cpu
-    named = ("torch", "triton", "transformers", "peft", "bitsandbytes")
+    named = ("torch", "triton", "transformers", "peft", "bitsandbytes", "litgpt", "torchtune", "torchao")
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in named if machine["versions"].get(name))
     commit = (machine["commit"] or "unknown")[:10] + (" + changes" if machine["dirty"] else "")
     return f"{raw['when'][:10]}, {device}, {versions}, commit {commit}."
