@@ -29,11 +29,15 @@ SCALARS = ["decay", "beta1", "rest1", "beta2", "rest2", "step_size", "root_scale
 
 @triton.jit
 def _scaled(g, place, grad_scale, live):
-    """The gradient, scaled in its place. Called when all else is loaded: a store lets no later load go before it."""
+    """The gradient, scaled in its place, and whether the step is taken: not if the scale is NaN. Called when all else
+    is loaded: a store lets no later load go before it."""
+    sound = tl.full([], True, tl.int1)
     if grad_scale is not None:
-        g *= tl.load(grad_scale)
+        scale = tl.load(grad_scale)
+        g *= scale
         tl.store(place, g, mask=live)
-    return g
+        sound = scale == scale
+    return g, sound
 
 
 @triton.jit
@@ -60,12 +64,13 @@ def adamw(param, grad, exp_avg, exp_avg_sq, grad_scale, n, decay, beta1, rest1, 
     m = tl.load(exp_avg + local, mask=live, other=0)
     v = tl.load(exp_avg_sq + local, mask=live, other=0)
     p = tl.load(param + local, mask=live, other=0)
-    g = _scaled(g, grad + local, grad_scale, live)
+    g, sound = _scaled(g, grad + local, grad_scale, live)
+    kept = tl.where(sound, live, False)
     m = m * beta1 + g * rest1
     v = v * beta2 + g * rest2 * g
-    tl.store(param + local, _moved(p, m, v, decay, step_size, root_scale, eps), mask=live)
-    tl.store(exp_avg + local, m, mask=live)
-    tl.store(exp_avg_sq + local, v, mask=live)
+    tl.store(param + local, _moved(p, m, v, decay, step_size, root_scale, eps), mask=kept)
+    tl.store(exp_avg + local, m, mask=kept)
+    tl.store(exp_avg_sq + local, v, mask=kept)
 
 
 def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, lr: float, beta1: float, beta2: float,
@@ -73,7 +78,8 @@ def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, 
            config: Config | None = None) -> None:
     """One step of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2), in place.
 
-    All [n], fp32, contiguous; `grad_scale` fp32 [], multiplied into `grad` in place. `step` counts from 1.
+    All [n], fp32, contiguous; `grad_scale` fp32 [], multiplied into `grad` in place; where it is NaN nothing else is
+    written. `step` counts from 1.
     """
     n = param.numel()
     if n == 0:
@@ -94,15 +100,16 @@ def _decode(codes, absmax, table, live):
 
 
 @triton.jit
-def _encode(x, codes, absmax, table, live, LEAST: tl.constexpr):
+def _encode(x, codes, absmax, table, kept, sound, LEAST: tl.constexpr):
     """Store absmax and, for each value, the number of midpoints below x / absmax; above 0 a code is at least LEAST.
+    Nothing, if not `sound`.
 
     Behind the levels lie the midpoints, as a tree: the children of node k are 2 k and 2 k + 1, so after 8 steps from
     node 1 each lane is at 256 + its code, and no step reads beyond node 255, whatever x is.
     """
     # Magnitudes are ordered as their bits are, and NaN is above them all: tl.max of floats would drop a NaN.
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
-    tl.store(absmax, largest.to(tl.float32, bitcast=True))
+    tl.store(absmax, largest.to(tl.float32, bitcast=True), mask=sound)
     scaled = x * tl.div_rn(1.0, tl.maximum(largest, TINY_BITS).to(tl.float32, bitcast=True))
     node = tl.full(x.shape, 1, tl.int32)
     for _ in tl.static_range(8):
@@ -110,7 +117,7 @@ def _encode(x, codes, absmax, table, live, LEAST: tl.constexpr):
     code = node - BLOCK
     if LEAST > 0:
         code = tl.where(x > 0, tl.maximum(code, LEAST), code)
-    tl.store(codes, code.to(tl.uint8), mask=live)
+    tl.store(codes, code.to(tl.uint8), mask=kept)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -127,12 +134,13 @@ def adamw_8bit(param, grad, mean_codes, mean_absmax, square_codes, square_absmax
     p = tl.load(param + local, mask=live, other=0)
     m = _decode(mean_codes + local, mean_absmax, signed, live)
     v = _decode(square_codes + local, square_absmax, unsigned, live)
-    g = _scaled(g, grad + local, grad_scale, live)
+    g, sound = _scaled(g, grad + local, grad_scale, live)
+    kept = tl.where(sound, live, False)
     m = m * beta1 + g * rest1
     v = v * beta2 + g * rest2 * g
-    tl.store(param + local, _moved(p, m, v, decay, step_size, root_scale, eps), mask=live)
-    _encode(m, mean_codes + local, mean_absmax, signed, live, LEAST=0)
-    _encode(v, square_codes + local, square_absmax, unsigned, live, LEAST=1)
+    tl.store(param + local, _moved(p, m, v, decay, step_size, root_scale, eps), mask=kept)
+    _encode(m, mean_codes + local, mean_absmax, signed, kept, sound, LEAST=0)
+    _encode(v, square_codes + local, square_absmax, unsigned, kept, sound, LEAST=1)
 
 
 def adamw_8bit_(param: Tensor, grad: Tensor, mean_codes: Tensor, mean_absmax: Tensor, square_codes: Tensor,

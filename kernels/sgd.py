@@ -31,8 +31,10 @@ def sgd(param, grad, momentum_buffer, grad_scale, n, decay, lr, momentum, FIRST:
         if not FIRST:
             m = tl.load(momentum_buffer, mask=live, other=0)
     if grad_scale is not None:      # after the loads: a store lets no later one go before it
-        g *= tl.load(grad_scale)
+        scale = tl.load(grad_scale)
+        g *= scale
         tl.store(grad, g, mask=live)
+        live = tl.where(scale == scale, live, False)
     move = g
     if momentum_buffer is not None:
         move = g if FIRST else m * momentum + g
@@ -46,8 +48,8 @@ def sgd_(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, *, lr: flo
          weight_decay: float, first: bool, grad_scale: Tensor | None = None, config: Config | None = None) -> None:
     """One step of SGD with decoupled weight decay (arXiv:1711.05101, algorithm 1), in place.
 
-    All [n], fp32, contiguous; `grad_scale` fp32 [], multiplied into `grad` in place. With momentum 0 the buffer is
-    neither read nor written; where `first` it is only written.
+    All [n], fp32, contiguous; `grad_scale` fp32 [], multiplied into `grad` in place; where it is NaN nothing else is
+    written. With momentum 0 the buffer is neither read nor written; where `first` it is only written.
     """
     n = param.numel()
     if n == 0:

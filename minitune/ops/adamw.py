@@ -47,6 +47,11 @@ def check_scale(op: str, grad_scale: Tensor | None, device: torch.device) -> Non
                          f"must be a torch.float32 [] on {device}")
 
 
+def unsound(grad_scale: Tensor | None) -> Tensor | None:
+    """What tells PyTorch's fused steps not to be taken: 1.0 where the scale is NaN, on its device."""
+    return None if grad_scale is None else grad_scale.isnan().float()
+
+
 def chunks(buffer: Tensor) -> list[slice]:
     """The slices in which a reference walks over a flat buffer, multiples of 256 elements but for the last."""
     size = CHUNK if buffer.device.type == "cpu" else GPU_CHUNK
@@ -64,7 +69,7 @@ def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, 
         param -= lr / (1 - beta1^step) · exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
 
     `step` counts from 1. `grad_scale` is a 0-dim fp32 tensor on the same device: clipping without asking the device.
-    The results are those of ``torch.optim.AdamW`` to a few ulp and bitwise repeatable; where buffers are cut at
+    Where it is NaN the step is not taken: `param` and the moments stay as they are, `grad` is NaN. The results are those of ``torch.optim.AdamW`` to a few ulp and bitwise repeatable; where buffers are cut at
     multiples of 16 elements they do not depend on the cut or the threads.
 
     Raises InputError for buffers that break this contract.
@@ -86,15 +91,18 @@ def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, 
     # One pass over the memory and no temporary: a third of the time of the reference on a CPU.
     steps = torch.full((), float(step), dtype=torch.float32, device=param.device)
     torch._fused_adamw_([param], [grad], [exp_avg], [exp_avg_sq], [], [steps], amsgrad=False, lr=lr, beta1=beta1,
-                        beta2=beta2, weight_decay=weight_decay, eps=eps, maximize=False)
+                        beta2=beta2, weight_decay=weight_decay, eps=eps, maximize=False, found_inf=unsound(grad_scale))
 
 
 def adamw_reference_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, lr: float, beta1: float,
                      beta2: float, eps: float, weight_decay: float, step: int,
                      grad_scale: Tensor | None = None) -> None:
-    """The meaning of `adamw_` in plain PyTorch; arguments as there."""
+    """The meaning of `adamw_` in plain PyTorch; arguments as there. It asks the device for a scale that is NaN."""
     check_flat("adamw_reference_", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_scale("adamw_reference_", grad_scale, param.device)
+    if grad_scale is not None and bool(grad_scale.isnan()):
+        grad.mul_(grad_scale)
+        return
     step_size = lr / (1 - beta1**step)
     correction2 = math.sqrt(1 - beta2**step)
     for part in chunks(param):
@@ -114,7 +122,7 @@ def adamw_8bit_(param: Tensor, grad: Tensor, exp_avg: Moment8, exp_avg_sq: Momen
 
     The moments are decoded, moved on and used in fp32; then they are encoded anew. They have the same bits on every
     backend, since each operation is rounded by itself; in parameters a square root may differ in its last bit.
-    Cutting the buffers at multiples of 256 elements changes nothing.
+    Cutting the buffers at multiples of 256 elements changes nothing. A `grad_scale` of NaN takes no step here either.
 
     Raises InputError for buffers that break this contract.
     """
@@ -127,6 +135,9 @@ def adamw_8bit_(param: Tensor, grad: Tensor, exp_avg: Moment8, exp_avg_sq: Momen
     tensors = (param, grad, *exp_avg[:2], *exp_avg_sq[:2], moments8.table(True, param.device),
                moments8.table(False, param.device))
     if backend == "native":
+        if grad_scale is not None and bool(grad_scale.isnan()):
+            grad.mul_(grad_scale)
+            return
         torch.ops.minitune.rows_adamw_8bit(
             *tensors, beta1, beta2, eps, 1 - lr * weight_decay, 1 / math.sqrt(1 - beta2**step),
             lr / (1 - beta1**step), None if grad_scale is None else float(grad_scale))
@@ -143,6 +154,9 @@ def adamw_8bit_reference_(param: Tensor, grad: Tensor, exp_avg: Moment8, exp_avg
                           grad_scale: Tensor | None = None) -> None:
     """The meaning of `adamw_8bit_` in plain PyTorch, which defines the bits of the moments; arguments as there."""
     _check_8bit("adamw_8bit_reference_", param, grad, exp_avg, exp_avg_sq, grad_scale)
+    if grad_scale is not None and bool(grad_scale.isnan()):
+        grad.mul_(grad_scale)
+        return
     step_size = lr / (1 - beta1**step)
     root_scale = 1 / math.sqrt(1 - beta2**step)
     for part in chunks(param):

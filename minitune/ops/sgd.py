@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minitune.errors import InputError
 from minitune.ops import backends
-from minitune.ops.adamw import FUSED_DEVICES, check_flat, check_scale, chunks
+from minitune.ops.adamw import FUSED_DEVICES, check_flat, check_scale, chunks, unsound
 
 
 def sgd_(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, *, lr: float, momentum: float, nesterov: bool,
@@ -23,7 +23,7 @@ def sgd_(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, *, lr: flo
         param -= lr · (grad + momentum · momentum_buffer if nesterov else momentum_buffer)
 
     With momentum 0 the buffer may be None and the step is lr · grad. `grad_scale` is a 0-dim fp32 tensor on the same
-    device. Momentum as in ``torch.optim.SGD`` (Sutskever et al. 2013).
+    device; where it is NaN the step is not taken, and `grad` alone is written. Momentum as in ``torch.optim.SGD`` (Sutskever et al. 2013).
 
     Raises InputError for buffers that break this contract.
     """
@@ -38,19 +38,24 @@ def sgd_(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, *, lr: flo
         sgd_reference_(param, grad, momentum_buffer, lr=lr, momentum=momentum, nesterov=nesterov,
                        weight_decay=weight_decay, first=first, grad_scale=grad_scale)
         return
+    found_inf = unsound(grad_scale)
     if grad_scale is not None:
         grad.mul_(grad_scale)
-    if weight_decay:
-        param.mul_(1 - lr * weight_decay)  # the library's kernel adds its decay to the gradient, so it gets none
+    if weight_decay:        # the library's kernel adds its decay to the gradient, so it gets none
+        decay = 1 - lr * weight_decay
+        param.mul_(decay if found_inf is None else torch.where(found_inf > 0, 1.0, decay))
     buffers = [] if momentum_buffer is None or momentum == 0 else [momentum_buffer]
     torch._fused_sgd_([param], [grad], buffers, weight_decay=0.0, momentum=momentum, lr=lr, dampening=0.0,
-                      nesterov=nesterov, maximize=False, is_first_step=first)
+                      nesterov=nesterov, maximize=False, is_first_step=first, found_inf=found_inf)
 
 
 def sgd_reference_(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, *, lr: float, momentum: float,
                    nesterov: bool, weight_decay: float, first: bool, grad_scale: Tensor | None = None) -> None:
-    """The meaning of `sgd_` in plain PyTorch; arguments as there."""
+    """The meaning of `sgd_` in plain PyTorch; arguments as there. It asks the device for a scale that is NaN."""
     _check("sgd_reference_", param, grad, momentum_buffer, momentum, nesterov, grad_scale)
+    if grad_scale is not None and bool(grad_scale.isnan()):
+        grad.mul_(grad_scale)
+        return
     for part in chunks(param):
         p, g = param[part], grad[part]
         if grad_scale is not None:

@@ -72,6 +72,18 @@ def test_nothing_is_written_beyond_the_end(device):
         assert all(bool((b[:end] != 7).all() and (b[end:] == 7).all()) for b in written)
 
 
+def test_a_scale_that_is_nan_takes_no_step(device):
+    scale, tables = torch.tensor(float("nan"), device=device), [moments8.table(s, torch.device(device)) for s in (1, 0)]
+    kept = [torch.full((300,), 7.0, device=device) for _ in range(3)]
+    codes = [torch.full((300,), 7, dtype=torch.uint8, device=device) for _ in range(2)]
+    absmax = [torch.full((2,), 7.0, device=device) for _ in range(2)]
+    for grad in (torch.ones(300, device=device), torch.full((300,), float("inf"), device=device)):
+        kernels.adamw_(kept[0], grad.clone(), *kept[1:], **SETTINGS, step=1, grad_scale=scale)
+        kernels.adamw_8bit_(kept[0], grad, codes[0], absmax[0], codes[1], absmax[1], *tables, **SETTINGS, step=1,
+                            grad_scale=scale)
+        assert bool(grad.isnan().all()) and all(bool((t == 7).all()) for t in (*kept, *codes, *absmax))
+
+
 def _state(n, device):
     """Two moments in the middle of a run, a block of zeros among them."""
     first, second = torch.randn(n) * torch.rand(n) ** 4, torch.rand(n) ** 8

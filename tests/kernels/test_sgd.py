@@ -63,6 +63,14 @@ def test_nothing_is_written_beyond_the_end(device):
     assert all(bool((b[130:] == -7.0).all() and (b[:130] != -7.0).all()) for b in buffers)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_scale_that_is_nan_takes_no_step(first, device):
+    param, grad, buffer = (torch.full((300,), -7.0, device=device) for _ in range(3))
+    kernels.sgd_(param, grad, buffer, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, first=first,
+                 grad_scale=torch.tensor(math.nan, device=device))
+    assert bool((param == -7).all() and (buffer == -7).all() and grad.isnan().all())
+
+
 def test_the_public_op_takes_the_kernel_where_it_is_asked_for(device):
     with backends.use("triton"):
         found = _run(op.sgd_, 500, device, (0.9, True))

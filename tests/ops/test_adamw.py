@@ -85,6 +85,14 @@ def test_grad_scale_is_a_scaled_gradient(op):
 
 
 @BOTH
+def test_a_scale_that_is_nan_takes_no_step(op):
+    state = run(op, 300, 3, weight_decay=0.1)
+    before, grad = [t.clone() for t in state], gradient(300, 4)
+    op(state[0], grad, *state[1:], **SETTINGS, weight_decay=0.1, step=4, grad_scale=torch.tensor(float("nan")))
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True)) and bool(grad.isnan().all())
+
+
+@BOTH
 @pytest.mark.parametrize("bad", [torch.zeros(9), torch.zeros(10).double(), torch.zeros(5, 2), torch.zeros(20)[::2]])
 def test_refuses_other_buffers_by_name(op, bad):
     p, m, v = buffers(10)
@@ -179,6 +187,19 @@ def test_8_bits_with_a_scale_are_a_scaled_gradient():
         moments = [moments8.zeros(n, signed, torch.device("cpu")) for signed in (True, False)]
         adamw_8bit_(param, grad, *moments, **SETTINGS, weight_decay=0.0, step=1, grad_scale=scale)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_8_bits_take_no_step_of_a_scale_that_is_nan(backend):
+    if backend == "native" and backends.missing("native", CPU):
+        pytest.skip("no extension")
+    param, moments = run_8bit(700, 3)
+    before = [t.clone() for t in (param, *(t for m in moments for t in (m.codes, m.absmax)))]
+    grad = gradient(700, 4)
+    with backends.use(backend):
+        adamw_8bit_(param, grad, *moments, **SETTINGS, weight_decay=0.1, step=4, grad_scale=torch.tensor(float("nan")))
+    after = (param, *(t for m in moments for t in (m.codes, m.absmax)))
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True)) and bool(grad.isnan().all())
 
 
 def test_one_gradient_a_thousand_times_the_others_does_not_blow_them_up():

@@ -50,6 +50,17 @@ def test_is_bitwise_repeatable_and_scales_the_gradient(op):
 
 
 @BOTH
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_scale_that_is_nan_takes_no_step(op, momentum, weight_decay):
+    p, grad, buffer = gradient(333, 7), gradient(333, 8), gradient(333, 9)
+    before = [p.clone(), buffer.clone()]
+    op(p, grad, buffer, lr=0.1, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay, first=False,
+       grad_scale=torch.tensor(float("nan")))
+    assert torch.equal(p, before[0]) and torch.equal(buffer, before[1]) and bool(grad.isnan().all())
+
+
+@BOTH
 def test_refuses_what_it_cannot_do(op):
     p, g = torch.zeros(8), torch.zeros(8)
     with pytest.raises(InputError, match="momentum_buffer is None"):
