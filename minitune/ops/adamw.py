@@ -69,8 +69,9 @@ def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, 
         param -= lr / (1 - beta1^step) · exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
 
     `step` counts from 1. `grad_scale` is a 0-dim fp32 tensor on the same device: clipping without asking the device.
-    Where it is NaN the step is not taken: `param` and the moments stay as they are, `grad` is NaN. The results are those of ``torch.optim.AdamW`` to a few ulp and bitwise repeatable; where buffers are cut at
-    multiples of 16 elements they do not depend on the cut or the threads.
+    Where it is NaN the step is not taken: `param` and the moments stay as they are, `grad` is NaN. The results are
+    those of ``torch.optim.AdamW`` to a few ulp and bitwise repeatable; where buffers are cut at multiples of 16
+    elements they do not depend on the cut or the threads.
 
     Raises InputError for buffers that break this contract.
     """

@@ -23,7 +23,8 @@ def sgd_(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, *, lr: flo
         param -= lr · (grad + momentum · momentum_buffer if nesterov else momentum_buffer)
 
     With momentum 0 the buffer may be None and the step is lr · grad. `grad_scale` is a 0-dim fp32 tensor on the same
-    device; where it is NaN the step is not taken, and `grad` alone is written. Momentum as in ``torch.optim.SGD`` (Sutskever et al. 2013).
+    device; where it is NaN the step is not taken, and `grad` alone is written. Momentum as in ``torch.optim.SGD``
+    (Sutskever et al. 2013).
 
     Raises InputError for buffers that break this contract.
     """

@@ -21,23 +21,31 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     return squares.sum().sqrt().float()
 
 
-def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients of that norm are multiplied with: at most 1, as in ``torch.nn.utils.clip_grad_norm_``."""
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+def clip_scale(norm: Tensor, max_norm: float | None) -> Tensor:
+    """What gradients of that norm are multiplied with: at most 1, as in ``torch.nn.utils.clip_grad_norm_``, and 1 with
+    `max_norm` None or 0; but NaN where the norm is not finite, at which the steps of `mt.AdamW` and `mt.SGD` are not
+    taken."""
+    kept = torch.ones_like(norm) if not max_norm else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return kept + 0 * norm
 
 
 @torch.no_grad()
-def clip_gradients(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
+def clip_gradients(params: Iterable[Tensor], max_norm: float | None, loss: Tensor | None = None) -> Tensor:
     """Scale the gradients of `params` in place so that their global norm is at most `max_norm`; the norm before it.
 
-    With `max_norm` None or 0 only the norm is taken. Parameters without a gradient take no part.
+    With `max_norm` None or 0 only the norm is taken. Parameters without a gradient take no part. With a `loss` (0-dim)
+    the gradients on a GPU become zero where it or the norm is not finite, since there nobody can be asked whether to
+    take the step.
     """
     grads = [p.grad for p in params if p.grad is not None]
     norm = global_norm(grads)
-    if max_norm:
-        scale = clip_scale(norm, max_norm)
+    guarded = loss is not None and norm.device.type != "cpu"
+    if max_norm or guarded:
+        scale = clip_scale(norm if loss is None else norm + 0 * loss.to(norm.device), max_norm)
         for grad in grads:
             grad.mul_(scale.to(grad.device, non_blocking=True))
+            if guarded:
+                grad.nan_to_num_(0.0, 0.0, 0.0)
     return norm
 
 

@@ -125,8 +125,9 @@ class GraphedStep:
         assert total is not None
         # The replay wrote the gradients behind autograd's back.
         torch.autograd.graph.increment_version([p.grad for p in self._reached if p.grad is not None])
-        norm = update(self.optimizer, lr, clip)
-        return StepResult(total / n_step, norm, n_step, sum(batch.n_tokens for batch in micro_batches))
+        loss = total / n_step
+        norm = update(self.optimizer, lr, clip, loss)
+        return StepResult(loss, norm, n_step, sum(batch.n_tokens for batch in micro_batches))
 
     def _addresses(self) -> list[int]:
         return [tensor.data_ptr() for p in self._parameters for tensor in (p, p.grad) if tensor is not None]

@@ -92,17 +92,19 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
                     self._advance(group, flat, active, scale)
         return loss
 
-    def clip(self, max_norm: float | None) -> Tensor:
-        """The global norm of all gradients (fp32, 0-dim, on the device); the next `step` scales them to `max_norm`.
+    def clip(self, max_norm: float | None, loss: Tensor | None = None) -> Tensor:
+        """The global norm of all gradients (fp32, 0-dim, on the device); the next `step` scales them to `max_norm`, or
+        with None or 0 leaves them. Where the norm is not finite, or the `loss` (0-dim), that step changes nothing.
 
-        Nothing is scaled yet and the device is not asked: the step multiplies the factor in. None or 0 takes the norm
-        only. `zero_grad` forgets the factor.
+        Nothing is scaled yet and the device is not asked: the step multiplies the factor in. `zero_grad` forgets it.
         """
         check_max_norm(max_norm)
         parts = [flat.grad[part] for flats in self._flats for flat in flats
                  for _, part in flat.runs(flat.gather(), lambda i: None)]
         norm = global_norm(parts)
-        self._scale = clip_scale(norm, max_norm) if max_norm else None
+        self._scale = clip_scale(norm if loss is None else norm + 0 * loss.to(norm.device), max_norm)
+        if not max_norm and norm.device.type == "cpu" and not self._scale.isnan():
+            self._scale = None      # one pass less over the gradients, where asking costs nothing
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -320,18 +322,21 @@ class SGD(FlatOptimizer):
                              "keep its moments in 8 bits)")
 
 
-def clip_grad_norm(target: torch.optim.Optimizer | Iterable[Tensor], max_norm: float | None) -> Tensor:
+def clip_grad_norm(target: torch.optim.Optimizer | Iterable[Tensor], max_norm: float | None,
+                   loss: Tensor | None = None) -> Tensor:
     """Clip to a global norm; returns the norm before (fp32, 0-dim). No host synchronisation, bitwise repeatable.
 
-    minitune's optimizers fold the factor into their next step; for another optimizer, or for plain parameters, the
-    gradients are scaled in place. `max_norm` None or 0 takes the norm only.
+    minitune's optimizers fold the factor into their next step, which changes nothing where the norm is not finite; for
+    another optimizer, or for plain parameters, the gradients are scaled in place (by NaN, if it is not finite).
+    `max_norm` None or 0 scales nothing. A `loss` (0-dim) that is not finite counts like such a norm (`clip_gradients`).
     """
     check_max_norm(max_norm)
     if isinstance(target, FlatOptimizer):
-        return target.clip(max_norm)
+        return target.clip(max_norm, loss)
     if isinstance(target, torch.optim.Optimizer):
-        return clip_gradients([p for group in target.param_groups for p in group["params"]], max_norm)
-    return clip_gradients(target, max_norm)
+        return clip_gradients([p for group in target.param_groups for p in group["params"]], max_norm,
+                              loss)
+    return clip_gradients(target, max_norm, loss)
 
 
 def _flatten(group: dict[str, Any]) -> list[Buffer]:

@@ -100,7 +100,7 @@ class Runner:
         loss, n_trained = gradients(self.model, group.batches, self.optimizer, self.objective)
         with unbroken():
             self.torn = True
-            norm = update(self.optimizer, lr, info.training.clip)
+            norm = update(self.optimizer, lr, info.training.clip, loss)
             self.position = self.position.after(len(group.batches), self.device)
             self.waiting.append(_Launched(self.position.step, lr, loss, norm, n_trained, group, self.device))
             self.torn = False

@@ -43,7 +43,8 @@ def train_step(model: Any, micro_batches: Sequence[Batch], optimizer: torch.opti
     """Gradients of all micro-batches, clipped to the global norm `clip` (0: not clipped), then one update.
 
     The number of trained tokens of the whole step is known on the host before it begins and divides every loss, so any
-    split gives the same gradient. Nothing here asks the device. A group's learning rate becomes `lr` times its
+    split gives the same gradient. Nothing here asks the device. A step whose loss or gradient is not finite changes no
+    weight, as `update` says; the result's numbers tell. A group's learning rate becomes `lr` times its
     ``lr_ratio``, where it has one; without `lr` the groups keep theirs, as a torch scheduler sets them. Works with any
     torch optimizer; with minitune's the update is one launch for all small parameters of a group.
 
@@ -54,7 +55,7 @@ def train_step(model: Any, micro_batches: Sequence[Batch], optimizer: torch.opti
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(f"train_step: optimizer is {short(optimizer)}; give mt.AdamW, mt.SGD or one of torch's")
     loss, n_step = gradients(model, micro_batches, optimizer, own_loss if objective is None else objective)
-    norm = update(optimizer, lr, clip)
+    norm = update(optimizer, lr, clip, loss)
     return StepResult(loss, norm, n_step, sum(batch.n_tokens for batch in micro_batches))
 
 
@@ -125,12 +126,17 @@ def _result(found: Any) -> tuple[Tensor, int]:
                      "tokens, an int)")
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float | None, clip: float | None) -> Tensor:
-    """The second half: clips the gradients and takes the step -> their global norm before."""
-    norm = clip_grad_norm(optimizer, clip)
+def update(optimizer: torch.optim.Optimizer, lr: float | None, clip: float | None, loss: Tensor) -> Tensor:
+    """The second half: clips the gradients and takes the step -> their global norm before.
+
+    A step whose `loss` or norm is not finite is left out. A GPU is not asked: there minitune's optimizers leave weights
+    and moments as they are, though they count the step, and another's takes a step of zero gradients.
+    """
+    norm = clip_grad_norm(optimizer, clip, loss)
     for group in optimizer.param_groups if lr is not None else ():
         group["lr"] = lr * group.get("lr_ratio", 1.0)
-    optimizer.step()
+    if norm.device.type != "cpu" or bool((norm + loss).isfinite()):
+        optimizer.step()
     if isinstance(optimizer, FlatOptimizer):
         optimizer.release_gradients()       # what comes before the next backward has their memory
     return norm

@@ -270,6 +270,27 @@ def test_schedulers_and_closures_work():
     assert weight.item() == pytest.approx(2.85, abs=1e-4)
 
 
+@pytest.mark.parametrize("make", [lambda p: AdamW(p, lr=0.1), lambda p: AdamW(p, lr=0.1, moments="8bit"),
+                                  lambda p: SGD(p, lr=0.1, momentum=0.9)], ids=["adamw", "adamw 8bit", "sgd"])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize(("gradient", "loss"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])
+def test_after_clip_a_step_that_is_not_finite_changes_nothing(make, max_norm, gradient, loss):
+    small, large = nn.Parameter(torch.ones(300)), nn.Parameter(torch.ones(flat.WHOLE))
+    optimizer = make([small, large])
+    optimizer.zero_grad()
+    (small.sum() + large.sum()).backward()
+    optimizer.step()
+    before = [p.detach().clone() for p in (small, large)], copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.zero_grad()
+    (small.sum() + large.sum()).backward()
+    small.grad[7] = gradient
+    optimizer.clip(max_norm, torch.tensor(loss))
+    optimizer.step()
+    assert torch.equal(small, before[0][0]) and torch.equal(large, before[0][1])
+    for i, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[1][i][name]) for name, value in state.items() if name != "step")
+
+
 def test_clip_scales_once_and_zero_grad_forgets_it():
     a, b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
     one, two = SGD([a], lr=1.0), SGD([b], lr=1.0)

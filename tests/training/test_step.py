@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -142,3 +144,29 @@ def test_a_large_gradient_does_not_outlive_its_step(fakes, monkeypatch):
     monkeypatch.setattr(flat, "WHOLE", 30)
     model, _, _ = step(fakes, SPLITS["2x4"], lr=0.1)
     assert model.A.numel() < 30 <= model.B.numel() and model.A.grad is not None and model.B.grad is None
+
+
+@pytest.mark.parametrize("make", [lambda p: AdamW(p, lr=0.1), lambda p: AdamW(p, lr=0.1, moments="8bit"),
+                                  lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.AdamW(p, lr=0.1)],
+                         ids=["adamw", "adamw 8bit", "sgd", "torch"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(fakes, make, clip, spoilt):
+    model = fakes.TinyModel()
+    parameters = [model.A, model.B]
+    optimizer = make(parameters)
+    batch = joined(fakes, LENGTHS)
+    train_step(model, [batch], optimizer, clip=clip)
+
+    def objective(model, batch):
+        loss, n = model.loss_sum(batch)
+        return loss * spoilt, n
+
+    before = [p.detach().clone() for p in parameters], copy.deepcopy(optimizer.state_dict())
+    result = train_step(model, [batch], optimizer, clip=clip, objective=objective)
+    assert not result.loss.isfinite() and not result.grad_norm.isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(before[0], parameters, strict=True))
+    after = optimizer.state_dict()["state"]
+    assert all(torch.equal(before[1]["state"][i][name], value) for i in after for name, value in after[i].items())
+    result = train_step(model, [batch], optimizer, clip=clip)
+    assert result.loss.isfinite() and not torch.equal(before[0][0], model.A)
