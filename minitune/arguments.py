@@ -129,6 +129,11 @@ def _name(kind: type) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text, or a list of texts"}[kind]
 
 
+def is_number(value: object) -> bool:
+    """True is none, though Python calls it an int."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_positive(owner: str, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not 0 < value <= sys.float_info.max:
@@ -143,5 +148,5 @@ def check_from_one(owner: str, **values: int | None) -> None:
 
 def check_at_least_zero(owner: str, **values: float) -> None:
     for name, value in values.items():
-        if not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+        if not is_number(value) or not 0 <= value <= sys.float_info.max:
             raise InputError(f"{owner}: {name} is {short(value)}; it must be a finite number of at least 0")

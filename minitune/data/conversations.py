@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from minitune.arguments import short
+from minitune.arguments import is_number, short
 from minitune.data.jsonl import decode_value
 from minitune.errors import InputError
 
@@ -179,7 +179,7 @@ def _weight(given: Mapping[str, Any], name: str, role: str) -> int | None:
     if "weight" not in given:
         return None
     weight = given["weight"]
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
+    if not is_number(weight) or weight not in (0, 1):
         raise InputError(f"{name}.weight is {short(weight)}; a turn's weight is 0 (not trained) or 1 (trained); any "
                          "other belongs to the sample, beside the turns")
     if role != "assistant":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minitune.arguments import short
+from minitune.arguments import is_number, short
 from minitune.data.conversations import check_trained, is_trained, text_of, to_messages, to_tools, untrained
 from minitune.data.fields import check_field_map, recognise
 from minitune.data.rows import read_rows
@@ -130,7 +130,7 @@ def _weight(fields: Mapping[str, Any], where: str) -> float | None:
     if not given:
         return None
     weight = fields[given[0]]
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1e-30 <= weight < 1e30:
+    if not is_number(weight) or not 1e-30 <= weight < 1e30:
         raise InputError(f"{where}: {given[0]} is {short(weight)}; it must be a positive number below 1e30, at least "
                          "1e-30")
     return float(weight)

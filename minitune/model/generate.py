@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitune.arguments import check_seed, check_whole, short
+from minitune.arguments import check_seed, check_whole, is_number, short
 from minitune.errors import InputError
 from minitune.model import half
 from minitune.model.attention_half import AttentionHalf
@@ -228,11 +228,11 @@ def sampler(temperature: float = 0.0, top_k: int | None = None, top_p: float | N
             seed: int | None = None, device: torch.device | str = "cpu") -> Choose:
     """Greedy at temperature 0; else a draw from softmax(logits / temperature), cut to the `top_k` likeliest tokens and
     then to the fewest whose probabilities reach `top_p` (Holtzman et al. 2020, arXiv:1904.09751)."""
-    if not _is_number(temperature) or not 0 <= temperature <= sys.float_info.max:
+    if not is_number(temperature) or not 0 <= temperature <= sys.float_info.max:
         raise InputError(f"generate: temperature is {short(temperature)}; it must be 0 (greedy) or a positive number")
     if top_k is not None:
         check_whole("generate", "top_k", top_k)
-    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
+    if top_p is not None and (not is_number(top_p) or not 0 < top_p <= 1):
         raise InputError(f"generate: top_p is {short(top_p)}; it must be a number above 0 and at most 1")
     if seed is not None:
         check_seed("generate", seed)
@@ -263,7 +263,3 @@ def distribution(logits: Tensor, temperature: float, top_k: int | None = None,
     if top_p is not None and top_p < 1:     # 1 cuts nothing, whatever the sum is rounded to
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
     return p, ids
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

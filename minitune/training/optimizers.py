@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitune.arguments import check_at_least_zero, short
+from minitune.arguments import check_at_least_zero, is_number, short
 from minitune.errors import InputError
 from minitune.ops.adamw import adamw_, adamw_8bit_
 from minitune.ops.moments8 import BLOCK
@@ -280,7 +280,7 @@ class AdamW(FlatOptimizer):
         check_at_least_zero("AdamW", lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(
-                isinstance(b, int | float) and 0 <= b < 1 for b in betas):
+                is_number(b) and 0 <= b < 1 for b in betas):
             raise InputError(f"AdamW: betas is {short(betas)}; it must be two numbers of at least 0 and below 1, such "
                              "as (0.9, 0.999)")
         if group["moments"] not in MOMENTS:
@@ -347,5 +347,5 @@ def _flatten(group: dict[str, Any]) -> list[Buffer]:
 
 
 def check_max_norm(max_norm: float | None) -> None:
-    if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm >= 0):
+    if max_norm is not None and not (is_number(max_norm) and max_norm >= 0):
         raise InputError(f"clip: max_norm is {short(max_norm)}; it must be a number of at least 0, or None")

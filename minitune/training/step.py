@@ -65,6 +65,9 @@ def checked(owner: str, micro_batches: Any, lr: float | None, clip: float | None
     if isinstance(found, str) or not isinstance(found, Iterable):
         raise InputError(f"{owner}: micro_batches is {short(micro_batches)}; give an mt.Batch, or a list of them")
     batches = list(found)
+    if not batches:
+        raise InputError(f"{owner}: micro_batches has no batch; give at least one (an iterator that was read to its "
+                         "end gives no more)")
     odd = next((each for each in batches if not isinstance(each, Batch)), None)
     if odd is not None:
         raise InputError(f"{owner}: micro_batches holds {short(odd)}; give mt.Batch, as mt.data.pack makes them")

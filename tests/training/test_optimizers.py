@@ -359,6 +359,8 @@ def test_parameters_frozen_or_moved_later():
     (lambda: AdamW(parameters(), lr=float("nan")), "lr is nan"),
     (lambda: AdamW(parameters(), lr=torch.tensor(0.1)), "lr is tensor"),
     (lambda: AdamW(parameters(), betas=(0.9, 1.0)), r"betas is \(0\.9, 1\.0\)"),
+    (lambda: AdamW(parameters(), betas=(True, 0.9)), r"betas is \(True, 0\.9\)"),
+    (lambda: AdamW(parameters(), lr=True), "lr is True; it must be a finite number"),
     (lambda: AdamW(parameters(), betas=0.9), r"betas is 0\.9; it must be two numbers"),
     (lambda: AdamW(parameters(), betas=(0.9, "a")), r"betas is \(0\.9, 'a'\)"),
     (lambda: AdamW(None), "params is None; give a list"),

@@ -112,6 +112,9 @@ def _wrong_objective(found):
 @pytest.mark.parametrize(("change", "message"), [
     ({"lr": -1.0}, "lr is -1.0; it must be a finite number"), ({"lr": float("nan")}, "lr is nan"),
     ({"lr": "1e-4"}, "lr is '1e-4'"), ({"clip": -1.0}, "max_norm is -1.0"), ({"micro_batches": "abc"}, "is 'abc'"),
+    ({"lr": True}, "lr is True; it must be a finite number"), ({"clip": True}, "max_norm is True; it must be a number"),
+    ({"micro_batches": []}, "train_step: micro_batches has no batch; give at least one"),
+    ({"micro_batches": iter(())}, "micro_batches has no batch"),
     ({"micro_batches": None}, "micro_batches is None"), ({"micro_batches": [[1, 2]]}, r"holds \[1, 2\]; give mt.Batch"),
     ({"objective": _wrong_objective(torch.ones(()))}, r"the objective gave tensor\(1.*; it must give"),
     ({"objective": _wrong_objective((torch.ones(()), 5))}, "it must give"),
