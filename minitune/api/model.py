@@ -174,9 +174,7 @@ class Model(Generation):
         """hidden [n, d_model] and labels int64 [n], each a token of the vocabulary (no -100: take the rows of
         ``batch.trained``) -> negative log-likelihood fp32 [n]."""
         self._check_rows("losses_at", hidden)
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != hidden.shape[:1]:
-            raise InputError(f"losses_at: labels is {_described(labels)}; it must be int64 [{len(hidden)}], a token "
-                             "for each row of hidden")
+        self._check_labels(labels, len(hidden))
         return self.network.losses_at(hidden, labels, label_smoothing)
 
     def logits_at(self, hidden: Tensor) -> Tensor:
@@ -188,6 +186,19 @@ class Model(Generation):
         if not isinstance(hidden, Tensor) or hidden.dim() != 2 or hidden.shape[1] != self.config.d_model:
             raise InputError(f"{owner}: hidden is {_described(hidden)}; it must be [n, {self.config.d_model}], rows of "
                              "what model.hidden(batch) gives")
+
+    def _check_labels(self, labels: Tensor, n: int) -> None:
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (n,):
+            raise InputError(f"losses_at: labels is {_described(labels)}; it must be int64 [{n}], a token for each row "
+                             "of hidden")
+        if labels.device.type != "cpu":
+            return      # a GPU is not asked for their values
+        wrong = ((labels < 0) | (labels >= self.config.vocab_size)).nonzero().flatten()
+        if wrong.numel():
+            at = int(wrong[0])
+            raise InputError(f"losses_at: labels[{at}] is {int(labels[at])}; it must be a token of the vocabulary, "
+                             f"from 0 to {self.config.vocab_size - 1} (of a batch take the rows of batch.trained, "
+                             "which leaves out those of -100)")
 
     def logits(self, tokens: Tensor | Sequence[int], cu_seqlens: Tensor | None = None) -> Tensor:
         """tokens int64 [T], one document or those that cu_seqlens int32 [n + 1] bounds -> fp32 [T, vocab_size]."""

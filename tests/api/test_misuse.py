@@ -67,6 +67,8 @@ MISUSE = {
     "labels of another dtype": (lambda f: _losses_at(f, torch.zeros(2, dtype=torch.int32)),
                                 r"labels is torch.int32 \[2\]; it must be int64 \[2\], a token for each row"),
     "more labels than rows": (lambda f: _losses_at(f, torch.zeros(3, dtype=torch.int64)), r"torch.int64 \[3\]"),
+    "a label of no token": (lambda f: _losses_at(f, torch.tensor([5, -100])), r"labels\[1\] is -100; it must be"),
+    "a label beyond": (lambda f: _losses_at(f, torch.tensor([10**9, 5])), r"labels\[0\] is 10+; it must be a token"),
     "hidden rows": (lambda f: mt.load(f).logits_at(torch.zeros(2, 3)), r"hidden is torch.float32 \[2, 3\]; it"),
     "a text as a path": (lambda f: mt.load("word " * 80), "it must be a path, and this one is too long"),
     "a null as a path": (lambda f: mt.data.stream("a\0b", mt.load(f).tokenizer, tokens=8), "a file is 'a.x00b'"),
