@@ -28,6 +28,10 @@ Evaluate = Callable[[int, bool], EvaluationRecord | None]
 """(steps done, whether it is before the first or after the last of them) -> what was found, or None: nothing to do."""
 EVALUATIONS = 10
 """About so many in a run whose settings do not say."""
+BEFORE_ANY_UPDATE = (" and are not saved. No update came before this step, so the learning rate is not the cause: look "
+                     "for values that are not finite in the weights that were loaded, for very large weights of "
+                     "samples, and at the objective, if it is your own; dtype float32 may help")
+"""What is said of a first step whose numbers are not finite."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -163,8 +167,9 @@ class Runner:
         if is_told(record.step, self.run.info) or not finite:
             tell(self.observers, "on_step", record)
         if not finite:
+            advice = self._advice() if record.step > 1 else BEFORE_ANY_UPDATE
             raise TrainingDiverged(f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}, lr "
-                                   f"{record.lr:.3g}. The trained weights are spoilt{self._advice()}")
+                                   f"{record.lr:.3g}. The trained weights are spoilt{advice}")
         if self._watch(record):
             tell(self.observers, "on_note",
                  f"step {record.step}: diverging: the median loss of the last {self.divergence.steps} steps is "

@@ -137,6 +137,8 @@ def _python() -> list[Callable[[], object]]:
         lambda: mt.train(adapted, "good.jsonl", tokens=64, save_every=2),
         lambda: mt.train(adapted, iter([masked]), tokens=64, max_steps=3, out="stopped", resume=True),
         lambda: mt.train(adapted, "good.jsonl", tokens=64, lr=1e30, clip=0, warmup=0, max_steps=9),
+        lambda: mt.train(mt.load("my-llama", lora=mt.LoRA(rank=2)),
+                         [{"prompt": "a", "completion": " b", "weight": 9e29}], tokens=64, max_steps=1),
         lambda: mt.train(mt.load("my-llama", lora=mt.LoRA(rank=2)), "good.jsonl", tokens=64, lr=1e30, clip=0, warmup=0,
                          max_steps=9, save_every=1, out="spoilt", ask=()),
     ]

@@ -220,12 +220,25 @@ def test_divergence_names_the_step_and_still_ends(fakes):
     (0.0, r"a clip of 1 \(it is 0, which does not clip\)$"), (5.0, r"a clip of 1 \(it is 5\)$"),
     (1.0, r"a clip of 0\.1 \(it is 1\)$"), (0.5, r"a clip of 0\.05 \(it is 0\.5\)$")])
 def test_divergence_advises_another_clip_than_there_was(fakes, clip, advice):
+    factors = iter([1.0, float("nan")])
+
     def objective(model, batch):
         loss, n = model.loss_sum(batch)
-        return loss * float("nan"), n
+        return loss * next(factors), n
 
     with pytest.raises(TrainingDiverged, match=advice):
         fit(fakes.TinyModel(), data(fakes), Training(clip=clip), objective)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 3e38], ids=["loss", "gradient"])
+def test_of_numbers_that_are_not_finite_before_any_update_no_rate_is_blamed(fakes, factor):
+    def objective(model, batch):
+        loss, n = model.loss_sum(batch)
+        return loss * factor, n
+
+    with pytest.raises(TrainingDiverged, match=r"step 1: .*are not saved\. No update came before this step, so the "
+                                               r"learning rate is not the cause: .* the objective, if it is your own"):
+        fit(fakes.TinyModel(), data(fakes), Training(clip=0.0), objective)
 
 
 def test_an_interruption_is_told_as_one(fakes):
