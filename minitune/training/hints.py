@@ -22,6 +22,9 @@ WINDOW = 20
 """Steps whose median loss is looked at."""
 EARLY = 5
 """As many are enough in a run that has not had WINDOW yet."""
+NO_GRADIENT = ("step 1: the gradient is exactly 0, so nothing is learned: the objective does not depend on what is "
+               "trained, or the weights of all its tokens are 0")
+"""Of an objective with a graph that leads elsewhere, which autograd takes without a word."""
 
 
 @runtime_checkable

@@ -177,8 +177,8 @@ class Observer(Protocol):
         self.on_start(run.info)
 
     def on_note(self, text: str) -> None:
-        """What a user should know of the run and no number says (training/hints.py): before the first step, and once
-        where the loss diverges."""
+        """What a user should know of the run and no number says (training/hints.py): before the first step, after it
+        where its gradient is 0, and once where the loss diverges."""
         return None
 
     def on_step(self, record: StepRecord) -> None:

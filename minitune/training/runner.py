@@ -16,7 +16,7 @@ from minitune.config import Training
 from minitune.data.batch import Batch
 from minitune.errors import InputError
 from minitune.training.checkpoint import Checkpoints, Position
-from minitune.training.hints import Divergence
+from minitune.training.hints import NO_GRADIENT, Divergence
 from minitune.training.interrupt import unbroken
 from minitune.training.machine import peak_memory
 from minitune.training.optimizers import FlatOptimizer
@@ -170,6 +170,8 @@ class Runner:
             advice = self._advice() if record.step > 1 else BEFORE_ANY_UPDATE
             raise TrainingDiverged(f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}, lr "
                                    f"{record.lr:.3g}. The trained weights are spoilt{advice}")
+        if record.step == 1 and record.grad_norm == 0:
+            tell(self.observers, "on_note", NO_GRADIENT)
         if self._watch(record):
             tell(self.observers, "on_note",
                  f"step {record.step}: diverging: the median loss of the last {self.divergence.steps} steps is "

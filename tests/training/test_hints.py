@@ -10,7 +10,7 @@ import torch
 from minitune.config import LoRA, ModelConfig, Training
 from minitune.model.init import init_weights
 from minitune.model.llama import Llama
-from minitune.training.hints import EARLY, WINDOW, Divergence, hints
+from minitune.training.hints import EARLY, NO_GRADIENT, WINDOW, Divergence, hints
 from minitune.training.loop import fit
 from minitune.training.run import Observer
 
@@ -108,6 +108,21 @@ def test_a_loss_is_looked_at_after_a_few_steps_over_a_window_and_only_with_a_mea
     assert watch.median == 3.0 and watch.steps == WINDOW and watch.first == 1.0
     free = Divergence(None)
     assert not any(free.seen(loss) for loss in [1.0, *[50.0] * 40])
+
+
+@pytest.mark.parametrize("elsewhere", [True, False], ids=["another graph", "times 0"])
+def test_a_first_step_without_a_gradient_is_said_once(fakes, elsewhere):
+    other = torch.ones((), requires_grad=True)
+
+    def objective(model, batch):
+        return (other * batch.n_trained if elsewhere else model.loss_sum(batch)[0] * 0), batch.n_trained
+
+    batches = [fakes.make_batch(12, 7 + i, seed=i) for i in range(6)]
+    model, listener = fakes.TinyModel(), Notes()
+    before = [model.A.detach().clone(), model.B.detach().clone()]
+    run = fit(model, batches, Training(max_steps=3), objective, [listener])
+    assert listener.heard == ["start", 1, NO_GRADIENT, 2, 3] and run.end == "finished"
+    assert torch.equal(model.A, before[0]) and torch.equal(model.B, before[1])
 
 
 def test_observers_hear_notes_between_the_start_and_the_step_that_shows_it(fakes):
