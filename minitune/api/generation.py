@@ -14,9 +14,9 @@ from typing import Any, Generic, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from minitune.api.ending import Ending, FinishReason, Turn, Writer, turn_of
 from minitune.arguments import answers_names, short
 from minitune.config import ModelConfig
-from minitune.data.ending import Ending, FinishReason, Turn, Writer, turn_of
 from minitune.data.tokenizer import Tokenizer
 from minitune.errors import InputError
 from minitune.model.generate import generate, sampler, steps

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minitune as mt
-from minitune.data.ending import Ending, Turn, Writer, turn_of
+from minitune.api.ending import Ending, Turn, Writer, turn_of
 from minitune.data.tokenizer import load_tokenizer
 
 TEXTS = ["def add(a, b):\n    return a + b", " Hello, fox",
