@@ -33,7 +33,7 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
             ("data", f"{data.n_documents:,} documents, {data.n_tokens:,} tokens, {data.n_trained:,} of them trained"),
             ("an epoch", f"{data.count(1):,} rows of {data.tokens:,} tokens, "
                          f"{data.n_tokens / (data.count(1) * data.tokens):.0%} full"),
-            ("steps", f"{planned(data, training)[0]:,} of {training.micro_batches} x {data.tokens:,} tokens"
+            ("steps", f"{planned(data, training):,} of {training.micro_batches} x {data.tokens:,} tokens"
                       f"{f', {done:,} of them done' if done else ''}")]
     rows += _memory(model, data.tokens, training)
     was_training = model.training

@@ -153,5 +153,5 @@ def show_plan(model: Model, data: Stream, valid: Stream | None, training: Traini
         print_ledger(valid.ledger, title="Held out")
     print()
     print_table("What would be trained; nothing is written", ("", ""), rows)
-    for hint in hints(data, training, planned(data, training)[0], model.device, model.network):
+    for hint in hints(data, training, planned(data, training), model.device, model.network):
         print(f"note: {hint}")

@@ -134,10 +134,9 @@ class Projection(nn.Module):
     def laid_out(self) -> Augmented | None:
         """What the weight lies in. Whoever copied the model, or put another tensor in the weight's place, tore the two
         apart: then it is laid out anew."""
-        if self.around is not None and self.around.nf4 is None:
-            own = self.around.weight
-            if own.data_ptr() != self.weight.data_ptr() or own.stride() != self.weight.stride():
-                self.lay_out()
+        around = self.around
+        if around is not None and around.nf4 is None and around.weight.data_ptr() != self.weight.data_ptr():
+            self.lay_out()
         return self.around
 
     def lay_out(self) -> None:
@@ -268,6 +267,7 @@ class Projection(nn.Module):
             if not any(name.endswith(kind) for name in names):
                 continue
             for name, value in [each for each in weights.items() if each[0].endswith(kind)]:
+                # A sibling that stays as it is is copied too: a view would keep the memory of all of them.
                 copy = value.to(torch.float32 if name in names else value.dtype, copy=True)
                 self.trained[_key(name)] = nn.Parameter(copy, requires_grad=name in names)
             setattr(self, kind, frozen(getattr(self, kind)[:0].clone()))

@@ -62,7 +62,7 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
 
     Raises InputError for data or settings that can't make a run, TrainingDiverged for a non-finite loss or gradient.
     """
-    total_steps, limit = planned(batches, training)
+    total_steps = planned(batches, training)
     device = torch.device(model.device)
     torch.manual_seed(training.seed)
     optimizer = make_optimizer(model, training)
@@ -77,7 +77,7 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
         tell_begin(observers, run)
         for hint in hints(batches, training, total_steps, device, getattr(model, "network", None)):
             tell(observers, "on_note", hint)
-        drawn = _stream(batches, position.micro_batches, limit, None if training.max_steps else training.epochs)
+        drawn = _drawn(batches, position.micro_batches, None if training.max_steps else training.epochs)
         runner.go(islice(_groups(drawn, training.micro_batches, device, costs), total_steps - position.step))
         if not run.records:
             raise InputError(NOTHING)
@@ -109,8 +109,8 @@ def make_optimizer(model: Any, training: Training) -> FlatOptimizer:
     return AdamW(groups, lr=training.lr, weight_decay=training.weight_decay, moments=training.moments)
 
 
-def planned(batches: Iterable[Batch], training: Training) -> tuple[int, int | None]:
-    """(steps, micro-batches) of the run; with max_steps None: as many micro-batches as these take."""
+def planned(batches: Iterable[Batch], training: Training) -> int:
+    """The steps of the run."""
     length = None
     if isinstance(batches, Epochs):
         length = batches.count(training.epochs)
@@ -121,21 +121,17 @@ def planned(batches: Iterable[Batch], training: Training) -> tuple[int, int | No
     if length == 0:
         raise InputError(NOTHING)
     if training.max_steps is not None:
-        return training.max_steps, None
+        return training.max_steps
     if length is None:
         raise InputError("training: the data has no length, so the number of steps is unknown; set max_steps, or "
                          "give a list of batches")
-    return math.ceil(length / training.micro_batches), length
+    return math.ceil(length / training.micro_batches)
 
 
-def _stream(batches: Iterable[Batch], skip: int, limit: int | None, epochs: int | None) -> Iterator[Batch]:
-    """Of the batches that train something, those [skip, limit). They come again and again, but for so many `epochs`,
+def _drawn(batches: Iterable[Batch], skip: int, epochs: int | None) -> Iterator[Batch]:
+    """The batches that train something, but for the first `skip`. They come again and again, or for so many `epochs`,
     each in its own order if they know one; an iterator's once only, and so too those of data in which nothing is
     trained."""
-    return islice(_repeated(batches, skip, epochs), None if limit is None else max(0, limit - skip))
-
-
-def _repeated(batches: Iterable[Batch], skip: int, epochs: int | None) -> Iterator[Batch]:
     for epoch in count() if epochs is None else range(epochs):
         n_trained = 0
         if isinstance(batches, Epochs):

@@ -122,3 +122,11 @@ def test_nor_by_an_adapter_that_comes_to_it_later():
 def test_a_weight_that_is_trained_in_parts_lies_nowhere_else(network):
     network.unfreeze("full")
     assert all(projection.weight.untyped_storage().nbytes() == 0 for projection in network.projections())
+
+
+def test_frozen_siblings_of_a_trained_part_keep_no_memory_but_their_own(network):
+    network.unfreeze("*.q_proj.weight")
+    qkv = network.blocks()[0].attention.qkv
+    for part in qkv.trained.values():
+        assert part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes
+    assert [part.dtype for part in qkv.trained.values()] == [torch.float32, torch.bfloat16, torch.bfloat16]
