@@ -26,7 +26,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 _SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 2
 
 
 def answers_names(function: Callable[P, R]) -> Callable[P, R]:
@@ -45,8 +46,8 @@ def answers_names(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def short(value: object) -> str:
-    """`value` as one short line for a message, however large it is."""
-    return " ".join(_SHORT.repr(value).split())
+    """`value` as one short line for a message, however large or deeply nested it is."""
+    return " ".join(map(str.strip, _SHORT.repr(value).splitlines()))
 
 
 def check_names(owner: str, names: Iterable[str], settings: type[Any], more: str = "") -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitune.arguments import short
 from minitune.checkpoint.adapter_reader import AdapterTensors, TokenTensors
-from minitune.checkpoint.files import json_bytes, listing, read_json_object, show, staged
+from minitune.checkpoint.files import json_bytes, listing, read_json_object, staged
 from minitune.checkpoint.folders import ADAPTER as CONFIG
 from minitune.checkpoint.folders import WEIGHTS as TENSORS
 from minitune.checkpoint.patterns import compress, short_name
@@ -142,7 +143,7 @@ def _trained_on(folder: Path | None) -> str:
     said = None if folder is None else read_json_object(folder / CONFIG).get("base_model_name_or_path")
     if not isinstance(said, str) or not said:
         return "load the base that it was trained on, or another adapter"
-    return f"{CONFIG} says that it was trained on {show(said)}: load that base, or another adapter"
+    return f"{CONFIG} says that it was trained on {short(said)}: load that base, or another adapter"
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minitune.arguments import short
 from minitune.checkpoint.fields import Rule, flag, integer, mapping, number, only, refuse, same, text, texts
-from minitune.checkpoint.files import listing, read_json_object, show
+from minitune.checkpoint.files import listing, read_json_object
 from minitune.checkpoint.folders import ADAPTER as CONFIG
 from minitune.checkpoint.folders import PICKLES, adapter_config
 from minitune.checkpoint.folders import WEIGHTS as TENSORS
@@ -129,7 +130,7 @@ def _check_fields(where: str, raw: dict[str, Any]) -> None:
         rule = FIELDS.get(name)
         if rule is None:
             if not any(same(value, empty) for empty in _EMPTY):
-                refuse(where, show(name), value, "this field is not supported, so it must be null, false or empty")
+                refuse(where, short(name), value, "this field is not supported, so it must be null, false or empty")
         else:
             rule.check(where, name, value)
 
@@ -143,14 +144,14 @@ def _read_tensors(checkpoint: Checkpoint, path: Path, dora: bool) -> dict[str, A
         info, match = checkpoint.info(name), _NAME.fullmatch(name)
         if match is None:
             if not _BASE.fullmatch(name) and not _ROWS.fullmatch(name):
-                faults.append(f"{show(name)} is no LoRA tensor of a linear (base_model.model.….lora_A.weight or "
+                faults.append(f"{short(name)} is no LoRA tensor of a linear (base_model.model.….lora_A.weight or "
                               "lora_B.weight)")
             continue
         part, kind = match["matrix"] or match["m"], "matrix" if match["matrix"] else "vector"
         if len(info.shape) != (1 if part == "m" else 2) or 0 in info.shape or info.dtype not in FLOATS:
-            faults.append(f"{show(name)} is {info.dtype} {list(info.shape)}; it must be a float {kind}")
+            faults.append(f"{short(name)} is {info.dtype} {list(info.shape)}; it must be a float {kind}")
         elif part in parts.setdefault(match[1], {}):
-            faults.append(f"{show(name)} stands there twice")
+            faults.append(f"{short(name)} stands there twice")
         else:
             parts[match[1]][part] = name
     shapes = {module: {part: list(checkpoint.info(name).shape) for part, name in found.items()}
@@ -196,7 +197,7 @@ def base_copies(folder: Path) -> dict[str, Tensor]:
 def _patterns(where: str, name: str, raw: dict[str, Any]) -> Patterns:
     said = mapping(where, name, raw.get(name) or {})
     for key, value in said.items():
-        field = f"{name}[{show(key)}]"
+        field = f"{name}[{short(key)}]"
         if name == "rank_pattern":
             integer(where, field, value)
         else:
@@ -232,7 +233,7 @@ def _check_targets(where: str, said: list[str], paths: list[str], narrowed: bool
     for target in said:
         if short_name(target) in (*LINEAR_NAMES, "lm_head") and target not in adapted and not narrowed:
             refuse(where, "target_modules", said,
-                   f"but {TENSORS} has no tensor of {show(target)}; fetch or copy both files again")
+                   f"but {TENSORS} has no tensor of {short(target)}; fetch or copy both files again")
 
 
 def _ends(path: str) -> list[str]:
@@ -251,7 +252,7 @@ def read_token_rows(folder: Path) -> TokenTensors | None:
         if extra or lacking:
             raise InputError(f"{folder / TENSORS}: {'has' if extra else 'lacks'} trained rows of "
                              f"{(extra or lacking)[0]}, but {CONFIG} says trainable_token_indices: "
-                             f"{show(str(said or None))}; fetch or copy both files again")
+                             f"{short(str(said or None))}; fetch or copy both files again")
         if not said:
             return None
         ids = next(iter(said.values()))

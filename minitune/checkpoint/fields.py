@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from minitune.checkpoint.files import show
+from minitune.arguments import short
 from minitune.errors import InputError
 
 MAX_INT = 2**31 - 1
@@ -15,7 +15,7 @@ MAX_INT = 2**31 - 1
 
 def refuse(where: str, name: str, value: object, rule: str) -> NoReturn:
     """Raise InputError: this field of this file has this value, and ``rule`` says what is supported."""
-    raise InputError(f"{where}: {name} is {show(value)}; {rule}")
+    raise InputError(f"{where}: {name} is {short(value)}; {rule}")
 
 
 def same(value: object, allowed: object) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import reprlib
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,21 +12,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from minitune.arguments import short
 from minitune.errors import InputError
 
 MAX_JSON_FILE = 16 << 20
 """Bytes of the largest JSON file that is read whole; the largest published index has about 8 MB."""
 MAX_JSON_ITEMS = 1_000_000
 """The most values in one JSON text, so that parsing takes bounded time; the largest published header has about 10^5."""
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
-_SHORT.maxlevel = 2
-
-
-def show(value: object) -> str:
-    """``value`` as one short piece of text for a message, however long or deeply nested it is."""
-    return _SHORT.repr(value)
 
 
 def listing(lines: list[str], most: int = 20) -> str:
@@ -65,7 +56,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the name {show(key)} stands twice in one object")
+                raise ValueError(f"the name {short(key)} stands twice in one object")
             seen.add(key)
     return result
 
@@ -73,7 +64,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{show(text)} is no finite number")
+        raise ValueError(f"{short(text)} is no finite number")
     return value
 
 
@@ -115,7 +106,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     refuse_pointer(path, raw)
     value = parse_json(raw, str(path))
     if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object, but holds {show(value)}")
+        raise InputError(f"{path}: must hold a JSON object, but holds {short(value)}")
     return value
 
 

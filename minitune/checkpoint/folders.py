@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from minitune.checkpoint.files import show
+from minitune.arguments import short
 from minitune.errors import InputError
 from minitune.names import nearest_path
 
@@ -64,9 +64,9 @@ def no_weights(folder: Path) -> str:
     if WEIGHTS in names:
         return _BASE_FIRST
     if others:
-        return f"it has {show(others)}; fetch what is missing, or call a whole model's file {SINGLE}"
+        return f"it has {short(others)}; fetch what is missing, or call a whole model's file {SINGLE}"
     if pickles:
-        return f"its weights are pickles ({show(pickles)}), which can run code and are not read; {CONVERT}"
+        return f"its weights are pickles ({short(pickles)}), which can run code and are not read; {CONVERT}"
     return _gguf(names) or f"fetch the weights into the folder, {SINGLE} or all shards with their index"
 
 
@@ -78,13 +78,13 @@ def _no_config(folder: Path) -> str:
     if nested:
         return f"did you mean {nested}?"
     if pickles and not any(name.endswith(".safetensors") for name in names):
-        return f"fetch the model again in safetensors; pickles ({show(pickles)}) can run code and are not read"
+        return f"fetch the model again in safetensors; pickles ({short(pickles)}) can run code and are not read"
     return _gguf(names) or "fetch it into the folder from where the weights come"
 
 
 def _gguf(names: list[str]) -> str | None:
     found = [name for name in names if name.lower().endswith(".gguf")]
-    return f"GGUF ({show(found)}) is not read; fetch the same model in safetensors" if found else None
+    return f"GGUF ({short(found)}) is not read; fetch the same model in safetensors" if found else None
 
 
 def _below(folder: Path, name: str) -> str:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitune.arguments import short
 from minitune.checkpoint.fields import Rule, flag, integer, mapping, number, only, refuse, text, texts, token_ids
-from minitune.checkpoint.files import json_bytes, read_json_object, show, staged
+from minitune.checkpoint.files import json_bytes, read_json_object, staged
 from minitune.checkpoint.folders import model_config
 from minitune.checkpoint.hf_rope import read_rope, write_rope
 from minitune.config import ModelConfig
@@ -216,7 +217,7 @@ def _quantization(where: str, block: object) -> bool:
         entry.check(where, f"quantization_config.{name}", fields.get(name))
     for name, value in fields.items():
         if name not in QUANTIZATION and value is not None:
-            refuse(where, f"quantization_config.{show(name)}", value, _UNKNOWN)
+            refuse(where, f"quantization_config.{short(name)}", value, _UNKNOWN)
     return True
 
 
@@ -241,7 +242,7 @@ def _check_known(where: str, raw: dict[str, Any], family: str) -> None:
     for name, value in raw.items():
         entry = FIELDS.get(name)
         if entry is None and value is not None:
-            refuse(where, show(name), value, _UNKNOWN)
+            refuse(where, short(name), value, _UNKNOWN)
         if isinstance(entry, Used) and family not in entry.families:
             only(where, f"{name} (which {family} does not have)", value, entry.unread)
         if isinstance(entry, Rule):
@@ -344,7 +345,7 @@ def _write_windows(config: ModelConfig) -> dict[str, Any]:
     sizes = windows - {None}
     fits = {"llama": not sizes, "mistral": len(windows) == 1}.get(config.family, len(sizes) < 2)
     if not fits:
-        raise InputError(f"model: windows are {show(config.windows)}; config.json of {config.family!r} cannot say so")
+        raise InputError(f"model: windows are {short(config.windows)}; config.json of {config.family!r} cannot say so")
     if config.family == "llama":
         return {}
     window = next(iter(sizes), None)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.checkpoint.files import show
+from minitune.arguments import short
 from minitune.errors import InputError
 
 _LITERAL = re.compile(r"\^?(?:[A-Za-z0-9_-]|\\?\.)*")
@@ -31,7 +31,7 @@ class Patterns:
         self._seconds = 0.0
         for order, (key, _) in enumerate(self._table):
             if len(key) > 200:
-                raise InputError(f"{where}: the pattern {show(key)} has {len(key):,} characters; at most 200 are read")
+                raise InputError(f"{where}: the pattern {short(key)} has {len(key):,} characters; at most 200 are read")
             if _LITERAL.fullmatch(key):
                 name = key.replace("\\", "")
                 self._literal.setdefault((name.startswith("^"), name.removeprefix("^")), order)
@@ -43,12 +43,13 @@ class Patterns:
         small = n_repeats <= 2 and n_choices <= 4 and not re.search(r"\)[*+?]|\(\?", key)
         if not small or not _SIMPLE.fullmatch(key):
             raise InputError(
-                f"{self._where}: the pattern {show(key)} is too complex; use names, paths or simple regular expressions"
+                f"{self._where}: the pattern {short(key)} is too complex; use names, paths or simple regular "
+                "expressions"
             )
         try:
             return re.compile(f"(?:{key})$")
         except re.error as error:
-            raise InputError(f"{self._where}: {show(key)} is no regular expression: {error}") from None
+            raise InputError(f"{self._where}: {short(key)} is no regular expression: {error}") from None
 
     def find(self, path: str, default: Any) -> Any:
         """The value for a module path, or ``default`` where no key matches."""

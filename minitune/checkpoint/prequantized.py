@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from minitune.arguments import short
 from minitune.checkpoint.fields import only, refuse
-from minitune.checkpoint.files import listing, parse_json, show
+from minitune.checkpoint.files import listing, parse_json
 from minitune.checkpoint.reader import Checkpoint
 from minitune.devices import DTYPES
 from minitune.errors import InputError
@@ -97,9 +98,9 @@ def _fault(checkpoint: Checkpoint, names: Collection[str], weight: str) -> str |
     found = _companions(names, weight)
     if weight not in names:
         if not found:
-            return f"the checkpoint has no tensor {show(weight)}"
-        return f"{checkpoint.path(found[0])}: tensor {show(found[0])} is there, but not {show(weight)} itself"
-    where = f"{checkpoint.path(weight)}: tensor {show(weight)}"
+            return f"the checkpoint has no tensor {short(weight)}"
+        return f"{checkpoint.path(found[0])}: tensor {short(found[0])} is there, but not {short(weight)} itself"
+    where = f"{checkpoint.path(weight)}: tensor {short(weight)}"
     if f"{weight}.{FP4}" in names:
         return f"{where} is quantised to 'fp4'; only 'nf4' is read"
     dtype = checkpoint.info(weight).dtype
@@ -121,7 +122,7 @@ def _state(
     if state.keys() != set(expected):
         kind = "nested" if nested else "plain"
         raise InputError(
-            f"{where}: has the fields {', '.join(map(show, state))}; for a {kind} absmax it needs exactly "
+            f"{where}: has the fields {', '.join(map(short, state))}; for a {kind} absmax it needs exactly "
             f"{', '.join(expected)}; {_INSTEAD}"
         )
     try:
@@ -142,7 +143,7 @@ def _state(
 
 def _json(checkpoint: Checkpoint, name: str) -> tuple[str, dict[str, Any]]:
     """What the messages call the tensor, and the JSON object that it holds."""
-    info, where = checkpoint.info(name), f"{checkpoint.path(name)}: tensor {show(name)}"
+    info, where = checkpoint.info(name), f"{checkpoint.path(name)}: tensor {short(name)}"
     if info.dtype != torch.uint8 or len(info.shape) != 1 or info.n_bytes > MAX_STATE:
         raise InputError(
             f"{where} is {info.dtype} {list(info.shape)}; it must hold JSON text of at most {MAX_STATE:,} bytes as "
@@ -154,7 +155,7 @@ def _json(checkpoint: Checkpoint, name: str) -> tuple[str, dict[str, Any]]:
     except InputError as error:
         raise InputError(f"{error}; {_INSTEAD}") from None
     if not isinstance(state, dict):
-        raise InputError(f"{where}: must hold a JSON object, but holds {show(state)}; {_INSTEAD}")
+        raise InputError(f"{where}: must hold a JSON object, but holds {short(state)}; {_INSTEAD}")
     return where, state
 
 
@@ -181,4 +182,4 @@ def _check_range(checkpoint: Checkpoint, name: str, nested_absmax: Tensor, code:
 
 
 def _refuse(checkpoint: Checkpoint, name: str, fault: str) -> NoReturn:
-    raise InputError(f"{checkpoint.path(name)}: tensor {show(name)} {fault}; {_INSTEAD}")
+    raise InputError(f"{checkpoint.path(name)}: tensor {short(name)} {fault}; {_INSTEAD}")

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitune.checkpoint.files import listing, open_regular, read_json_object, show
+from minitune.arguments import short
+from minitune.checkpoint.files import listing, open_regular, read_json_object
 from minitune.checkpoint.folders import CONVERT, PICKLES, SINGLE, no_weights
 from minitune.checkpoint.mapped import LEAST, map_bytes
 from minitune.checkpoint.safetensors_header import Header, TensorInfo, read_header
@@ -44,7 +45,7 @@ class Checkpoint:
         for header in headers:
             for name, info in header.tensors.items():
                 if name in self._infos:
-                    raise InputError(f"{header.path}: tensor {show(name)} stands in {self._paths[name]}, too")
+                    raise InputError(f"{header.path}: tensor {short(name)} stands in {self._paths[name]}, too")
                 self._infos[name], self._paths[name] = info, header.path
         self._open: tuple[Path, FileIO] | None = None
         self._staging: dict[bool, Tensor] = {}
@@ -77,7 +78,7 @@ class Checkpoint:
 
     def info(self, name: str) -> TensorInfo:
         if name not in self._infos:
-            raise InputError(f"the checkpoint has no tensor {show(name)}")
+            raise InputError(f"the checkpoint has no tensor {short(name)}")
         return self._infos[name]
 
     def path(self, name: str) -> Path:
@@ -103,10 +104,10 @@ class Checkpoint:
         """
         info, path = self.info(name), self._paths[name]
         if info.dtype not in FLOATS:
-            raise InputError(f"{path}: tensor {show(name)} is {info.dtype}; float32, float16 and bfloat16 are read")
+            raise InputError(f"{path}: tensor {short(name)} is {info.dtype}; float32, float16 and bfloat16 are read")
         if tuple(out.shape) != info.shape or out.dtype not in FLOATS:
             raise InputError(
-                f"{path}: tensor {show(name)} has shape {list(info.shape)}; it cannot be read into "
+                f"{path}: tensor {short(name)} has shape {list(info.shape)}; it cannot be read into "
                 f"{list(out.shape)} of {out.dtype}"
             )
         target = out.detach()  # shares memory and version counter, but is no leaf that autograd guards
@@ -143,10 +144,10 @@ class Checkpoint:
         """Fill ``out`` with a uint8 tensor of the file: same shape, any device. Raises InputError where it shrank."""
         info, path = self.info(name), self._paths[name]
         if info.dtype != torch.uint8:
-            raise InputError(f"{path}: tensor {show(name)} is {info.dtype}; it must be torch.uint8 here")
+            raise InputError(f"{path}: tensor {short(name)} is {info.dtype}; it must be torch.uint8 here")
         if tuple(out.shape) != info.shape or out.dtype != torch.uint8:
             raise InputError(
-                f"{path}: tensor {show(name)} is uint8 {list(info.shape)}; it cannot be read into "
+                f"{path}: tensor {short(name)} is uint8 {list(info.shape)}; it cannot be read into "
                 f"{list(out.shape)} of {out.dtype}"
             )
         with torch.no_grad():
@@ -250,9 +251,9 @@ class Checkpoint:
             n_inf += int(values.isinf().sum())
             n_overflow += int(values.to(dtype).isinf().sum())
         if n_nan or n_inf:
-            return f"{path}: tensor {show(name)} holds {n_nan:,} NaN and {n_inf:,} infinite values; " + SPOILT
+            return f"{path}: tensor {short(name)} holds {n_nan:,} NaN and {n_inf:,} infinite values; " + SPOILT
         return (
-            f"{path}: tensor {show(name)}: {n_overflow:,} values of {info.dtype} are too large for {dtype}; "
+            f"{path}: tensor {short(name)}: {n_overflow:,} values of {info.dtype} are too large for {dtype}; "
             "load the model in another dtype"
         )
 
@@ -310,11 +311,11 @@ def _inside(folder: Path, target: Path) -> bool:
 def _shard_path(folder: Path, name: Any, where: str) -> Path:
     """The path of a file that the folder really holds; opens nothing."""
     if not isinstance(name, str) or not name or PurePosixPath(name).name != name or set(name) & set("/\\:\0"):
-        raise InputError(f"{where}: names the file {show(name)}; only plain file names within the folder are read")
+        raise InputError(f"{where}: names the file {short(name)}; only plain file names within the folder are read")
     if name.endswith(PICKLES):
-        raise InputError(f"{where}: names {show(name)}, a pickle, which can run code; {CONVERT}")
+        raise InputError(f"{where}: names {short(name)}, a pickle, which can run code; {CONVERT}")
     if not name.endswith(".safetensors"):
-        raise InputError(f"{where}: names the file {show(name)}; only .safetensors files are read")
+        raise InputError(f"{where}: names the file {short(name)}; only .safetensors files are read")
     path = folder / name
     try:
         real, home = path.resolve(), folder.resolve()
@@ -330,17 +331,17 @@ def _indexed(folder: Path) -> list[Header]:
     index = folder / INDEX
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map must map tensor names to file names, but is {show(weight_map)}")
+        raise InputError(f"{index}: weight_map must map tensor names to file names, but is {short(weight_map)}")
     paths: dict[str, Path] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or file not in paths:
-            path = _shard_path(folder, file, f"{index}: weight_map: {show(name)}")
+            path = _shard_path(folder, file, f"{index}: weight_map: {short(name)}")
             paths[file] = path
     absent = [str(path) for path in paths.values() if not os.path.isfile(path)]
     if absent:
         raise InputError(f"{index}: {len(absent)} of its files are missing; fetch them:{listing(absent)}")
     headers = {file: read_header(path) for file, path in sorted(paths.items())}
-    lacking = [f"{show(n)} is not in {file}" for n, file in weight_map.items() if n not in headers[file].tensors]
+    lacking = [f"{short(n)} is not in {file}" for n, file in weight_map.items() if n not in headers[file].tensors]
     if lacking:
         raise InputError(f"{index}: {len(lacking)} tensors are not where it says; the files are not of one "
                          f"model, so fetch them all again from one place:{listing(lacking)}")

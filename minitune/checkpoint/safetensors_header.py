@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from minitune.checkpoint.files import open_regular, parse_json, refuse_pointer, show
+from minitune.arguments import short
+from minitune.checkpoint.files import open_regular, parse_json, refuse_pointer
 from minitune.errors import InputError
 
 MAX_HEADER = 100_000_000
@@ -82,7 +83,7 @@ def read_header(path: str | Path) -> Header:
     entries = parse_json(raw.rstrip(b" "), f"{path}: header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InputError(f"{path}: __metadata__ must map names to strings, but is {show(metadata)}")
+        raise InputError(f"{path}: __metadata__ must map names to strings, but is {short(metadata)}")
     tensors = [_tensor(path, name, entry, 8 + length) for name, entry in entries.items()]
     tensors.sort(key=lambda info: (info.begin, info.end))
     place = 8 + length
@@ -90,7 +91,7 @@ def read_header(path: str | Path) -> Header:
         if info.begin != place:
             hole = info.begin - place
             fault = "overlaps the one before it" if hole < 0 else f"leaves a hole of {hole:,} bytes before it"
-            raise InputError(f"{path}: tensor {show(info.name)} {fault}; {AGAIN}")
+            raise InputError(f"{path}: tensor {short(info.name)} {fault}; {AGAIN}")
         place = info.end
     if place != size:
         fault = f"{size - place:,} bytes follow the last tensor" if place < size else "it is truncated"
@@ -110,27 +111,27 @@ def _whole(value: Any) -> bool:
 
 
 def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
-    where = f"{path}: tensor {show(name)}"
+    where = f"{path}: tensor {short(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         found = list(entry) if isinstance(entry, dict) else entry
-        raise InputError(f"{where}: needs exactly dtype, shape and data_offsets, but has {show(found)}")
+        raise InputError(f"{where}: needs exactly dtype, shape and data_offsets, but has {short(found)}")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise InputError(f"{where}: its dtype is {show(entry['dtype'])}; known are {', '.join(DTYPES)}")
+        raise InputError(f"{where}: its dtype is {short(entry['dtype'])}; known are {', '.join(DTYPES)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_whole, shape)):
-        raise InputError(f"{where}: its shape is {show(shape)}; allowed are up to {MAX_RANK} integers of 0 to 2^63-1")
+        raise InputError(f"{where}: its shape is {short(shape)}; allowed are up to {MAX_RANK} integers of 0 to 2^63-1")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)) or offsets[0] > offsets[1]:
-        raise InputError(f"{where}: its data_offsets are {show(offsets)}; they must be [begin, end] with begin ≤ end")
+        raise InputError(f"{where}: its data_offsets are {short(offsets)}; they must be [begin, end] with begin ≤ end")
     extent = dtype.itemsize
     for size in shape:
         extent *= max(size, 1)  # a zero must not hide sizes whose strides overflow
         if extent > MAX_BYTES:
-            raise InputError(f"{where}: its shape {show(shape)} overflows")
+            raise InputError(f"{where}: its shape {short(shape)} overflows")
     n_bytes = 0 if 0 in shape else extent
     if n_bytes != offsets[1] - offsets[0]:
         raise InputError(
-            f"{where}: shape {show(shape)} of {entry['dtype']} takes {n_bytes:,} bytes, but data_offsets "
-            f"{show(offsets)} span {offsets[1] - offsets[0]:,}"
+            f"{where}: shape {short(shape)} of {entry['dtype']} takes {n_bytes:,} bytes, but data_offsets "
+            f"{short(offsets)} span {offsets[1] - offsets[0]:,}"
         )
     return TensorInfo(name, dtype, tuple(shape), data + offsets[0], data + offsets[1])

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minitune.arguments import short
 from minitune.checkpoint import prequantized
-from minitune.checkpoint.files import json_bytes, listing, show, staged
+from minitune.checkpoint.files import json_bytes, listing, staged
 from minitune.checkpoint.reader import FLOATS, INDEX, SINGLE, Checkpoint
 from minitune.checkpoint.writer import LazyTensor, write_safetensors
 from minitune.errors import InputError
@@ -70,7 +71,7 @@ def _load(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: 
     extra = [name for name in found if name not in destination]
     if any(f"model.{name}" in destination for name in extra):
         raise InputError(
-            f"{_where(checkpoint)}: its tensors lack the prefix 'model.' ({show(extra[0])}): this is the bare "
+            f"{_where(checkpoint)}: its tensors lack the prefix 'model.' ({short(extra[0])}): this is the bare "
             "transformer without its head, which is not supported; export the model as …ForCausalLM"
         )
     tolerated = [name for name in extra if name.endswith(".rotary_emb.inv_freq")]
@@ -82,7 +83,7 @@ def _load(checkpoint: Checkpoint, destination: Mapping[str, Tensor], tied_head: 
             faults.append(f"{HEAD_WEIGHT} differs from {EMBEDDING}, though config.json ties them (tie_word_embeddings)")
     settled = {*tolerated, HEAD_WEIGHT} if tied_head else set(tolerated)
     refused = [name for name in extra if name not in settled]
-    faults += _missing(checkpoint, destination) + [f"{show(name)} is not part of this model" for name in refused]
+    faults += _missing(checkpoint, destination) + [f"{short(name)} is not part of this model" for name in refused]
     for name in destination:
         if name in found and not (name in stored and name in slots):     # those are checked as they are read
             faults += _misfit(checkpoint, name, destination[name])

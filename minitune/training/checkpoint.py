@@ -21,8 +21,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from minitune.arguments import short
 from minitune.checkpoint.fields import integer
-from minitune.checkpoint.files import json_bytes, open_regular, parse_json, show, staged
+from minitune.checkpoint.files import json_bytes, open_regular, parse_json, staged
 from minitune.checkpoint.reader import CHUNK, SPOILT, Checkpoint
 from minitune.checkpoint.safetensors_header import AGAIN
 from minitune.checkpoint.writer import write_safetensors
@@ -138,7 +139,7 @@ class Saved:
                       if name.startswith("generators/")}
             odd = {RECORDS, "generators/cpu"} - left or left - {RECORDS, *(f"generators/{name}" for name in states)}
             if odd:
-                raise InputError(f"{self.tensors}: tensor {show(min(odd))} is missing, or unknown; {_ANEW}")
+                raise InputError(f"{self.tensors}: tensor {short(min(odd))} is missing, or unknown; {_ANEW}")
             run.records, run.evaluations = self._records(source.read(RECORDS, torch.uint8)), list(self.evaluations)
         try:
             torch.Generator().set_state(states["cpu"])
@@ -164,7 +165,7 @@ def read(folder: Path) -> Saved:
     with open_regular(path) as file:
         found = parse_json(file.readall(), str(path))
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise InputError(f"{path}: its format is {show(found.get('format') if isinstance(found, dict) else found)}; "
+        raise InputError(f"{path}: its format is {short(found.get('format') if isinstance(found, dict) else found)}; "
                          f"this version of minitune goes on from format {FORMAT} alone")
     step = integer(str(path), "step", found.get("step"))
     micro_batches = integer(str(path), "micro_batches", found.get("micro_batches"), low=step)
@@ -229,7 +230,7 @@ def _read_weights(source: Checkpoint, model: torch.nn.Module, optimizer: FlatOpt
     named = {f"weights/{name}": p for name, p in _named(model, optimizer)}
     missing = named.keys() - set(source.names())
     if missing:
-        raise InputError(f"{source.path(source.names()[0])}: tensor {show(min(missing))} is missing; {_ANEW}")
+        raise InputError(f"{source.path(source.names()[0])}: tensor {short(min(missing))} is missing; {_ANEW}")
     for name, p in named.items():
         source.read_into(name, p)
     return set(named)
@@ -267,7 +268,7 @@ def _evaluation(path: Path, found: Any) -> EvaluationRecord:
         return EvaluationRecord(step=int(found["step"]), seconds=float(found["seconds"]), answers=answers,
                                 n_tokens=None if found["n_tokens"] is None else int(found["n_tokens"]), **numbers)
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: evaluations has {show(found)}, which is no evaluation; {_ANEW}") from None
+        raise InputError(f"{path}: evaluations has {short(found)}, which is no evaluation; {_ANEW}") from None
 
 
 __all__ = ["FOLDER", "JSON", "Checkpoints", "Position", "Saved", "read", "remove"]
