@@ -194,6 +194,8 @@ class Training:
     evaluate_every: int | None = None
     """Evaluate the validation data and ask the sample questions every so many steps, and before and after training; by
     default the data about ten times in the run, the questions only before and after."""
+    max_skipped: int = 3
+    """A step whose loss or gradient is not finite is left out; more than so many in a row end the run."""
     save_every: int | None = None
     """Keep a checkpoint to resume from every so many steps; by default only where the run is interrupted."""
 
@@ -204,6 +206,7 @@ class Training:
                   max_steps=self.max_steps, log_every=self.log_every, evaluate_every=self.evaluate_every,
                   save_every=self.save_every)
         check_positive("training", lr=self.lr, decay=self.decay)
+        check_whole("training", "max_skipped", self.max_skipped, 0)
         check_at_least_zero("training", warmup=self.warmup or 0.0, min_lr_ratio=self.min_lr_ratio or 0.0,
                        weight_decay=self.weight_decay, momentum=self.momentum, clip=self.clip,
                        label_smoothing=self.label_smoothing)

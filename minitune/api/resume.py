@@ -29,7 +29,7 @@ from minitune.training import checkpoint
 from minitune.training.checkpoint import Saved
 from minitune.training.step import Objective
 
-FREE = ("log_every", "evaluate_every", "save_every")
+FREE = ("log_every", "evaluate_every", "max_skipped", "save_every")
 """Settings of the training that change no step, so that a run may go on with others."""
 SAMPLED = 4096
 """As many values of a frozen weight tell it from another."""

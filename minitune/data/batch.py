@@ -29,7 +29,8 @@ class Batch:
     ``documents`` (lengths, longest), ``positions`` (int64 [T], restarting in each document), ``trained`` (int64
     [n_trained], the trained positions), ``n_trained``, ``max_seqlen``, ``longest_trained`` (of the documents in which
     something is trained: a row's filler is none), ``highest_token``. ``n_filler`` says how many of the last tokens are
-    no data, only what packing left of a row.
+    no data, only what packing left of a row; ``pieces`` which documents of a data set they are, where they come from
+    one (`Stream.document`).
 
     Raises InputError for shapes or values that break this contract.
     """
@@ -39,6 +40,7 @@ class Batch:
     cu_seqlens: Tensor
     weights: Tensor | None = None
     n_filler: int = 0
+    pieces: tuple[int, ...] = ()
     documents: Documents = field(init=False, repr=False)
     positions: Tensor = field(init=False, repr=False)
     trained: Tensor = field(init=False, repr=False)
@@ -109,7 +111,7 @@ class Batch:
         bounds = [*self.cu_seqlens[:-1].tolist(), *([end] if left else [])]
         return Batch(tokens=self.tokens[:end], labels=self.labels[:end],
                      cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-                     weights=None if self.weights is None else self.weights[:end], n_filler=left)
+                     weights=None if self.weights is None else self.weights[:end], n_filler=left, pieces=self.pieces)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; the copies from pinned memory do not block the host."""

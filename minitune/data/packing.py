@@ -72,7 +72,7 @@ def pack(documents: Iterable[Document | Sequence[Any] | Tensor], tokens: int) ->
             raise too_long(document.where or f"documents[{place}]", len(document), tokens, max(map(len, found)),
                            "split it")
     weighted = any(document.weight is not None for document in found)
-    return [make_batch([_piece(found[index]) for index in row], tokens, weighted)
+    return [make_batch([_piece(found[index]) for index in row], tokens, weighted, row)
             for row in best_fit([len(document) for document in found], tokens)]
 
 
@@ -96,10 +96,10 @@ Piece = tuple[memoryview, memoryview, float | None]
 the weight or None. A data set has very many short ones, and a slice of memory is made in a tenth of a tensor's time."""
 
 
-def make_batch(pieces: Iterable[Piece], tokens: int, weighted: bool = False) -> Batch:
+def make_batch(pieces: Iterable[Piece], tokens: int, weighted: bool = False, numbers: Sequence[int] = ()) -> Batch:
     """The Batch of pieces that together have at most `tokens` tokens, with a filler document behind them.
 
-    ``weighted`` gives it weights [T] (1 where a piece has none), else None.
+    ``weighted`` gives it weights [T] (1 where a piece has none), else None. `numbers`: which pieces they are.
     """
     found = list(pieces)
     lengths = [trained.nbytes for _, trained, _ in found]
@@ -117,7 +117,8 @@ def make_batch(pieces: Iterable[Piece], tokens: int, weighted: bool = False) -> 
         each = torch.tensor([1.0 if weight is None else weight for _, _, weight in found] + [1.0] * (rest > 0),
                             dtype=torch.float32)
         weights = each.repeat_interleave(bounds.diff())
-    return Batch(tokens=ids, labels=labels, cu_seqlens=bounds.int(), weights=weights, n_filler=rest)
+    return Batch(tokens=ids, labels=labels, cu_seqlens=bounds.int(), weights=weights, n_filler=rest,
+                 pieces=tuple(numbers))
 
 
 def _piece(document: Document) -> Piece:

@@ -96,6 +96,10 @@ class Stream:
         start, corpus = self._starts[index], self.parts[self._files[index]].corpus
         return corpus.document(self._owners[index], start, start + self._lengths[index])
 
+    def where(self, index: int) -> str:
+        """The file and line, or the sample, that one of `documents` comes from."""
+        return self.document(index).where
+
     def __len__(self) -> int:
         return self.count(self.epochs)
 
@@ -131,7 +135,7 @@ class Stream:
             return ids[4 * start:4 * end], trained[start:end], weight
 
         for row in self._rows(epoch):
-            yield make_batch(map(piece, row), self.tokens, self._weighted)
+            yield make_batch(map(piece, row), self.tokens, self._weighted, row)
 
     def _rows(self, epoch: int) -> list[list[int]]:
         """Which pieces stand in each batch of an epoch."""

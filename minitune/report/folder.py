@@ -74,9 +74,9 @@ class RunFolder(Observer):
     starts; `what`-best at each evaluation whose loss is the lowest so far; `what` (adapter, or model) when it ends.
 
     `save` writes what is trained into a folder, and `sound` tells whether all of it is finite. A run that Ctrl-C or an
-    error stopped keeps what its last step made, if that is sound; one that diverged what its last checkpoint held, if
-    there is one; one that ended before its first step leaves nothing. The checkpoint of a run that came to its end is
-    removed. Each file takes its name when it is whole.
+    error stopped keeps what its last step made, if that is sound; so does one that diverged, or else what its last
+    checkpoint held, if there is one; one that ended before its first step leaves nothing. The checkpoint of a run that
+    came to its end is removed. Each file takes its name when it is whole.
     """
 
     def __init__(self, folder: str | Path, save: Callable[[Path], None], sound: Callable[[], bool], what: str,
@@ -121,7 +121,7 @@ class RunFolder(Observer):
             for name in FILES if self._begun else ():
                 (self.folder / name).unlink(missing_ok=True)
             return
-        if run.end == "diverged" and run.restored is None:
+        if run.end == "diverged" and run.restored is None and not (self.sound() and run.skipped < len(run.records)):
             return
         if not self.sound():
             warnings.warn(f"{self.folder / self.what} is not written: the last step made weights that are not finite; "

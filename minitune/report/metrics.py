@@ -49,7 +49,7 @@ class MetricsFile(Observer):
     def on_resume(self, run: Run) -> None:
         """The lines up to the checkpoint, anew: what came after it is done again."""
         self.on_start(run.info)
-        done: list[StepRecord | EvaluationRecord] = [r for r in run.records if is_told(r.step, run.info)]
+        done: list[StepRecord | EvaluationRecord] = [r for r in run.records if is_told(r, run.info)]
         for each in sorted([*done, *run.evaluations], key=lambda each: each.step):      # an evaluation after its step
             if isinstance(each, StepRecord):
                 self.on_step(each)

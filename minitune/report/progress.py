@@ -210,10 +210,11 @@ def summary(run: Run) -> str:
     n_real = run.n_tokens - run.n_filler
     full = f", rows {n_real / run.n_tokens:.0%} full" if run.n_tokens else ""
     best = f"; best validation loss {run.best.loss:.4f} after step {run.best.step}" if run.best else ""
+    left = f"; {run.skipped} step{'' if run.skipped == 1 else 's'} left out" if run.skipped else ""
     risen = "" if run.diverging is None else f"; diverging since step {run.diverging}, begin anew with a lower lr"
     return (f"{end}; {n_real:,} tokens ({run.n_trained:,} trained{full}) in "
             f"{clock(run.seconds)}; {run.tokens_per_second:,.0f} tokens/s overall, "
-            f"{run.steady_tokens_per_second:,.0f} steady; final loss {run.final_loss:.4f}{best}{risen}")
+            f"{run.steady_tokens_per_second:,.0f} steady; final loss {run.final_loss:.4f}{best}{left}{risen}")
 
 
 def clock(seconds: float) -> str:

@@ -39,14 +39,24 @@ def clip_gradients(params: Iterable[Tensor], max_norm: float | None, loss: Tenso
     """
     grads = [p.grad for p in params if p.grad is not None]
     norm = global_norm(grads)
-    guarded = loss is not None and norm.device.type != "cpu"
+    guarded = loss is not None and not asks(norm.device)
     if max_norm or guarded:
-        scale = clip_scale(norm if loss is None else norm + 0 * loss.to(norm.device), max_norm)
+        scale = clip_scale(sound(norm, loss), max_norm)
         for grad in grads:
             grad.mul_(scale.to(grad.device, non_blocking=True))
             if guarded:
                 grad.nan_to_num_(0.0, 0.0, 0.0)
     return norm
+
+
+def asks(device: torch.device) -> bool:
+    """Whether the host may look at a number there: on a CPU, where it waits for nothing."""
+    return device.type == "cpu"
+
+
+def sound(norm: Tensor, loss: Tensor | None) -> Tensor:
+    """The norm, but NaN where the loss (0-dim) is not finite; on the loss's device."""
+    return norm if loss is None else norm.to(loss.device, non_blocking=True) + 0 * loss
 
 
 def _square_sum(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from minitune.training.checkpoint import Checkpoints, Position, Saved
 from minitune.training.flops import Costs
 from minitune.training.hints import Divergence, hints
 from minitune.training.interrupt import unbroken
+from minitune.training.left_out import LeftOut
 from minitune.training.optimizers import SGD, AdamW, FlatOptimizer
 from minitune.training.run import Observer, Run, RunInfo, tell, tell_begin
 from minitune.training.runner import Evaluate, Group, Runner, TrainingDiverged
@@ -53,14 +54,16 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     `chance`, the loss of guessing, ln(vocab_size), a loss that diverges is told of, as other `hints` are.
 
     `checkpoints` are written every ``training.save_every`` steps and when an exception ends the run, unless that is a
-    divergence: then the last one's weights are put back into the model. `start`: one of them, which the run goes on
+    divergence: then the last one's weights take the place of spoilt ones. `start`: one of them, which the run goes on
     from, on a CPU bit for bit; `batches` must be the same, and no iterator.
 
     On a GPU the numbers of a step are read while the next one runs, so the device never waits for the host but at an
     evaluation; observers hear of each step one step late, and a divergence is found one step late. Seeds torch's
     generators with ``training.seed``. The model's train/eval mode is put back at the end.
 
-    Raises InputError for data or settings that can't make a run, TrainingDiverged for a non-finite loss or gradient.
+    A step whose loss or gradient is not finite changes nothing, and is told of. Raises InputError for data or settings
+    that can't make a run, TrainingDiverged where more than ``training.max_skipped`` steps in a row are such, or the
+    trained weights are not finite any more.
     """
     total_steps = planned(batches, training)
     device = torch.device(model.device)
@@ -70,7 +73,8 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     run = Run(info=RunInfo(total_steps=total_steps, n_parameters=n_parameters, device=str(device), training=training,
                            matrix_rate=matrix_rate))
     position = Position() if start is None else start.restore(model, optimizer, run)
-    runner = Runner(model, optimizer, objective, observers, run, evaluate, Divergence(chance), position, checkpoints)
+    runner = Runner(model, optimizer, objective, observers, run, evaluate, Divergence(chance),
+                    LeftOut(training.max_skipped, getattr(batches, "where", "documents[{}]".format)), position, checkpoints)
     was_training = model.training
     model.train(True)
     try:

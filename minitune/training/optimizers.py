@@ -14,7 +14,7 @@ from minitune.errors import InputError
 from minitune.ops.adamw import adamw_, adamw_8bit_
 from minitune.ops.moments8 import BLOCK
 from minitune.ops.sgd import sgd_
-from minitune.training.clip import clip_gradients, clip_scale, global_norm
+from minitune.training.clip import asks, clip_gradients, clip_scale, global_norm, sound
 from minitune.training.flat import Buffer, buffers_of
 
 MOMENTS = ("fp32", "8bit")
@@ -102,8 +102,8 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         parts = [flat.grad[part] for flats in self._flats for flat in flats
                  for _, part in flat.runs(flat.gather(), lambda i: None)]
         norm = global_norm(parts)
-        self._scale = clip_scale(norm if loss is None else norm + 0 * loss.to(norm.device), max_norm)
-        if not max_norm and norm.device.type == "cpu" and not self._scale.isnan():
+        self._scale = clip_scale(sound(norm, loss), max_norm)
+        if not max_norm and asks(self._scale.device) and not self._scale.isnan():
             self._scale = None      # one pass less over the gradients, where asking costs nothing
         return norm
 

@@ -51,6 +51,11 @@ class StepRecord:
     def tokens_per_second(self) -> float:
         return (self.n_tokens - self.n_filler) / self.seconds if self.seconds > 0 else 0.0
 
+    @property
+    def taken(self) -> bool:
+        """Whether it changed the weights: not where its loss or its gradient's norm is not finite."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleAnswer:
@@ -82,7 +87,7 @@ class Run:
     """A training run: every step's record, every evaluation's, and how it ended.
 
     ``end`` is "finished" when all planned steps were done, "out of data" when the data ended before, "interrupted" when
-    Ctrl-C stopped it, "diverged" when its numbers were no longer finite, "failed" when another exception did.
+    Ctrl-C stopped it, "diverged" when its numbers stayed no longer finite, "failed" when another exception did.
     ``adapter`` is the folder of what was trained, if it was saved; ``best_adapter`` that of the lowest validation loss.
     ``diverging``: the step after which the loss stood far above where it began (training/hints.py), though finite.
     ``checkpoint``: the step after which an interrupted run goes on when it is resumed; ``restored``: where it diverged,
@@ -110,6 +115,11 @@ class Run:
             parts.append(f"best validation loss {self.best.loss:.4f} after step {self.best.step}")
         places = [str(place) for place in (self.adapter, self.best_adapter) if place is not None]
         return f"Run({', '.join(parts)}{'; saved in ' if places else ''}{' and '.join(places)})"
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out, since their loss or gradient was not finite."""
+        return sum(not r.taken for r in self.records)
 
     @property
     def losses(self) -> list[float]:

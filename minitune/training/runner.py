@@ -18,6 +18,7 @@ from minitune.errors import InputError
 from minitune.training.checkpoint import Checkpoints, Position
 from minitune.training.hints import NO_GRADIENT, Divergence
 from minitune.training.interrupt import unbroken
+from minitune.training.left_out import NO_UPDATE_YET, LeftOut, numbers
 from minitune.training.machine import peak_memory
 from minitune.training.optimizers import FlatOptimizer
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord, tell
@@ -28,14 +29,12 @@ Evaluate = Callable[[int, bool], EvaluationRecord | None]
 """(steps done, whether it is before the first or after the last of them) -> what was found, or None: nothing to do."""
 EVALUATIONS = 10
 """About so many in a run whose settings do not say."""
-BEFORE_ANY_UPDATE = (" and are not saved. No update came before this step, so the learning rate is not the cause: look "
-                     "for values that are not finite in the weights that were loaded, for very large weights of "
-                     "samples, and at the objective, if it is your own; dtype float32 may help")
 """What is said of a first step whose numbers are not finite."""
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or the gradient's norm is no longer a finite number; the message names the step and what to do."""
+    """The trained weights are no longer finite numbers, or step after step has no finite loss and gradient; the message
+    names the step and what to do."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +57,17 @@ class Runner:
     """
 
     def __init__(self, model: Any, optimizer: FlatOptimizer, objective: Objective, observers: Sequence[Observer],
-                 run: Run, evaluate: Evaluate | None, divergence: Divergence, position: Position,
+                 run: Run, evaluate: Evaluate | None, divergence: Divergence, left_out: LeftOut, position: Position,
                  checkpoints: Checkpoints | None) -> None:
         self.model, self.optimizer, self.objective, self.observers = model, optimizer, objective, observers
-        self.run, self.evaluate, self.divergence = run, evaluate, divergence
+        self.run, self.evaluate, self.divergence, self.left_out = run, evaluate, divergence, left_out
         self.position, self.checkpoints, self.torn = position, checkpoints, False
         self.device = torch.device(run.info.device)
         self.lag = 0 if self.device.type == "cpu" else 1
         self.waiting: deque[_Launched] = deque()
         for record in run.records:      # of a run that goes on
             self._watch(record)
+        left_out.resume(run.records)
 
     def go(self, groups: Iterator[Group]) -> None:
         """A step for each group. Raises TrainingDiverged."""
@@ -92,7 +92,7 @@ class Runner:
                 self._settle()
         self._drain()
         last = self.run.records[-1:]
-        if last and not is_told(last[0].step, info):
+        if last and not is_told(last[0], info):
             tell(self.observers, "on_step", last[0])  # the data ended before the planned last step
         if last:
             self._pause(last[0].step, True)
@@ -111,10 +111,10 @@ class Runner:
 
     def broken_off(self, error: BaseException) -> None:
         """What is left to do where `error` ends the run: a checkpoint of the last whole step; but after a divergence
-        the weights of the last checkpoint, if there is one, take the place of the spoilt ones."""
+        the weights of the last checkpoint, if there is one, take the place of spoilt ones."""
         if isinstance(error, TrainingDiverged):
             self.run.end = "diverged"
-            if self.checkpoints is not None and self.checkpoints.step is not None:
+            if self.checkpoints is not None and self.checkpoints.step is not None and not self._is_sound():
                 self.checkpoints.restore_weights(self.model, self.optimizer)
                 self.run.restored = self.checkpoints.step
             return
@@ -122,9 +122,9 @@ class Runner:
         if self.checkpoints is None:
             return
         if self.position.step and not self.torn:
-            finite = [_is_finite(self._take()) for _ in range(len(self.waiting))]
-            if all(finite):
-                self._save(self.checkpoints)
+            while self.waiting:
+                self._take()
+            self._save(self.checkpoints)
         self.run.checkpoint = self.checkpoints.step
         if self.run.checkpoint is not None:
             error.add_note(f"The run is kept as it was after step {self.run.checkpoint}; resume goes on from there.")
@@ -162,14 +162,11 @@ class Runner:
 
     def _settle(self) -> None:
         """Take the oldest step's record and tell the observers."""
-        record = self._take()
-        finite = _is_finite(record)
-        if is_told(record.step, self.run.info) or not finite:
+        record, pieces = self._take()
+        if is_told(record, self.run.info):
             tell(self.observers, "on_step", record)
-        if not finite:
-            advice = self._advice() if record.step > 1 else BEFORE_ANY_UPDATE
-            raise TrainingDiverged(f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}, lr "
-                                   f"{record.lr:.3g}. The trained weights are spoilt{advice}")
+        if self.left_out.seen(record):
+            self._leave_out(record, pieces)
         if record.step == 1 and record.grad_norm == 0:
             tell(self.observers, "on_note", NO_GRADIENT)
         if self._watch(record):
@@ -178,8 +175,9 @@ class Runner:
                  f"{self.divergence.median:.2f}, the first one was {self.divergence.first:.2f}; begin anew, "
                  f"{_gentler(self.run.info.training)}")
 
-    def _take(self) -> StepRecord:
-        """Read the oldest step's numbers, and record it: a step that was done is never without its record."""
+    def _take(self) -> tuple[StepRecord, list[int]]:
+        """Read the oldest step's numbers, and record it: a step that was done is never without its record. With it the
+        documents that it read."""
         with unbroken():
             launched = self.waiting.popleft()
             launched.mark.wait()
@@ -190,11 +188,23 @@ class Runner:
                                 flops=launched.group.flops, memory=peak_memory(self.device))
             self.before = launched.mark
             self.run.records.append(record)
-        return record
+        return record, launched.pieces
+
+    def _leave_out(self, record: StepRecord, pieces: Sequence[int]) -> None:
+        """Tell of a step that was not taken. TrainingDiverged where no other one would be."""
+        trained = any(before.taken for before in self.run.records)
+        if not self._is_sound():
+            advice = self._advice() if trained else f" and are not saved. {NO_UPDATE_YET}"
+            raise TrainingDiverged(f"{numbers(record)}. The trained weights are spoilt{advice}")
+        told = self.left_out.told(record, pieces)
+        if self.left_out.too_many:
+            gentler = f"The weights before them are kept; begin anew, {_gentler(self.run.info.training)}"
+            raise TrainingDiverged(f"{told}. {gentler if trained else NO_UPDATE_YET}")
+        tell(self.observers, "on_note", told)
 
     def _watch(self, record: StepRecord) -> bool:
         """Whether this step's loss shows that the run diverges."""
-        if not self.divergence.seen(record.loss):
+        if not record.taken or not self.divergence.seen(record.loss):
             return False
         self.run.diverging = record.step
         return True
@@ -245,6 +255,7 @@ class _Launched:
                  device: torch.device) -> None:
         self.step, self.lr, self.n_trained = step, lr, n_trained
         self.group = Group([], group.n_tokens, group.n_filler, group.flops)     # its batches need not stay in memory
+        self.pieces = [piece for batch in group.batches for piece in batch.pieces]
         values = torch.stack([loss.float(), norm.to(loss.device)])
         # Into pinned memory, and never read before the mark has passed: `.item()` would wait for the next step, too.
         self.values: Tensor = values.to("cpu", non_blocking=True)
@@ -262,10 +273,6 @@ def all_finite(weights: Iterable[Tensor]) -> bool:
     return bool(torch.stack([weight.detach().isfinite().all() for weight in weights]).all())
 
 
-def _is_finite(record: StepRecord) -> bool:
-    return math.isfinite(record.loss) and math.isfinite(record.grad_norm)
-
-
-def is_told(step: int, info: RunInfo) -> bool:
+def is_told(record: StepRecord, info: RunInfo) -> bool:
     """Whether observers hear of this step."""
-    return step == 1 or step == info.total_steps or step % info.training.log_every == 0
+    return record.step in (1, info.total_steps) or record.step % info.training.log_every == 0 or not record.taken

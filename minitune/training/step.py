@@ -13,6 +13,7 @@ from torch import Tensor
 from minitune.arguments import check_at_least_zero, short
 from minitune.data.batch import Batch
 from minitune.errors import InputError
+from minitune.training.clip import asks
 from minitune.training.optimizers import FlatOptimizer, check_max_norm, clip_grad_norm
 
 Objective = Callable[[Any, Batch], tuple[Tensor, int]]
@@ -138,7 +139,7 @@ def update(optimizer: torch.optim.Optimizer, lr: float | None, clip: float | Non
     norm = clip_grad_norm(optimizer, clip, loss)
     for group in optimizer.param_groups if lr is not None else ():
         group["lr"] = lr * group.get("lr_ratio", 1.0)
-    if norm.device.type != "cpu" or bool((norm + loss).isfinite()):
+    if not asks(loss.device) or bool((norm + loss).isfinite()):
         optimizer.step()
     if isinstance(optimizer, FlatOptimizer):
         optimizer.release_gradients()       # what comes before the next backward has their memory

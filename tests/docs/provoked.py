@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -138,10 +139,26 @@ def _python() -> list[Callable[[], object]]:
         lambda: mt.train(adapted, iter([masked]), tokens=64, max_steps=3, out="stopped", resume=True),
         lambda: mt.train(adapted, "good.jsonl", tokens=64, lr=1e30, clip=0, warmup=0, max_steps=9),
         lambda: mt.train(mt.load("my-llama", lora=mt.LoRA(rank=2)),
-                         [{"prompt": "a", "completion": " b", "weight": 9e29}], tokens=64, max_steps=1),
-        lambda: mt.train(mt.load("my-llama", lora=mt.LoRA(rank=2)), "good.jsonl", tokens=64, lr=1e30, clip=0, warmup=0,
+                         [{"prompt": "a", "completion": " b", "weight": 9e29}], tokens=64, max_steps=1, max_skipped=0),
+        lambda: mt.train(mt.load("my-llama", lora=mt.LoRA(rank=2)), "good.jsonl", tokens=64, lr=1e39, clip=0, warmup=0,
+                         max_steps=9),
+        lambda: mt.train(mt.load("my-llama", lora=mt.LoRA(rank=2)), "good.jsonl", tokens=64, objective=_spoiler(),
                          max_steps=9, save_every=1, out="spoilt", ask=()),
     ]
+
+
+def _spoiler() -> Callable[[Any, mt.Batch], tuple[torch.Tensor, int]]:
+    """An objective that after its first step makes the weights what no training should."""
+    calls = []
+
+    def objective(model: Any, batch: mt.Batch) -> tuple[torch.Tensor, int]:
+        calls.append(batch)
+        if len(calls) > 1:
+            model.trainable_parameters()[0].data.fill_(float("nan"))
+        total, n = model.loss_sum(batch)
+        return total, n
+
+    return objective
 
 
 def prepare() -> None:

@@ -106,8 +106,8 @@ def test_the_best_is_that_of_the_lowest_validation_loss(tmp_path):
 
 
 @pytest.mark.parametrize(("records", "end", "saved"), [
-    ([step(1)], "interrupted", True), ([], "interrupted", False), ([step(1), step(2, math.nan)], "diverged", False),
-    ([step(1)], "failed", True)])
+    ([step(1)], "interrupted", True), ([], "interrupted", False), ([step(1), step(2, math.nan)], "diverged", True),
+    ([step(1, math.nan)], "diverged", False), ([step(1)], "failed", True)])
 def test_a_run_that_was_stopped_keeps_what_is_sound(tmp_path, records, end, saved):
     saver = Saver()
     run = Run(info=INFO, records=records, end=end)
@@ -125,6 +125,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, end):
     with pytest.warns(UserWarning, match="adapter is not written: the last step made weights that are not finite"):
         folder.on_end(run)
     assert saver.calls == [] and run.adapter is None and run.best_adapter is None
+    folder.on_end(Run(info=INFO, records=[step(1)], end="diverged"))       # its own error says so
+    assert saver.calls == []
 
 
 def test_metrics_and_answers_hold_the_evaluations(tmp_path):

@@ -49,7 +49,7 @@ def test_the_best_of_before_stays_until_there_is_a_better_one(tmp_path):
 
 @pytest.mark.parametrize(("end", "restored", "kept", "saved"), [
     ("finished", None, False, True), ("out of data", None, False, True), ("interrupted", None, True, True),
-    ("failed", None, True, True), ("diverged", 2, True, True), ("diverged", None, True, False)])
+    ("failed", None, True, True), ("diverged", 2, True, True), ("diverged", None, True, True)])
 def test_the_checkpoint_goes_with_the_end(tmp_path, end, restored, kept, saved):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / checkpoint.JSON).write_text("{}")

@@ -13,7 +13,7 @@ from minitune.config import Training
 from minitune.data.packing import pack
 from minitune.errors import InputError
 from minitune.training import runner
-from minitune.training.loop import TrainingDiverged, fit
+from minitune.training.loop import fit
 from minitune.training.run import Observer, Run, RunInfo, StepRecord
 from minitune.training.schedule import learning_rate
 
@@ -197,48 +197,6 @@ def test_learning_rates_of_groups_keep_their_ratio(fakes):
         fit(model, data(fakes), training, fakes.objective)
     torch.testing.assert_close(plus.B.detach(), 4 * equal.B.detach())
     assert torch.equal(plus.A, equal.A)
-
-
-def test_divergence_names_the_step_and_still_ends(fakes):
-    calls = []
-
-    def objective(model, batch):
-        calls.append(batch)
-        loss, n = model.loss_sum(batch)
-        return (loss * float("nan") if len(calls) == 3 else loss), n
-
-    listener, model = Listener(), fakes.TinyModel()
-    model.eval()
-    with pytest.raises(TrainingDiverged, match=r"step 3: loss nan.*are not saved.*a lower lr \(it is 0\.0002\)"):
-        fit(model, data(fakes), Training(), objective, [listener])
-    run = listener.heard[-1]
-    assert isinstance(run, Run) and run.end == "diverged" and len(run.records) == 3
-    assert listener.heard[1:-1] == [1, 2, 3] and not model.training
-
-
-@pytest.mark.parametrize(("clip", "advice"), [
-    (0.0, r"a clip of 1 \(it is 0, which does not clip\)$"), (5.0, r"a clip of 1 \(it is 5\)$"),
-    (1.0, r"a clip of 0\.1 \(it is 1\)$"), (0.5, r"a clip of 0\.05 \(it is 0\.5\)$")])
-def test_divergence_advises_another_clip_than_there_was(fakes, clip, advice):
-    factors = iter([1.0, float("nan")])
-
-    def objective(model, batch):
-        loss, n = model.loss_sum(batch)
-        return loss * next(factors), n
-
-    with pytest.raises(TrainingDiverged, match=advice):
-        fit(fakes.TinyModel(), data(fakes), Training(clip=clip), objective)
-
-
-@pytest.mark.parametrize("factor", [float("nan"), 3e38], ids=["loss", "gradient"])
-def test_of_numbers_that_are_not_finite_before_any_update_no_rate_is_blamed(fakes, factor):
-    def objective(model, batch):
-        loss, n = model.loss_sum(batch)
-        return loss * factor, n
-
-    with pytest.raises(TrainingDiverged, match=r"step 1: .*are not saved\. No update came before this step, so the "
-                                               r"learning rate is not the cause: .* the objective, if it is your own"):
-        fit(fakes.TinyModel(), data(fakes), Training(clip=0.0), objective)
 
 
 def test_an_interruption_is_told_as_one(fakes):
