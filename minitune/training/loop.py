@@ -73,8 +73,9 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     run = Run(info=RunInfo(total_steps=total_steps, n_parameters=n_parameters, device=str(device), training=training,
                            matrix_rate=matrix_rate))
     position = Position() if start is None else start.restore(model, optimizer, run)
-    runner = Runner(model, optimizer, objective, observers, run, evaluate, Divergence(chance),
-                    LeftOut(training.max_skipped, getattr(batches, "where", "documents[{}]".format)), position, checkpoints)
+    left_out = LeftOut(training.max_skipped, getattr(batches, "where", "documents[{}]".format))
+    runner = Runner(model, optimizer, objective, observers, run, evaluate, Divergence(chance), left_out, position,
+                    checkpoints)
     was_training = model.training
     model.train(True)
     try:
