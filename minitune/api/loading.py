@@ -11,11 +11,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from minitune.api.model import ABOUT, Model, as_path
+from minitune.api.model import Model, as_path
 from minitune.arguments import answers_names, check_seed, short
 from minitune.checkpoint.adapter import match_adapter, match_rows, take_copies
 from minitune.checkpoint.adapter_reader import TokenTensors, base_copies, read_adapter, read_token_rows
 from minitune.checkpoint.files import read_json_object
+from minitune.checkpoint.folders import ABOUT
 from minitune.checkpoint.hf_config import is_prequantized, read_config
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import Quantized, load_weights
@@ -94,9 +95,10 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
 def _warn_of_precision(adapter: Path, quant: Quant | None, stored: bool) -> None:
     """Warn where an adapter that minitune wrote was trained on a base in 4 bits, and this one is not, or otherwise.
     InputError for a file of ours that says what we never write."""
-    if not (adapter / ABOUT).exists():      # trained in 16 bits, or by another trainer, who does not tell
+    said = read_json_object(adapter / ABOUT) if (adapter / ABOUT).exists() else {}
+    if "quant" not in said:         # trained in 16 bits, or by another trainer, who does not tell
         return
-    trained = read_json_object(adapter / ABOUT).get("quant")
+    trained = said["quant"]
     if trained not in get_args(Quant):
         raise InputError(f"{adapter / ABOUT}: quant is {short(trained)}; it must be {' or '.join(get_args(Quant))}, as "
                          "the base lay that it was trained on; correct it, or remove the file")

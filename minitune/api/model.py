@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from minitune.api.generation import Generation
 from minitune.arguments import MAX_WHOLE, check_path, short
 from minitune.checkpoint.adapter import write_adapter
-from minitune.checkpoint.files import json_bytes, staged
 from minitune.checkpoint.hf_config import write_config
 from minitune.checkpoint.merge import Onto, base_tensors, merged_config, merged_tensors
 from minitune.checkpoint.reader import Checkpoint
@@ -31,9 +30,6 @@ from minitune.model.llama import Llama
 from minitune.names import METHODS_ELSEWHERE
 from minitune.objectives import sft
 from minitune.training.runner import all_finite
-
-ABOUT = "minitune.json"
-"""Beside an adapter's files: what of its training PEFT's have no field for."""
 
 
 def as_path(owner: str, name: str, value: Any) -> Path:
@@ -260,8 +256,8 @@ class Model(Generation):
 
     def save_adapter(self, folder: str | Path) -> None:
         """A PEFT adapter folder (adapter_config.json, adapter_model.safetensors); peft, vLLM, transformers load it.
-        Where tokens were added, the tokenizer goes with it; where the base lies in 4 bits, ABOUT says so, for which
-        PEFT's files have no field: {"quant": "nf4-dq"}."""
+        Where tokens were added, the tokenizer goes with it; minitune.json has the SHA-256 of the tensors' file, which
+        is checked when it is loaded here, and where the base lies in 4 bits how: {"sha256": …, "quant": "nf4-dq"}."""
         if self.lora is None:
             raise InputError("save_adapter: the model has no adapter; load it with lora=mt.LoRA(…) or adapter=…")
         added = [*self.network.adapters().values(), *filter(None, [self.network.output.rows])]
@@ -270,12 +266,7 @@ class Model(Generation):
                              "begin anew with a lower lr")
         base = None if self.path is None else str(self.path)
         target, rows = as_path("save_adapter", "folder", folder), self.network.output.rows
-        write_adapter(target, self.network.adapters(), self.lora, base, self.network.linears(), rows)
-        with staged(target) as staging:
-            if self.quant is None:
-                staging.remove_first(ABOUT)     # of an adapter that lay there before
-            else:
-                staging.write(ABOUT, json_bytes({"quant": self.quant}))
+        write_adapter(target, self.network.adapters(), self.lora, base, self.network.linears(), rows, self.quant)
         if rows is not None and self._tokenizer is not None:
             save_tokenizer(self._tokenizer, target)
 

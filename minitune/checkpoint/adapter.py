@@ -16,12 +16,13 @@ from torch import Tensor
 from minitune.arguments import short
 from minitune.checkpoint.adapter_reader import AdapterTensors, TokenTensors
 from minitune.checkpoint.files import json_bytes, listing, read_json_object, staged
+from minitune.checkpoint.folders import ABOUT
 from minitune.checkpoint.folders import ADAPTER as CONFIG
 from minitune.checkpoint.folders import WEIGHTS as TENSORS
 from minitune.checkpoint.patterns import compress, short_name
 from minitune.checkpoint.weights import EMBEDDING
-from minitune.checkpoint.writer import write_safetensors
-from minitune.config import LoRA
+from minitune.checkpoint.writer import Summed, write_safetensors
+from minitune.config import LoRA, Quant
 from minitune.errors import InputError
 from minitune.model.adapter import Adapter
 from minitune.model.llama import Llama
@@ -37,8 +38,10 @@ def write_adapter(
     base: str | None,
     linears: Collection[str],
     rows: TokenRows | None = None,
+    quant: Quant | None = None,
 ) -> None:
-    """Write PEFT's two files, fp32, under temporary names and then renamed; peft, transformers and vLLM load them.
+    """Write PEFT's two files, fp32, under temporary names and then renamed; peft, transformers and vLLM load them. And
+    ABOUT: the sum of the tensors' file, and how the base lay in 4 bits (`quant`), for which PEFT has no field.
 
     ``adapters``: Hugging Face module path ("model.layers.0.self_attn.q_proj") -> adapter. ``linears``: the paths of
     all of the network's linears; ``target_modules`` holds short names where these select exactly the adapted ones.
@@ -83,7 +86,9 @@ def write_adapter(
                 tensors[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = values.detach().float()
     with staged(Path(folder)) as staging:
         with staging.open(TENSORS) as file:
-            write_safetensors(file, tensors)
+            summed = Summed(file)
+            write_safetensors(summed, tensors)
+        staging.write(ABOUT, json_bytes({"sha256": summed.sha256} | ({} if quant is None else {"quant": quant})))
         staging.write(CONFIG, json_bytes(config))
         staging.remove_first(CONFIG)  # an old alpha over new tensors would go unseen
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from minitune.arguments import short
 from minitune.checkpoint.fields import Rule, flag, integer, mapping, number, only, refuse, same, text, texts
-from minitune.checkpoint.files import listing, read_json_object
+from minitune.checkpoint.files import listing, read_json_object, sha256_of
+from minitune.checkpoint.folders import ABOUT, PICKLES, adapter_config
 from minitune.checkpoint.folders import ADAPTER as CONFIG
-from minitune.checkpoint.folders import PICKLES, adapter_config
 from minitune.checkpoint.folders import WEIGHTS as TENSORS
 from minitune.checkpoint.patterns import Patterns, compress, same_in_every_layer, short_name
 from minitune.checkpoint.reader import FLOATS, Checkpoint
@@ -94,6 +94,7 @@ def read_adapter(folder: str | Path) -> tuple[LoRA, dict[str, AdapterTensors]]:
     if not (folder / TENSORS).exists():
         raise InputError(f"{folder / TENSORS}: there is no such file; copy it from where {CONFIG} comes")
     with Checkpoint.open_file(folder / TENSORS) as checkpoint:
+        _check_sum(folder)
         dora = flag(where, "use_dora", raw.get("use_dora", False) or False)
         tensors = _read_tensors(checkpoint, folder / TENSORS, dora)
     rank, alpha = integer(where, "r", raw.get("r", 8)), number(where, "lora_alpha", raw.get("lora_alpha", 8))
@@ -122,6 +123,14 @@ def read_adapter(folder: str | Path) -> tuple[LoRA, dict[str, AdapterTensors]]:
         alpha_pattern=compress(alphas, alpha),
     )
     return lora, tensors
+
+
+def _check_sum(folder: Path) -> None:
+    """InputError where ABOUT has another sum than the tensors' file. Other trainers' adapters have none."""
+    said = read_json_object(folder / ABOUT).get("sha256") if (folder / ABOUT).exists() else None
+    if said is not None and said != sha256_of(folder / TENSORS):
+        raise InputError(f"{folder / TENSORS}: its SHA-256 is not the one in {ABOUT}: the file is damaged, or another "
+                         f"program has written it anew; copy it again, or, if it is meant, remove sha256 from {ABOUT}")
 
 
 def _check_fields(where: str, raw: dict[str, Any]) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import stat
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +25,7 @@ MAX_JSON_FILE = 16 << 20
 MAX_JSON_ITEMS = 1_000_000
 """The most values in one JSON text, so that parsing takes bounded time; the largest published header has about 10^5."""
 
+_HIDDEN = re.compile(r"\.(.+)\.[0-9]+\.(tmp|old)")
 
 def listing(lines: list[str], most: int = 20) -> str:
     """Indented lines, cut after ``most`` with a count of the rest."""
@@ -48,6 +54,12 @@ def open_regular(path: Path) -> FileIO:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: cannot be opened: {error}") from None
+
+
+def sha256_of(path: Path) -> str:
+    """Of the file's bytes, in hexadecimal digits."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -125,6 +137,79 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def discard(path: Path) -> None:
+    """Remove a file, or a folder with all that it holds, as far as that can be: what is left over ends no run."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _hidden(path: Path, end: str) -> Path:
+    """A name of this process beside `path`, for what is not whole yet (tmp), or set aside (old)."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{end}")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half written in `folder`, and put back what they had set aside for something
+    that did not come. No other process may be writing there."""
+    for path in sorted(folder.glob(".*")):
+        left = _HIDDEN.fullmatch(path.name)
+        if left is None:
+            continue
+        if left[2] == "old" and not (folder / left[1]).exists():
+            with suppress(OSError):
+                os.replace(path, folder / left[1])
+        else:
+            discard(path)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Within it an OSError (a full disk, no permission) becomes an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which at the end takes the place of `folder` and all that this holds.
+
+    A process that is killed leaves the old one or the new one, whole; where anything fails (InputError where it is an
+    OSError) the old one stays.
+    """
+    new = _hidden(folder, "tmp")
+    try:
+        with _writing(folder):
+            new.mkdir(parents=True, exist_ok=True)
+            yield new
+            for path in filter(Path.is_file, new.rglob("*")):       # whoever wrote it need not have
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            if folder.is_dir():
+                _exchange(new, folder)
+            else:
+                os.replace(new, folder)
+            sync_folder(folder.parent)
+    finally:
+        discard(new)
+
+
+def _exchange(new: Path, folder: Path) -> None:
+    """The two folders change names: in one go on Linux, where the file system can; else the old one has another name
+    for a moment."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2        # AT_FDCWD, RENAME_EXCHANGE
+    if rename is None or rename(here, os.fsencode(new), here, os.fsencode(folder), exchange):
+        old = _hidden(folder, "old")
+        os.replace(folder, old)
+        os.replace(new, folder)
+        os.replace(old, new)
+
+
 @contextmanager
 def staged(folder: Path) -> Iterator[Staging]:
     """Write several files of ``folder`` under temporary names; on success they take their names, else they vanish.
@@ -133,11 +218,10 @@ def staged(folder: Path) -> Iterator[Staging]:
     """
     staging = Staging(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield staging
-        staging.commit()
-    except OSError as error:
-        raise InputError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            yield staging
+            staging.commit()
     finally:
         staging.discard()
 
@@ -153,7 +237,7 @@ class Staging:
     @contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
         """A binary file that becomes ``name`` at the commit; files take their names in the order of opening."""
-        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+        temporary = _hidden(self.folder / name, "tmp")
         self._written.append((temporary, self.folder / name))
         with open(temporary, "wb") as file:
             yield file

@@ -13,6 +13,9 @@ from minitune.names import nearest_path
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MODEL, SINGLE = "config.json", "model.safetensors"
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ABOUT = "minitune.json"
+"""Beside an adapter of ours: the SHA-256 of its tensors' file, and what of its training PEFT's files have no field for.
+"""
 _BASE_FIRST = "it is a PEFT adapter; give its base model here, and this folder as the adapter"
 CONVERT = (
     "convert it to safetensors (in a sandbox, with transformers: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -44,6 +45,21 @@ class Writable(Protocol):
     """A binary file, as far as it is written to."""
 
     def write(self, data: Any, /) -> int: ...
+
+
+class Summed:
+    """A file to write to that keeps the SHA-256 of what it is given."""
+
+    def __init__(self, file: Writable) -> None:
+        self._file, self._sum = file, hashlib.sha256()
+
+    def write(self, data: Any, /) -> int:
+        self._sum.update(data)
+        return self._file.write(data)
+
+    @property
+    def sha256(self) -> str:
+        return self._sum.hexdigest()
 
 
 def write_safetensors(file: Writable, tensors: Mapping[str, Tensor | LazyTensor]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minitune.arguments import short
-from minitune.checkpoint.files import json_bytes, read_json_object, staged
+from minitune.checkpoint.files import json_bytes, read_json_object, replaced, staged, sweep
 from minitune.errors import InputError, NotSaved
 from minitune.report.environment import environment
 from minitune.report.metrics import AnswersFile, MetricsFile
@@ -76,7 +76,8 @@ class RunFolder(Observer):
     `save` writes what is trained into a folder, and `sound` tells whether all of it is finite. A run that Ctrl-C or an
     error stopped keeps what its last step made, if that is sound; so does one that diverged, or else what its last
     checkpoint held, if there is one; one that ended before its first step leaves nothing. The checkpoint of a run that
-    came to its end is removed. Each file takes its name when it is whole.
+    came to its end is removed. Each file, and each folder that `save` fills, takes its name when it is whole, and the
+    older one is there until then.
     """
 
     def __init__(self, folder: str | Path, save: Callable[[Path], None], sound: Callable[[], bool], what: str,
@@ -105,15 +106,20 @@ class RunFolder(Observer):
                 staging.write("ledger.json", json_bytes(plain(self._ledger)))
 
     def on_resume(self, run: Run) -> None:
-        """What stands in the folder stays; the best so far is known again."""
+        """What stands in the folder stays, but for what a killed process left half written; the best so far is known
+        again."""
+        for name in ("", checkpoint.FOLDER, self.what, f"{self.what}-best"):
+            sweep(self.folder / name)
         if run.best is not None and run.best.loss is not None:
             self._lowest, best = run.best.loss, self.folder / f"{self.what}-best"
             self._best = best if best.is_dir() else None
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         if record.step and record.loss is not None and record.loss < self._lowest and self.sound():
-            self._lowest, self._best = record.loss, self.folder / f"{self.what}-best"
-            self.save(self._best)
+            best = self.folder / f"{self.what}-best"
+            with replaced(best) as new:
+                self.save(new)
+            self._lowest, self._best = record.loss, best
 
     def on_end(self, run: Run) -> None:
         run.best_adapter = self._best
@@ -128,7 +134,8 @@ class RunFolder(Observer):
                           "begin anew with a lower lr", stacklevel=2)
             return
         try:
-            self.save(self.folder / self.what)
+            with replaced(self.folder / self.what) as new:
+                self.save(new)
         except InputError as error:     # days after the start, perhaps: no fault of what was given
             stands = (self.folder / checkpoint.FOLDER / checkpoint.JSON).exists()
             advice = ("the last checkpoint stands: make room, and resume" if stands else

@@ -1,9 +1,10 @@
 """Checkpoints: all that an interrupted run needs to go on bit for bit, in a folder that holds a whole one at any time.
 
 checkpoint.json has the steps and micro-batches that are done, what the run is made of (`about`), the evaluations, and
-the CRC-32 of step-N.safetensors. That has the trained weights as the optimizer moves them (fp32), its state, the states
-of torch's generators, and the records of the steps. The JSON is replaced when the tensors it stands for are written and
-synced, and only then older tensors go: a process that is killed in between leaves the older checkpoint, or this one.
+the SHA-256 of step-N.safetensors. That has the trained weights as the optimizer moves them (fp32), its state, the
+states of torch's generators, and the records of the steps. The JSON is replaced when the tensors it stands for are
+written and synced, and only then older tensors go: a process that is killed in between leaves the older checkpoint, or
+this one.
 """
 
 from __future__ import annotations
@@ -12,27 +13,26 @@ import contextlib
 import dataclasses
 import math
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minitune.arguments import short
-from minitune.checkpoint.fields import integer
-from minitune.checkpoint.files import json_bytes, open_regular, parse_json, staged
-from minitune.checkpoint.reader import CHUNK, SPOILT, Checkpoint
+from minitune.checkpoint.fields import integer, text
+from minitune.checkpoint.files import json_bytes, open_regular, parse_json, sha256_of, staged
+from minitune.checkpoint.reader import SPOILT, Checkpoint
 from minitune.checkpoint.safetensors_header import AGAIN
-from minitune.checkpoint.writer import write_safetensors
+from minitune.checkpoint.writer import Summed, write_safetensors
 from minitune.errors import InputError
 from minitune.training.optimizers import FlatOptimizer
 from minitune.training.run import EvaluationRecord, Run, SampleAnswer, StepRecord
 
 FOLDER, JSON = "checkpoint", "checkpoint.json"
-FORMAT = 2
+FORMAT = 3
 RECORDS = "run/records"
 """A row a step, the fields of StepRecord as fp64 (which holds each of its integers), seen as bytes."""
 _ANEW = "the checkpoint is damaged, and the run cannot be resumed; begin anew in another folder"
@@ -81,9 +81,9 @@ class Checkpoints:
         name = _tensors_of(position.step)
         with staged(self.folder) as staging:
             with staging.open(name) as file:        # takes its name before the JSON that stands for it
-                summed = _Summed(file)
+                summed = Summed(file)
                 write_safetensors(summed, _tensors(position, model, optimizer, run))
-            staging.write(JSON, json_bytes({**content, "crc32": summed.crc32}))
+            staging.write(JSON, json_bytes({**content, "sha256": summed.sha256}))
         self.step = position.step
         with contextlib.suppress(OSError):      # older ones, and what a killed process left half written
             for path in self.folder.iterdir():
@@ -103,7 +103,7 @@ class Saved:
     folder: Path
     step: int
     micro_batches: int
-    crc32: int
+    sha256: str
     about: Mapping[str, Any]
     evaluations: list[EvaluationRecord]
 
@@ -116,9 +116,9 @@ class Saved:
         """The file of its tensors. InputError, before anything is read into a model, where its bytes are not those
         that were written."""
         with Checkpoint.open_file(self.tensors) as source:
-            if _crc32_of(self.tensors) != self.crc32:
-                raise InputError(f"{self.tensors}: its CRC-32 is not the one that {JSON} has, so some of its bytes are "
-                                 f"not those that were written; {_ANEW}")
+            if sha256_of(self.tensors) != self.sha256:
+                raise InputError(f"{self.tensors}: its SHA-256 is not the one that {JSON} has, so some of its bytes "
+                                 f"are not those that were written; {_ANEW}")
             yield source
 
     def restore(self, model: torch.nn.Module, optimizer: FlatOptimizer, run: Run) -> Position:
@@ -170,11 +170,11 @@ def read(folder: Path) -> Saved:
                          f"this version of minitune goes on from format {FORMAT} alone")
     step = integer(str(path), "step", found.get("step"))
     micro_batches = integer(str(path), "micro_batches", found.get("micro_batches"), low=step)
-    crc32 = integer(str(path), "crc32", found.get("crc32"), 0, 2**32 - 1)
+    sha256 = text(str(path), "sha256", found.get("sha256"))
     about, evaluations = found.get("run"), found.get("evaluations")
     if not isinstance(about, dict) or not isinstance(evaluations, list):
         raise InputError(f"{path}: run or evaluations is missing; {_ANEW}")
-    saved = Saved(folder, step, micro_batches, crc32, about, [_evaluation(path, each) for each in evaluations])
+    saved = Saved(folder, step, micro_batches, sha256, about, [_evaluation(path, each) for each in evaluations])
     if not saved.tensors.is_file():
         raise InputError(f"{saved.tensors}: there is no such file, which {JSON} stands for; {_ANEW}")
     return saved
@@ -184,25 +184,6 @@ def remove(folder: Path) -> None:
     """Remove the checkpoint of a run that is finished; the JSON goes first, since without it there is none."""
     (folder / JSON).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-class _Summed:
-    """A file to write to that sums up what it is given."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.crc32 = file, 0
-
-    def write(self, data: Any) -> int:
-        self.crc32 = zlib.crc32(data, self.crc32)
-        return self.file.write(data)
-
-
-def _crc32_of(path: Path) -> int:
-    value = 0
-    with open_regular(path) as file:
-        while data := file.read(CHUNK):
-            value = zlib.crc32(data, value)
-    return value
 
 
 def _tensors_of(step: int) -> str:

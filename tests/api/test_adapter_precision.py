@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 import minitune as mt
-from minitune.api.model import ABOUT
+from minitune.checkpoint.folders import ABOUT
 from tests.files import write_numbers
 
 
@@ -21,7 +21,8 @@ def _adapter(tiny, folder, quant):
 @pytest.mark.parametrize("quant", ["nf4", "nf4-dq"])
 def test_an_adapter_of_4_bits_says_so_and_is_warned_of_on_another_base(tiny, tmp_path, quant):
     adapter = _adapter(tiny, tmp_path / "adapter", quant)
-    assert json.loads((adapter / ABOUT).read_text()) == {"quant": quant}
+    said = json.loads((adapter / ABOUT).read_text())
+    assert said.keys() == {"sha256", "quant"} and said["quant"] == quant
     assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", ABOUT}
     other = "nf4" if quant == "nf4-dq" else "nf4-dq"
     for here, words in ((None, "16 bits or more"), (other, other)):
@@ -35,7 +36,7 @@ def test_an_adapter_of_4_bits_says_so_and_is_warned_of_on_another_base(tiny, tmp
 def test_an_adapter_of_16_bits_says_nothing_not_even_over_one_of_4(tiny, tmp_path):
     _adapter(tiny, tmp_path, "nf4")
     _adapter(tiny, tmp_path, None)
-    assert not (tmp_path / ABOUT).exists()
+    assert json.loads((tmp_path / ABOUT).read_text()).keys() == {"sha256"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mt.load(tiny, device="cpu", adapter=tmp_path)

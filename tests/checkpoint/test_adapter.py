@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minitune.checkpoint.adapter import CONFIG, TENSORS, match_adapter, write_adapter
 from minitune.checkpoint.adapter_reader import AdapterTensors, read_adapter
+from minitune.checkpoint.folders import ABOUT
 from minitune.config import LINEAR_NAMES, LoRA
 from minitune.errors import InputError
 
@@ -114,7 +115,7 @@ def test_peft_loads_ours(case: str, llama: Any, tmp_path: Path) -> None:
     lora, paths = CASES[case]
     adapters = fakes(lora, paths)
     write_adapter(tmp_path, adapters, lora, "some/base", LINEARS)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, TENSORS]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, TENSORS, ABOUT]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # peft warns of missing keys and of patterns that match nothing
         warnings.simplefilter("ignore", FutureWarning)
@@ -206,7 +207,22 @@ def adapter_folder(folder: Path, change: dict[str, Any] | None = None, **tensors
         (folder / CONFIG).write_text(json.dumps(raw))
     if tensors:
         save_file(load_file(folder / TENSORS) | tensors, folder / TENSORS)
+        (folder / ABOUT).unlink()
     return folder
+
+
+def test_one_flipped_bit_is_found_and_an_adapter_without_a_sum_is_read_as_ever(tmp_path: Path) -> None:
+    good, path = read_adapter(adapter_folder(tmp_path))[1], tmp_path / TENSORS
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    for said in ((tmp_path / ABOUT).read_text(), '{"sha256": 3}'):
+        (tmp_path / ABOUT).write_text(said)
+        with pytest.raises(InputError, match=f"^{re.escape(str(path))}: its SHA-256 is not the one in {ABOUT}: the "):
+            read_adapter(tmp_path)
+    (tmp_path / ABOUT).write_text("{}")
+    assert not torch.equal(read_adapter(tmp_path)[1][module_path(0, "q_proj")].B, good[module_path(0, "q_proj")].B)
+    (tmp_path / ABOUT).unlink()
+    assert read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +319,7 @@ def test_half_precision_files_are_widened(tmp_path: Path) -> None:
     folder = adapter_folder(tmp_path)
     halves = {name: value.half() for name, value in load_file(folder / TENSORS).items()}
     save_file(halves, folder / TENSORS)
+    (folder / ABOUT).unlink()
     _, tensors = read_adapter(folder)
     a, b, _ = tensors[module_path(0, "q_proj")]
     assert a.dtype == b.dtype == torch.float32

@@ -96,6 +96,7 @@ COMMANDS = [
     "train marks-all system.jsonl",
     "complete a-run a",
     "complete my-llama a --adapter odd-adapter",
+    "complete my-llama a --adapter spoilt-adapter",
     "train my-llama good.jsonl --device cuda",
     "train my-llama good.jsonl --evaluate-every 2 --config bad.toml",
     "train my-llama good.jsonl --config typo.toml",
@@ -194,6 +195,10 @@ def prepare() -> None:
     mt.load("tiny", lora=mt.LoRA(rank=2)).save_adapter("other-adapter")
     mt.load("my-llama", lora=mt.LoRA(rank=2), quant="nf4").save_adapter("odd-adapter")
     Path("odd-adapter/minitune.json").write_text('{"quant": "int8"}')
+    shutil.copytree("other-adapter", "spoilt-adapter")
+    with open("spoilt-adapter/adapter_model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
     _stopped("stopped")
     shutil.copytree("stopped", "torn-run")
     shutil.copytree("stopped", "held-run")

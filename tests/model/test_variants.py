@@ -153,6 +153,7 @@ def _with_head(folder, value):
     """Put `value` beside the adapter as PEFT puts the base's head there."""
     tensors = load_file(folder / "adapter_model.safetensors") | {"base_model.model.lm_head.base_layer.weight": value}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "minitune.json").unlink(missing_ok=True)
 
 
 def test_a_head_beside_the_adapter_must_be_the_bases(tmp_path):
@@ -182,6 +183,7 @@ def test_lengths_that_do_not_fit_are_named(tmp_path, change, message):
         if value is not None:
             tensors[full] = value
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "minitune.json").unlink()
     with pytest.raises(mt.InputError, match=message):
         mt.load(tmp_path / "base", adapter=tmp_path / "adapter", device="cpu")
 

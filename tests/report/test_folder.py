@@ -35,6 +35,11 @@ def seen(number, loss=None, *answers):
                             answers=answers)
 
 
+def wanted(folder: Path) -> str:
+    """The name that a folder takes when it is whole, by the one that it is filled under: .NAME.PID.tmp."""
+    return folder.name.split(".")[1]
+
+
 class Saver:
     """Saves a file that says how often it was called."""
 
@@ -42,8 +47,7 @@ class Saver:
         self.calls: list[str] = []
 
     def __call__(self, folder: Path) -> None:
-        self.calls.append(folder.name)
-        folder.mkdir(exist_ok=True)
+        self.calls.append(wanted(folder))
         (folder / "weights").write_text(str(len(self.calls)))
 
 
@@ -103,6 +107,27 @@ def test_the_best_is_that_of_the_lowest_validation_loss(tmp_path):
     folder.on_end(run)
     assert saver.calls[2:] == ["adapter"]
     assert (run.adapter, run.best_adapter) == (tmp_path / "adapter", tmp_path / "adapter-best")
+
+
+def test_a_better_one_takes_the_place_of_the_best_whole_or_not_at_all(tmp_path):
+    saver = Saver()
+    folder, best = RunFolder(tmp_path, saver, sound, "model", {}), tmp_path / "model-best"
+    folder.on_evaluation(seen(1, 3.0))
+    (best / "model-00002-of-00002.safetensors").write_text("of a model in shards")
+
+    def full(path):
+        saver(path)
+        assert (best / "weights").read_text() == "1", "the old one is touched before the new one is whole"
+        raise OSError(28, "No space left on device", str(path))
+
+    folder.save = full
+    with pytest.raises(InputError, match="No space left on device"):
+        folder.on_evaluation(seen(2, 2.0))
+    assert {path.name for path in best.iterdir()} == {"weights", "model-00002-of-00002.safetensors"}
+    folder.save = saver
+    folder.on_evaluation(seen(3, 2.5))
+    assert [path.name for path in tmp_path.iterdir()] == ["model-best"]
+    assert [(path.name, path.read_text()) for path in best.iterdir()] == [("weights", "3")]
 
 
 @pytest.mark.parametrize(("records", "end", "saved"), [

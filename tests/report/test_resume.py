@@ -33,7 +33,7 @@ def going_on(evaluations, n_steps=4, **training):
 def test_the_best_of_before_stays_until_there_is_a_better_one(tmp_path):
     saved = []
     for is_there in (False, True):
-        folder = RunFolder(tmp_path, lambda path: saved.append(path.name), lambda: True, "adapter", {})
+        folder = RunFolder(tmp_path, lambda path: saved.append(path.name.split(".")[1]), lambda: True, "adapter", {})
         if is_there:
             (tmp_path / "adapter-best").mkdir()
         run = going_on([seen(0, 0.1), seen(2, 1.0), seen(4, 1.5)])
@@ -47,6 +47,21 @@ def test_the_best_of_before_stays_until_there_is_a_better_one(tmp_path):
     assert saved == ["adapter-best"]
 
 
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    names = [".train.toml.7.tmp", ".adapter-best.7.tmp/adapter_model.safetensors", ".adapter-best.7.old/a",
+             "checkpoint/.step-2.safetensors.7.tmp", "adapter/.adapter_config.json.7.tmp", "mine/.a.7.tmp"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    run = going_on([seen(2, 1.0)])
+    folder = RunFolder(tmp_path, lambda path: None, lambda: True, "adapter", {})
+    folder.on_resume(run)
+    folder.on_end(run)
+    assert run.best_adapter == tmp_path / "adapter-best"
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == {
+        "adapter-best/a", "mine/.a.7.tmp"}
+
+
 @pytest.mark.parametrize(("end", "restored", "kept", "saved"), [
     ("finished", None, False, True), ("out of data", None, False, True), ("interrupted", None, True, True),
     ("failed", None, True, True), ("diverged", 2, True, True), ("diverged", None, True, True)])
@@ -55,7 +70,7 @@ def test_the_checkpoint_goes_with_the_end(tmp_path, end, restored, kept, saved):
     (tmp_path / "checkpoint" / checkpoint.JSON).write_text("{}")
     run, done = going_on([]), []
     run.end, run.restored = end, restored
-    RunFolder(tmp_path, lambda path: done.append(path.name), lambda: True, "adapter", {}).on_end(run)
+    RunFolder(tmp_path, lambda path: done.append(path.name.split(".")[1]), lambda: True, "adapter", {}).on_end(run)
     assert (tmp_path / "checkpoint").exists() == kept and done == (["adapter"] if saved else [])
 
 

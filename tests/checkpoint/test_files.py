@@ -1,0 +1,116 @@
+"""Folders that take the place of others, whole or not at all, with or without a system that exchanges names; and what
+a killed process leaves behind."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from minitune.checkpoint import files
+from minitune.checkpoint.files import replaced, staged, sweep
+from minitune.errors import InputError
+
+
+def fill(folder, **texts):
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+def found(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+SYSTEMS = {"as it is": None, "no renameat2": SimpleNamespace(), "refused": SimpleNamespace(renameat2=lambda *_: -1)}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_new_folder_takes_the_place_of_the_old_one_with_all_that_it_holds(tmp_path, monkeypatch, system):
+    if SYSTEMS[system]:
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda _: SYSTEMS[system])
+    for texts in ({"a": "1", "b": "1"}, {"a": "2", "c": "2"}):
+        with replaced(tmp_path / "best") as new:
+            fill(new, **texts)
+        assert found(tmp_path) == {f"best/{name}": text for name, text in texts.items()}
+        assert os.listdir(tmp_path) == ["best"]
+
+
+def test_the_names_change_at_once_where_the_system_can(tmp_path, monkeypatch):
+    renamed = []
+    monkeypatch.setattr(os, "replace", lambda *names: renamed.append(names))
+    (tmp_path / "best").mkdir()
+    with replaced(tmp_path / "best") as new:
+        fill(new, a="2")
+    if renamed:
+        pytest.skip("this file system does not exchange names")
+    assert found(tmp_path) == {"best/a": "2"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_where_anything_fails_the_old_one_stays(tmp_path, error):
+    (tmp_path / "best").mkdir()
+    fill(tmp_path / "best", a="1")
+    told = InputError if isinstance(error, OSError) else error
+    with pytest.raises(told, match=r"best: .* No space left|^$"), replaced(tmp_path / "best") as new:
+        fill(new, a="2")
+        raise error
+    assert found(tmp_path) == {"best/a": "1"} and os.listdir(tmp_path) == ["best"]
+
+
+def test_a_file_of_that_name_is_no_folder_to_replace(tmp_path):
+    fill(tmp_path, best="mine")
+    with pytest.raises(InputError, match="cannot be written"), replaced(tmp_path / "best") as new:
+        fill(new, a="2")
+    assert found(tmp_path) == {"best": "mine"}
+
+
+def test_a_folder_that_cannot_be_removed_ends_nothing(tmp_path, monkeypatch):
+    (tmp_path / "best").mkdir()
+    fill(tmp_path / "best", old="1")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(16, "busy")))
+        with replaced(tmp_path / "best") as new:
+            fill(new, a="2")
+        assert found(tmp_path / "best") == {"a": "2"} and len(os.listdir(tmp_path)) == 2
+    with replaced(tmp_path / "best") as new:
+        fill(new, a="3")
+    assert (tmp_path / "best" / "a").read_text() == "3"
+
+
+@pytest.mark.parametrize("calls", range(4))
+def test_what_a_killed_process_left_is_swept_and_what_it_set_aside_is_put_back(tmp_path, monkeypatch, calls):
+    """Without an exchange, where a process dies after so many renames and nothing of its is done any more."""
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda _: SimpleNamespace())
+    rename, done = os.replace, []
+    (tmp_path / "best").mkdir()
+    fill(tmp_path / "best", a="1")
+
+    def killed(*names):
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        done.append(rename(*names))
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", killed)
+        patched.setattr(files, "discard", lambda _: None)
+        with replaced(tmp_path / "best") as new:
+            fill(new, a="2")
+        raise KeyboardInterrupt
+    assert len(os.listdir(tmp_path)) == 2
+    sweep(tmp_path)
+    assert found(tmp_path) == {"best/a": "1" if calls < 2 else "2"} and os.listdir(tmp_path) == ["best"]
+
+
+def test_nothing_else_is_swept(tmp_path):
+    mine = {".env": "", ".a.tmp": "", ".old": "", "a.12.tmp": "", ".a.12.tmp.txt": "", "new": ""}
+    fill(tmp_path, **mine)
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path) as staging:
+        staging.discard = lambda: None
+        staging.write("config.json", b"{}")
+        raise KeyboardInterrupt
+    assert (tmp_path / f".config.json.{os.getpid()}.tmp").is_file()
+    sweep(tmp_path)
+    sweep(tmp_path / "nowhere")
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, ".git"}
