@@ -49,7 +49,7 @@ def check_out(out: Path | None, resume: Any) -> None:
         return
     if out is None:
         raise InputError("train: resume needs out, the folder of the run that goes on")
-    if (out / checkpoint.FOLDER / checkpoint.JSON).exists():
+    if checkpoint.steps(out / checkpoint.FOLDER):
         return
     if not out.is_dir() or not any(out.iterdir()):
         raise InputError(f"{out}: there is no run to resume; begin it without resume")

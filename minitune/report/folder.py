@@ -26,7 +26,7 @@ FILES = ("config.json", "environment.json", "ledger.json", "metrics.jsonl", "ans
 
 def check_free(folder: Path) -> None:
     """InputError unless `folder` is not there yet, or is an empty folder."""
-    if (folder / checkpoint.FOLDER / checkpoint.JSON).exists():
+    if checkpoint.steps(folder / checkpoint.FOLDER):
         raise InputError(f"{folder} exists already, with a run that did not end: go on with it (--resume, in Python "
                          "resume=True), name another folder, or remove it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -137,7 +137,7 @@ class RunFolder(Observer):
             with replaced(self.folder / self.what) as new:
                 self.save(new)
         except InputError as error:     # days after the start, perhaps: no fault of what was given
-            stands = (self.folder / checkpoint.FOLDER / checkpoint.JSON).exists()
+            stands = checkpoint.steps(self.folder / checkpoint.FOLDER)
             advice = ("the last checkpoint stands: make room, and resume" if stands else
                       "what was trained is lost, since no checkpoint was kept on the way (save_every)")
             raise NotSaved(f"{error}; {advice}") from error

@@ -1,19 +1,18 @@
 """Checkpoints: all that an interrupted run needs to go on bit for bit, in a folder that holds a whole one at any time.
 
-checkpoint.json has the steps and micro-batches that are done, what the run is made of (`about`), the evaluations, and
-the SHA-256 of step-N.safetensors. That has the trained weights as the optimizer moves them (fp32), its state, the
-states of torch's generators, and the records of the steps. The JSON is replaced when the tensors it stands for are
-written and synced, and only then older tensors go: a process that is killed in between leaves the older checkpoint, or
-this one.
+A checkpoint is two files. step-N.json has the micro-batches that are done, what the run is made of (`about`), the
+evaluations, and the SHA-256 of step-N.safetensors. That has the trained weights as the optimizer moves them (fp32), its
+state, the states of torch's generators, and the records of the steps. The JSON comes when the tensors are written and
+synced: without it there is no checkpoint. The last two stay: where bytes of the newer one are not those that were
+written, a run goes on from the older one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from minitune.arguments import short
 from minitune.checkpoint.fields import integer, text
-from minitune.checkpoint.files import json_bytes, open_regular, parse_json, sha256_of, staged
+from minitune.checkpoint.files import discard, json_bytes, open_regular, parse_json, sha256_of, staged
 from minitune.checkpoint.reader import SPOILT, Checkpoint
 from minitune.checkpoint.safetensors_header import AGAIN
 from minitune.checkpoint.writer import Summed, write_safetensors
@@ -31,7 +30,7 @@ from minitune.errors import InputError
 from minitune.training.optimizers import FlatOptimizer
 from minitune.training.run import EvaluationRecord, Run, SampleAnswer, StepRecord
 
-FOLDER, JSON = "checkpoint", "checkpoint.json"
+FOLDER = "checkpoint"
 FORMAT = 3
 RECORDS = "run/records"
 """A row a step, the fields of StepRecord as fp64 (which holds each of its integers), seen as bytes."""
@@ -49,10 +48,12 @@ class Position:
 
     def after(self, micro_batches: int, device: torch.device) -> Position:
         """One step on, with the generators as they are now."""
-        states = {"cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(device)
-        return Position(self.step + 1, self.micro_batches + micro_batches, states)
+        return Position(self.step + 1, self.micro_batches + micro_batches, _states(device))
+
+    def standing(self, device: torch.device) -> Position:
+        """The same with the generators put back to what it holds; before the first step, it holds them as they are."""
+        self.set_generators(device)
+        return self if self.generators else dataclasses.replace(self, generators=_states(device))
 
     def set_generators(self, device: torch.device) -> None:
         """Put the generators back, those there are: before the first step there is nothing to put back."""
@@ -62,9 +63,15 @@ class Position:
             torch.cuda.set_rng_state(self.generators["cuda"], device)
 
 
+def _states(device: torch.device) -> dict[str, Tensor]:
+    """Those of torch's generators now."""
+    states = {"cpu": torch.get_rng_state()}
+    return states if device.type != "cuda" else {**states, "cuda": torch.cuda.get_rng_state(device)}
+
+
 class Checkpoints:
-    """The checkpoint of a run, in `folder`. `about` gives what the run is made of, as JSON holds it, whenever one is
-    written. `trained` is where what was trained is saved when the run ends, for messages. `step`: that of the
+    """The checkpoints of a run, in `folder`. `about` gives what the run is made of, as JSON holds it, whenever one is
+    written. `trained` is where what was trained is saved when the run ends, for messages. `step`: that of the last
     checkpoint that stands; None: there is none yet.
     """
 
@@ -74,52 +81,49 @@ class Checkpoints:
         self._about = about
 
     def write(self, position: Position, model: torch.nn.Module, optimizer: FlatOptimizer, run: Run) -> None:
-        """Put the run as it stands in place of the last checkpoint. InputError where it cannot be written; the last one
-        stays then."""
+        """Keep the run as it stands, beside the last checkpoint; those before it go first, so that never more than two
+        take room. InputError where it cannot be written; the last one stays."""
         content = {"format": FORMAT, "step": position.step, "micro_batches": position.micro_batches,
                    "run": self._about(), "evaluations": [_plain(each) for each in run.evaluations]}
-        name = _tensors_of(position.step)
+        tensors, told = _files(self.folder, position.step)
+        self._remove_others()
         with staged(self.folder) as staging:
-            with staging.open(name) as file:        # takes its name before the JSON that stands for it
+            with staging.open(tensors.name) as file:    # takes its name before the JSON that stands for it
                 summed = Summed(file)
                 write_safetensors(summed, _tensors(position, model, optimizer, run))
-            staging.write(JSON, json_bytes({**content, "sha256": summed.sha256}))
+            staging.write(told.name, json_bytes({**content, "sha256": summed.sha256}))
         self.step = position.step
-        with contextlib.suppress(OSError):      # older ones, and what a killed process left half written
-            for path in self.folder.iterdir():
-                if path.name not in (JSON, name):
-                    path.unlink()
+
+    def _remove_others(self) -> None:
+        """What is not of the last checkpoint: older ones, damaged newer ones, what a killed process half wrote. What
+        cannot be removed ends no run."""
+        stay = () if self.step is None else _files(self.folder, self.step)
+        # A checkpoint's JSON first: without it its tensors are none.
+        for path in sorted(self.folder.glob("*"), key=lambda path: path.suffix != ".json"):
+            if path not in stay:
+                discard(path)
 
     def restore_weights(self, model: torch.nn.Module, optimizer: FlatOptimizer) -> None:
         """Put the weights of the checkpoint that stands into the model. InputError where they cannot be read."""
-        with read(self.folder).opened() as source:
+        with Checkpoint.open_file(read(self.folder).tensors) as source:
             _read_weights(source, model, optimizer)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was read; its tensors wait in the file until `restore`."""
+    """A checkpoint that was found whole; its tensors wait in the file until `restore`. ``note``: what is wrong with the
+    newer one, where there is one."""
 
     folder: Path
     step: int
     micro_batches: int
-    sha256: str
     about: Mapping[str, Any]
     evaluations: list[EvaluationRecord]
+    note: str = ""
 
     @property
     def tensors(self) -> Path:
-        return self.folder / _tensors_of(self.step)
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[Checkpoint]:
-        """The file of its tensors. InputError, before anything is read into a model, where its bytes are not those
-        that were written."""
-        with Checkpoint.open_file(self.tensors) as source:
-            if sha256_of(self.tensors) != self.sha256:
-                raise InputError(f"{self.tensors}: its SHA-256 is not the one that {JSON} has, so some of its bytes "
-                                 f"are not those that were written; {_ANEW}")
-            yield source
+        return _files(self.folder, self.step)[0]
 
     def restore(self, model: torch.nn.Module, optimizer: FlatOptimizer, run: Run) -> Position:
         """Put weights and moments into the model and the optimizer, what was recorded into the run -> where it stands.
@@ -132,7 +136,7 @@ class Saved:
             raise InputError(str(error).replace(AGAIN, _ANEW).replace(SPOILT, _ANEW)) from None
 
     def _restore(self, model: torch.nn.Module, optimizer: FlatOptimizer, run: Run) -> Position:
-        with self.opened() as source:
+        with Checkpoint.open_file(self.tensors) as source:
             left = set(source.names()) - _read_weights(source, model, optimizer)
             left -= _read_state(source, model, optimizer)
             states = {name.partition("/")[2]: source.read(name, torch.uint8) for name in left
@@ -160,34 +164,63 @@ class Saved:
                               for each, value in zip(names, row, strict=True)}) for row in values.tolist()]
 
 
+def steps(folder: Path) -> list[int]:
+    """The steps of which there is a checkpoint, whole or damaged, the newest first."""
+    found = (re.fullmatch(r"step-([1-9][0-9]{0,17})\.json", path.name) for path in folder.glob("step-*.json"))
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
 def read(folder: Path) -> Saved:
-    """The checkpoint in `folder`. InputError, which names the file, for one that is no longer whole."""
-    path = folder / JSON
+    """The newest whole checkpoint in `folder`. InputError, which names the newest's fault, where there is none."""
+    fault: InputError | None = None
+    for step in steps(folder):
+        try:
+            saved = _read(folder, step)
+        except InputError as error:
+            fault = fault or error
+            continue
+        if fault is None:
+            return saved
+        what = str(fault).removesuffix(f"; {_ANEW}")
+        return dataclasses.replace(saved, note=f"{what}; the run goes on from the checkpoint before it, of step {step}")
+    raise fault or InputError(f"{folder}: holds no checkpoint; begin anew in another folder")
+
+
+def _read(folder: Path, step: int) -> Saved:
+    """The checkpoint of that step. InputError where its bytes are not those that were written."""
+    tensors, path = _files(folder, step)
     with open_regular(path) as file:
         found = parse_json(file.readall(), str(path))
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise InputError(f"{path}: its format is {short(found.get('format') if isinstance(found, dict) else found)}; "
                          f"this version of minitune goes on from format {FORMAT} alone")
-    step = integer(str(path), "step", found.get("step"))
+    if found.get("step") != step:
+        raise InputError(f"{path}: step is {short(found.get('step'))}, not that of its name; {_ANEW}")
     micro_batches = integer(str(path), "micro_batches", found.get("micro_batches"), low=step)
     sha256 = text(str(path), "sha256", found.get("sha256"))
     about, evaluations = found.get("run"), found.get("evaluations")
     if not isinstance(about, dict) or not isinstance(evaluations, list):
         raise InputError(f"{path}: run or evaluations is missing; {_ANEW}")
-    saved = Saved(folder, step, micro_batches, sha256, about, [_evaluation(path, each) for each in evaluations])
-    if not saved.tensors.is_file():
-        raise InputError(f"{saved.tensors}: there is no such file, which {JSON} stands for; {_ANEW}")
-    return saved
+    if not tensors.is_file():
+        raise InputError(f"{tensors}: there is no such file, which {path.name} stands for; {_ANEW}")
+    if sha256_of(tensors) != sha256:
+        raise InputError(f"{tensors}: its SHA-256 is not the one that {path.name} has, so some of its bytes are not "
+                         f"those that were written; {_ANEW}")
+    return Saved(folder, step, micro_batches, about, [_evaluation(path, each) for each in evaluations])
 
 
 def remove(folder: Path) -> None:
-    """Remove the checkpoint of a run that is finished; the JSON goes first, since without it there is none."""
-    (folder / JSON).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove the checkpoints of a run that is finished, the oldest first, so that a process that is killed meanwhile
+    leaves the newest; of each the JSON first, since without it there is none."""
+    for step in reversed(steps(folder)):
+        for path in reversed(_files(folder, step)):
+            discard(path)
+    discard(folder)
 
 
-def _tensors_of(step: int) -> str:
-    return f"step-{step}.safetensors"
+def _files(folder: Path, step: int) -> tuple[Path, Path]:
+    """The tensors of the checkpoint of that step, and the JSON that stands for them."""
+    return folder / f"step-{step}.safetensors", folder / f"step-{step}.json"
 
 
 def _named(model: torch.nn.Module, optimizer: FlatOptimizer) -> list[tuple[str, Tensor]]:
@@ -253,4 +286,4 @@ def _evaluation(path: Path, found: Any) -> EvaluationRecord:
         raise InputError(f"{path}: evaluations has {short(found)}, which is no evaluation; {_ANEW}") from None
 
 
-__all__ = ["FOLDER", "JSON", "Checkpoints", "Position", "Saved", "read", "remove"]
+__all__ = ["FOLDER", "Checkpoints", "Position", "Saved", "read", "remove", "steps"]

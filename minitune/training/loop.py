@@ -80,6 +80,8 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     model.train(True)
     try:
         tell_begin(observers, run)
+        if start is not None and start.note:
+            tell(observers, "on_note", start.note)
         for hint in hints(batches, training, total_steps, device, getattr(model, "network", None)):
             tell(observers, "on_note", hint)
         drawn = _drawn(batches, position.micro_batches, None if training.max_steps else training.epochs)

@@ -16,6 +16,7 @@ from minitune.api import model as model_module
 from minitune.checkpoint import files
 from minitune.config import Training
 from minitune.report.folder import RunFolder
+from minitune.training.checkpoint import steps
 from minitune.training.run import EvaluationRecord, Run, RunInfo
 from tests.api.test_resume import left_behind, train
 from tests.files import write_numbers
@@ -95,7 +96,7 @@ def check_resumed(tiny, tmp_path, moments):
     for at in moments:
         out = tmp_path / str(at)
         died = killed(lambda out=out: train(tiny, data, out, **settings), out, at)
-        if (out / "checkpoint" / "checkpoint.json").exists():
+        if steps(out / "checkpoint"):
             train(tiny, data, out, resume=True, **settings)
             assert not list(out.rglob(".*"))
             stood = True

@@ -64,7 +64,7 @@ def test_a_last_write_that_fails_is_no_bad_input_and_says_what_stands(tmp_path, 
     folder.on_start(INFO)
     if kept:
         (tmp_path / "run" / "checkpoint").mkdir()
-        (tmp_path / "run" / "checkpoint" / "checkpoint.json").write_text("{}")
+        (tmp_path / "run" / "checkpoint" / "step-1.json").write_text("{}")
     run = Run(info=INFO, records=[step(1)])
     run.end = "finished"
     said = "the last checkpoint stands: make room, and resume" if kept else "what was trained is lost, since no"

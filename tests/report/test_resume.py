@@ -12,7 +12,6 @@ from minitune.config import Training
 from minitune.report.folder import RunFolder
 from minitune.report.metrics import AnswersFile, MetricsFile
 from minitune.report.progress import ProgressBar, ProgressLines, summary
-from minitune.training import checkpoint
 from minitune.training.run import EvaluationRecord, Run, RunInfo, SampleAnswer, StepRecord
 
 
@@ -67,7 +66,7 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path):
     ("failed", None, True, True), ("diverged", 2, True, True), ("diverged", None, True, True)])
 def test_the_checkpoint_goes_with_the_end(tmp_path, end, restored, kept, saved):
     (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / checkpoint.JSON).write_text("{}")
+    (tmp_path / "checkpoint" / "step-1.json").write_text("{}")
     run, done = going_on([]), []
     run.end, run.restored = end, restored
     RunFolder(tmp_path, lambda path: done.append(path.name.split(".")[1]), lambda: True, "adapter", {}).on_end(run)

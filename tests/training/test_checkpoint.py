@@ -12,7 +12,7 @@ from safetensors.torch import load
 from minitune.checkpoint.writer import write_safetensors
 from minitune.config import Training
 from minitune.errors import InputError
-from minitune.training.checkpoint import read
+from minitune.training.checkpoint import read, steps
 from tests.training.stopping import Stop, checkpoints, data, train
 
 
@@ -23,7 +23,7 @@ def _truncate(folder):
 
 def _change(**fields):
     def change(folder):
-        path = folder / "checkpoint.json"
+        path = folder / "step-3.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
     return change
@@ -43,18 +43,18 @@ def _tensor(name, change, summed=True):
 
 
 @pytest.mark.parametrize(("damage", "file", "message"), [
-    (_truncate, "step-3.safetensors", "truncated"),
+    (_truncate, "step-3.safetensors", "its SHA-256 is not"),
     (lambda folder: (folder / "step-3.safetensors").unlink(), "step-3.safetensors", "there is no such file"),
-    (lambda folder: (folder / "checkpoint.json").write_text("{"), "checkpoint.json", "is not valid JSON"),
-    (lambda folder: (folder / "checkpoint.json").write_text("[]"), "checkpoint.json", r"its format is \[\]"),
-    (lambda folder: (folder / "checkpoint.json").unlink(), "checkpoint.json", "there is no such file"),
-    (_change(format=1), "checkpoint.json", "its format is 1; this version of minitune goes on from format 3 alone"),
-    (_change(sha256=None), "checkpoint.json", "sha256 is None"),
-    (_change(step="3"), "checkpoint.json", "step is '3'"), (_change(step=0), "checkpoint.json", "step is 0"),
-    (_change(step=2), "step-2.safetensors", "there is no such file"),
-    (_change(micro_batches=2), "checkpoint.json", "micro_batches is 2"),
-    (_change(run=None), "checkpoint.json", "run or evaluations is missing"),
-    (_change(evaluations=[{"step": 1}]), "checkpoint.json", "which is no evaluation"),
+    (lambda folder: (folder / "step-3.json").write_text("{"), "step-3.json", "is not valid JSON"),
+    (lambda folder: (folder / "step-3.json").write_text("[]"), "step-3.json", r"its format is \[\]"),
+    (lambda folder: (folder / "step-3.json").unlink(), "", "holds no checkpoint; begin anew in another folder"),
+    (_change(format=1), "step-3.json", "its format is 1; this version of minitune goes on from format 3 alone"),
+    (_change(sha256=None), "step-3.json", "sha256 is None"),
+    (_change(step="3"), "step-3.json", "step is '3', not that of its name"),
+    (_change(step=2), "step-3.json", "step is 2, not that of its name"),
+    (_change(micro_batches=2), "step-3.json", "micro_batches is 2"),
+    (_change(run=None), "step-3.json", "run or evaluations is missing"),
+    (_change(evaluations=[{"step": 1}]), "step-3.json", "which is no evaluation"),
     (_tensor("weights/A", lambda _: None), "step-3.safetensors", "'weights/A' is missing"),
     (_tensor("weights/A", lambda a: a[:1].clone()), "step-3.safetensors", "it cannot be read into"),
     (_tensor("weights/A", lambda a: a * float("nan")), "step-3.safetensors", "NaN"),
@@ -84,3 +84,34 @@ def test_a_damaged_checkpoint_is_refused_by_name_before_anything_begins(fakes, t
         assert torch.equal(model.A, new.A) and torch.equal(model.B, new.B), "damaged weights reached the model"
     assert str(refused.value).startswith(str(tmp_path / "checkpoint" / file))
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()}
+
+
+def _flip(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+
+
+@pytest.mark.parametrize(("end", "damage"), [("safetensors", _flip), ("safetensors", lambda path: path.unlink()),
+                                             ("json", _flip), ("json", lambda path: path.write_bytes(b""))])
+def test_where_the_newer_checkpoint_is_damaged_the_run_goes_on_from_the_older_and_says_so(fakes, tmp_path, end, damage):
+    training = Training(lr=0.05, epochs=2, save_every=3)
+    folder, straight, other, heard = tmp_path / "checkpoint", fakes.TinyModel(), fakes.TinyModel(), Stop(99)
+    expected = train(fakes, straight, data(fakes), training)
+    with pytest.raises(ValueError):
+        train(fakes, fakes.TinyModel(), data(fakes), training, observers=[Stop(7, ValueError)],
+              checkpoints=checkpoints(tmp_path))
+    assert steps(folder) == [7, 6]
+    damage(folder / f"step-7.{end}")
+    saved, notes = read(folder), []
+    assert saved.step == 6 and saved.note.startswith(f"{folder / 'step-7'}.") and "anew" not in saved.note
+    assert saved.note.endswith("; the run goes on from the checkpoint before it, of step 6")
+    heard.on_note = notes.append
+    run = train(fakes, other, data(fakes), training, start=saved, observers=[heard],
+                checkpoints=checkpoints(tmp_path, saved.step))
+    assert notes == [saved.note] and run.losses == expected.losses
+    assert torch.equal(other.A, straight.A) and torch.equal(other.B, straight.B)
+    assert steps(folder) == [9, 6]
+    for path in (folder / "step-9.safetensors", folder / "step-6.safetensors"):
+        _flip(path)
+    with pytest.raises(InputError, match=r"step-9\.safetensors: its SHA-256 is .*; begin anew in another folder"):
+        read(folder)

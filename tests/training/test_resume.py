@@ -62,7 +62,8 @@ def test_the_last_of_the_checkpoints_on_the_way_is_kept(fakes, tmp_path, monkeyp
     with pytest.raises(ValueError):
         train(fakes, fakes.TinyModel(), data(fakes), training, evaluate=seen, checkpoints=checkpoints(tmp_path),
               observers=[Stop(11, ValueError, tmp_path / "checkpoint")])
-    assert {path.name for path in (tmp_path / "copy").iterdir()} == {"checkpoint.json", "step-8.safetensors"}
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {
+        f"step-{number}.{end}" for number in (4, 8) for end in ("json", "safetensors")}
     assert read(tmp_path / "checkpoint").step == 11 + lag
     saved = read(tmp_path / "copy")
     assert saved.step == 8 and [e.step for e in saved.evaluations] == [0, 4, 8]

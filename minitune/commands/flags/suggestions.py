@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from minitune.names import nearest
 
-_KEPT = "the last checkpoint is kept (--save-every), and the best adapter at each evaluation (--evaluate-every)"
+_KEPT = "the last two checkpoints are kept (--save-every), and the best adapter at each evaluation (--evaluate-every)"
 _LOGS = "metrics.jsonl has every step, and --tensorboard writes event files"
 _STEP = "a step is counted in tokens here, --tokens times --micro-batches"
 DONE_HERE = {

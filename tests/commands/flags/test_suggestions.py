@@ -17,8 +17,8 @@ from minitune.errors import InputError
 FLAGS = {name: {path[-1] for path in settings(load_command(name))} for name in COMMANDS}
 SAID = {
     "--save-steps 5": "there is no flag --save-steps; did you mean --save-every?",
-    "--save-total-limit 2": "there is no flag --save-total-limit; the last checkpoint is kept (--save-every), and the "
-                            "best adapter at each evaluation (--evaluate-every)",
+    "--save-total-limit 2": "there is no flag --save-total-limit; the last two checkpoints are kept (--save-every), "
+                            "and the best adapter at each evaluation (--evaluate-every)",
     "--resume-from-checkpoint r1": "there is no flag --resume-from-checkpoint; --resume goes on with the run in --out",
     "--wandb": "there is no flag --wandb; metrics.jsonl has every step, and --tensorboard writes event files",
     "--report-to=wandb": "there is no flag --report-to; metrics.jsonl has every step",
@@ -84,7 +84,7 @@ def test_names_and_values():
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("save_strategy = 3\n", ":1: 'save_strategy' is no setting of this command; the last checkpoint is kept"),
+    ("save_strategy = 3\n", ":1: 'save_strategy' is no setting of this command; the last two checkpoints are kept"),
     ("[training]\nbatch_size = 4\n", ":2: 'training.batch_size' is no setting of this command; a step is counted in"),
     ('[training]\noptimizer = "adamw_8bit"\n', ":2: training.optimizer is 'adamw_8bit'; it must be one of adamw, sgd; "
      "say --moments 8bit"),
