@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import TextIO
 
 from minitune.arguments import short
 from minitune.commands import COMMANDS
-from minitune.errors import InputError, NotSaved
+from minitune.errors import InputError, NotSaved, out_of_memory
 from minitune.names import nearest
 
 DESCRIPTION = "Fine-tune Llama-family models with LoRA on one NVIDIA GPU or a CPU."
@@ -48,7 +47,8 @@ def main(args: Sequence[str] | None = None) -> None:
         code, message = _ending(error)
         if code is None:
             raise
-        print(f"minitune: {message}", file=sys.stderr)
+        for line in (message, *getattr(error, "__notes__", ())):
+            print(f"minitune: {line}", file=sys.stderr)
         raise SystemExit(code) from None
 
 
@@ -92,11 +92,7 @@ def _ending(error: Exception) -> tuple[int | None, str]:
         return 1 if isinstance(error, NotSaved) else 2, str(error)
     if isinstance(error, OSError):
         return 2, f"{error.filename or 'a file'}: {error.strerror or error}"
-    found = re.search(r"tried to allocate (\d+) bytes", str(error))     # torch's allocator of host memory
-    if isinstance(error, RuntimeError) and found:
-        return 1, (f"out of memory: {int(found[1]) / 1e9:,.1f} GB more are needed; take fewer tokens, a smaller "
-                   "rank or model, or --quant nf4-dq")
-    # By name: their modules are loaded where they are raised, and load torch.
-    if isinstance(error, MemoryError) or type(error).__name__ in ("TrainingDiverged", "OutOfMemoryError"):
-        return 1, str(error) or "out of memory"
-    return None, ""
+    if told := out_of_memory(error):
+        return 1, f"{told}; take fewer tokens, a smaller rank or model, or --quant nf4-dq"
+    # By name: its module is loaded where it is raised, and loads torch.
+    return (1, str(error)) if type(error).__name__ == "TrainingDiverged" else (None, "")

@@ -124,7 +124,8 @@ def _run(model: Model, ready: Ready, training: Training, objective: Objective | 
     return fit(model, ready.batches, training, minimised, everyone, evaluate=ready.examiner,
                costs=costs_of(model.network), matrix_rate=rate,
                chance=math.log(model.config.vocab_size) if objective is None else None,
-               checkpoints=None if folder is None else _checkpoints(folder, model, ready), start=ready.saved)
+               checkpoints=None if folder is None else _checkpoints(folder, model, ready), start=ready.saved,
+               divisible=objective is None)
 
 
 class NotesAsWarnings(Observer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -112,6 +112,25 @@ class Batch:
         return Batch(tokens=self.tokens[:end], labels=self.labels[:end],
                      cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
                      weights=None if self.weights is None else self.weights[:end], n_filler=left, pieces=self.pieces)
+
+    def split(self, tokens: int) -> list[Batch]:
+        """The same documents in the same order, on the host, in batches of at most so many tokens and without filler; a
+        document that is longer has a batch of its own."""
+        lengths = self.documents.lengths[:-1] if self.n_filler else self.documents.lengths
+        groups: list[list[int]] = [[]]
+        for length in lengths:
+            if groups[-1] and sum(groups[-1]) + length > tokens:
+                groups.append([])
+            groups[-1].append(length)
+        batches, start, first = [], 0, 0
+        for group in groups:
+            end, behind = start + sum(group), first + len(group)
+            batches.append(Batch(tokens=self.tokens[start:end].cpu(), labels=self.labels[start:end].cpu(),
+                                 cu_seqlens=torch.tensor([0, *accumulate(group)], dtype=torch.int32),
+                                 weights=None if self.weights is None else self.weights[start:end].cpu(),
+                                 pieces=self.pieces[first:behind]))
+            start, first = end, behind
+        return batches
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; the copies from pinned memory do not block the host."""

@@ -19,7 +19,7 @@ from minitune.model.adapter import HEAD, Adapter, check_targets, matches
 from minitune.model.attention_half import AttentionHalf
 from minitune.model.head import Head
 from minitune.model.lora import Projection, frozen
-from minitune.model.memory import Trained, choose_policy
+from minitune.model.memory import Trained, choose_policy, policies
 from minitune.model.mlp_half import MlpHalf
 from minitune.model.offload import Parking
 from minitune.model.token_rows import TokenRows
@@ -71,6 +71,7 @@ class Llama(nn.Module):
         self.output = Head()
         self.dtype = dtype
         self._policies: dict[int, MemoryPolicy] = {}
+        self._fastest: MemoryPolicy = "keep"
         self._images, self._parking = Images(), Parking()
         self.turn, self._at_hand = Turn(), 0
         huge_pages.ask(self.parameters())
@@ -112,7 +113,18 @@ class Llama(nn.Module):
     def policy_of(self, tokens: int) -> MemoryPolicy:
         """The memory policy of a training pass over so many tokens, by what is free now."""
         return choose_policy(self.config, tokens, self.memory, self.dtype, self.device, self.needs_composed,
-                             self.trained_values())
+                             self.trained_values(), self._fastest)
+
+    def save_memory(self, tokens: int) -> MemoryPolicy | None:
+        """Take, from now on, a cheaper memory policy than that of passes over so many tokens -> its name; None where
+        there is none, or `memory` was not left to be chosen ("auto"). The results stay the same bit for bit."""
+        if self.memory != "auto":
+            return None
+        known, before = policies(self.device, self.needs_composed), self._policy(tokens)
+        self._fastest = known[min(known.index(before) + 1, len(known) - 1)]
+        self._policies.clear()
+        after = self._policy(tokens)
+        return None if after == before else after
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int64 [T] -> [T, d_model] in the compute dtype."""

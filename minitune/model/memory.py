@@ -119,22 +119,27 @@ def reuse_freed_memory() -> None:
         mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype: torch.dtype, device: torch.device,
-                  composed: bool = False, trained: Trained = ADAPTERS) -> MemoryPolicy:
-    """`memory` itself, or for "auto" the fastest policy whose kept bytes fit. The results are the same bit for bit.
+def policies(device: torch.device, composed: bool) -> tuple[MemoryPolicy, ...]:
+    """Those that "auto" takes, the fastest first. With ``composed`` the layers run under plain autograd, which knows
+    "keep" and "full" alone. The results are the same bit for bit."""
+    if composed:
+        return ("keep", "full")
+    return ("keep", "pointwise", "full", *(("offload",) if device.type == "cuda" else ()))
 
-    With ``composed`` the layers run under plain autograd, which knows "keep" and "full" alone.
-    """
+
+def choose_policy(config: ModelConfig, tokens: int, memory: MemoryPolicy, dtype: torch.dtype, device: torch.device,
+                  composed: bool = False, trained: Trained = ADAPTERS, fastest: MemoryPolicy = "keep") -> MemoryPolicy:
+    """`memory` itself, or for "auto" the first of `policies`, from `fastest` on, whose kept bytes fit."""
     if memory != "auto":
         return memory
+    known = policies(device, composed)
     free = free_bytes(device)
     own = device.type == "cuda" and not composed and trained.values * STATE_BYTES <= SMALL_SHARE * free
     room = free * (OWN_SHARE if own else SHARE) - 4 * trained.to_come
-    policies: tuple[MemoryPolicy, ...] = ("keep", "full") if composed else ("keep", "pointwise", "full")
-    for policy in policies:
+    for policy in known[known.index(fastest):]:
         kept, work = step_bytes(config, tokens, policy, dtype, device, composed, trained)
-        if kept + work <= room:
+        if policy != "offload" and kept + work <= room:
             return policy
-    parked = config.n_layers * pinned_bytes(kept // config.n_layers)
-    parks = device.type == "cuda" and not composed and parked <= free_bytes(torch.device("cpu")) * SHARE
+    parked = config.n_layers * pinned_bytes(kept_bytes(config, tokens, "full", dtype.itemsize) // config.n_layers)
+    parks = "offload" in known and parked <= free_bytes(torch.device("cpu")) * SHARE
     return "offload" if parks else "full"

@@ -22,6 +22,7 @@ from minitune.training.left_out import LeftOut
 from minitune.training.optimizers import SGD, AdamW, FlatOptimizer
 from minitune.training.run import Observer, Run, RunInfo, tell, tell_begin
 from minitune.training.runner import Evaluate, Group, Runner, TrainingDiverged
+from minitune.training.shortage import Shortage
 from minitune.training.step import Objective
 
 NOTHING = "training: the data has no trained token (no batch, or all labels are -100)"
@@ -41,25 +42,28 @@ class Epochs(Protocol):
 def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Objective,
         observers: Sequence[Observer] = (), *, evaluate: Evaluate | None = None, costs: Costs | None = None,
         matrix_rate: float | None = None, chance: float | None = None, checkpoints: Checkpoints | None = None,
-        start: Saved | None = None) -> Run:
+        start: Saved | None = None, divisible: bool = False) -> Run:
     """Train what `model` gives as trainable: ``model.param_groups(lr)``, ``.device``, ``.train(mode)``, ``.training``.
 
-    `batches` holds micro-batches and is read again for each epoch: a list, or a data set with a method ``epoch(i)``,
-    which gives each its own order. An iterator ends the run when it ends. A step takes ``training.micro_batches`` of
-    them, across the border of two epochs too; those in which nothing is trained are passed over, and not counted.
-    ``max_steps``, where given, decides alone, and the data is repeated as often as needed; else the run has ``epochs``
-    times the data. `evaluate` is called before the first step, every ``training.evaluate_every`` steps (a tenth of the
-    run) and after the last one, with the model in eval mode; it must not draw from torch's generators, so that it
-    changes nothing. `costs` counts each step's FLOPs; with `matrix_rate` observers can tell their share of it. With
-    `chance`, the loss of guessing, ln(vocab_size), a loss that diverges is told of, as other `hints` are.
+    `batches` holds micro-batches and is read again for each epoch: a list, or a data set whose ``epoch(i)`` gives each
+    its own order. An iterator ends the run when it ends. A step takes ``training.micro_batches`` of them, across the
+    border of two epochs too; those in which nothing is trained are not counted. ``max_steps``, where given, decides
+    alone, and the data is repeated as often as needed; else the run has ``epochs`` times the data. `evaluate` is called
+    before the first step, every ``training.evaluate_every`` steps (a tenth of the run) and after the last one, with the
+    model in eval mode; it must not draw from torch's generators, so that it changes nothing. `costs` counts each step's
+    FLOPs; with `matrix_rate` observers can tell their share of it. With `chance`, the loss of guessing, ln(vocab_size),
+    a loss that diverges is told of, as other `hints` are.
 
     `checkpoints` are written every ``training.save_every`` steps and when an exception ends the run, unless that is a
     divergence: then the last one's weights take the place of spoilt ones. `start`: one of them, which the run goes on
     from, on a CPU bit for bit; `batches` must be the same, and no iterator.
 
+    Where memory runs out in a step, it is begun again with less kept for the backward, and if that is not enough, and
+    the objective of a row is the sum of those of its documents (`divisible`), with fewer documents at a time.
+
     On a GPU the numbers of a step are read while the next one runs, so the device never waits for the host but at an
-    evaluation; observers hear of each step one step late, and a divergence is found one step late. Seeds torch's
-    generators with ``training.seed``. The model's train/eval mode is put back at the end.
+    evaluation; observers hear of each step, and of a divergence, one step late. Seeds torch's generators with
+    ``training.seed``. The model's train/eval mode is put back at the end.
 
     A step whose loss or gradient is not finite changes nothing, and is told of. Raises InputError for data or settings
     that can't make a run, TrainingDiverged where more than ``training.max_skipped`` steps in a row are such, or the
@@ -69,38 +73,46 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     device = torch.device(model.device)
     torch.manual_seed(training.seed)
     optimizer = make_optimizer(model, training)
+    network = getattr(model, "network", None)
     n_parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     run = Run(info=RunInfo(total_steps=total_steps, n_parameters=n_parameters, device=str(device), training=training,
                            matrix_rate=matrix_rate))
     position = Position() if start is None else start.restore(model, optimizer, run)
+    shortage = Shortage(network, divisible)
     left_out = LeftOut(training.max_skipped, getattr(batches, "where", "documents[{}]".format))
-    runner = Runner(model, optimizer, objective, observers, run, evaluate, Divergence(chance), left_out, position,
-                    checkpoints)
-    was_training = model.training
-    model.train(True)
-    try:
+    runner = Runner(model, optimizer, objective, observers, run, evaluate, Divergence(chance), left_out, shortage,
+                    position, checkpoints)
+    with _ended(runner, model, observers):
         tell_begin(observers, run)
-        if start is not None and start.note:
-            tell(observers, "on_note", start.note)
-        for hint in hints(batches, training, total_steps, device, getattr(model, "network", None)):
-            tell(observers, "on_note", hint)
+        for note in (*filter(None, [start and start.note]), *hints(batches, training, total_steps, device, network)):
+            tell(observers, "on_note", note)
         drawn = _drawn(batches, position.micro_batches, None if training.max_steps else training.epochs)
-        runner.go(islice(_groups(drawn, training.micro_batches, device, costs), total_steps - position.step))
+        runner.go(islice(_groups(drawn, training.micro_batches, device, costs, shortage), total_steps - position.step))
         if not run.records:
             raise InputError(NOTHING)
         runner.check_weights()
         run.end = "finished" if len(run.records) == total_steps else "out of data"
+    return run
+
+
+@contextlib.contextmanager
+def _ended(runner: Runner, model: Any, observers: Sequence[Observer]) -> Iterator[None]:
+    """The model is in train mode within it. However it is left, the run ends in order: its state is kept where an error
+    broke it off, and every observer hears of the end."""
+    was_training = model.training
+    model.train(True)
+    try:
+        yield
     except BaseException as error:
         with unbroken():
             runner.broken_off(error)
         raise
     finally:
         model.train(was_training)
-        # Every observer hears of the end, even if another one fails; and what they save is saved whole.
+        # Every observer hears of it even if another one fails; and what they save is saved whole.
         with unbroken(), contextlib.ExitStack() as told:
             for observer in reversed(observers):
-                told.callback(tell, [observer], "on_end", run)
-    return run
+                told.callback(tell, [observer], "on_end", runner.run)
 
 
 def make_optimizer(model: Any, training: Training) -> FlatOptimizer:
@@ -169,20 +181,22 @@ def _trains(batch: Any) -> bool:
     return not isinstance(batch, Batch) or batch.n_trained > 0
 
 
-def _groups(batches: Iterable[Batch], size: int, device: torch.device, costs: Costs | None) -> Iterator[Group]:
+def _groups(batches: Iterable[Batch], size: int, device: torch.device, costs: Costs | None,
+            shortage: Shortage) -> Iterator[Group]:
     """What each step takes. Drawn while the device is still busy with the step before."""
     group: list[Batch] = []
-    n_tokens, n_filler, flops = 0, 0, 0.0
+    n_batches, n_tokens, n_filler, flops = 0, 0, 0, 0.0
     for batch in batches:
         n_own = batch.n_filler
         n_tokens, n_filler = n_tokens + batch.n_tokens, n_filler + n_own
         flops += 0.0 if costs is None else costs.of_batch(batch, n_own)
-        group.append(_to(batch, device))
-        if len(group) == size:
-            yield Group(group, n_tokens, n_filler, flops)
-            group, n_tokens, n_filler, flops = [], 0, 0, 0.0
+        group += [_to(part, device) for part in shortage.split(batch)]
+        n_batches += 1
+        if n_batches == size:
+            yield Group(group, n_batches, n_tokens, n_filler, flops)
+            group, n_batches, n_tokens, n_filler, flops = [], 0, 0, 0, 0.0
     if group:
-        yield Group(group, n_tokens, n_filler, flops)
+        yield Group(group, n_batches, n_tokens, n_filler, flops)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

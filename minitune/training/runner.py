@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minitune.config import Training
 from minitune.data.batch import Batch
-from minitune.errors import InputError
+from minitune.errors import InputError, out_of_memory
 from minitune.training.checkpoint import Checkpoints, Position
 from minitune.training.hints import NO_GRADIENT, Divergence
 from minitune.training.interrupt import unbroken
@@ -23,13 +23,13 @@ from minitune.training.machine import peak_memory
 from minitune.training.optimizers import FlatOptimizer
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord, tell
 from minitune.training.schedule import learning_rate, warmup_of
+from minitune.training.shortage import Shortage, free_what_hangs_on
 from minitune.training.step import Objective, gradients, update
 
 Evaluate = Callable[[int, bool], EvaluationRecord | None]
 """(steps done, whether it is before the first or after the last of them) -> what was found, or None: nothing to do."""
 EVALUATIONS = 10
 """About so many in a run whose settings do not say."""
-"""What is said of a first step whose numbers are not finite."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -39,10 +39,11 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Group:
-    """The micro-batches of one step, on the device; how many positions their rows have, how many of these are filler
-    (which a CPU leaves out), and their FLOPs."""
+    """The micro-batches of one step, on the device, or parts of them (`Shortage`); how many they were; how many
+    positions their rows have, how many of these are filler (which a CPU leaves out), and their FLOPs."""
 
     batches: list[Batch]
+    n_batches: int
     n_tokens: int
     n_filler: int
     flops: float
@@ -57,10 +58,11 @@ class Runner:
     """
 
     def __init__(self, model: Any, optimizer: FlatOptimizer, objective: Objective, observers: Sequence[Observer],
-                 run: Run, evaluate: Evaluate | None, divergence: Divergence, left_out: LeftOut, position: Position,
-                 checkpoints: Checkpoints | None) -> None:
+                 run: Run, evaluate: Evaluate | None, divergence: Divergence, left_out: LeftOut, shortage: Shortage,
+                 position: Position, checkpoints: Checkpoints | None) -> None:
         self.model, self.optimizer, self.objective, self.observers = model, optimizer, objective, observers
         self.run, self.evaluate, self.divergence, self.left_out = run, evaluate, divergence, left_out
+        self.shortage = shortage
         self.position, self.checkpoints, self.torn = position, checkpoints, False
         self.device = torch.device(run.info.device)
         self.lag = 0 if self.device.type == "cpu" else 1
@@ -75,7 +77,7 @@ class Runner:
         every = info.training.evaluate_every or math.ceil(info.total_steps / EVALUATIONS)
         if not self.position.step:
             self._pause(0, True)
-        self.position.set_generators(self.device)
+        self.position = self.position.standing(self.device)
         self.before = _Mark(self.device)
         for group in groups:
             done = self.position.step
@@ -101,13 +103,31 @@ class Runner:
         """The work of one step, queued; with it ``position`` moves on, all or nothing."""
         info = self.run.info
         lr = learning_rate(self.position.step, info.total_steps, info.training)
-        loss, n_trained = gradients(self.model, group.batches, self.optimizer, self.objective)
+        loss, n_trained = self._gradients(group.batches)
         with unbroken():
             self.torn = True
             norm = update(self.optimizer, lr, info.training.clip, loss)
-            self.position = self.position.after(len(group.batches), self.device)
+            self.position = self.position.after(group.n_batches, self.device)
             self.waiting.append(_Launched(self.position.step, lr, loss, norm, n_trained, group, self.device))
             self.torn = False
+
+    def _gradients(self, batches: list[Batch]) -> tuple[Tensor, int]:
+        """Those of a step -> (loss, trained tokens). Where memory runs out it is begun again with less, if it can."""
+        while True:
+            try:
+                return gradients(self.model, batches, self.optimizer, self.objective)
+            except (RuntimeError, MemoryError) as error:
+                if out_of_memory(error) is None:
+                    raise
+                self.optimizer.zero_grad(set_to_none=True)
+                free_what_hangs_on(error, self.device)
+                told = self.shortage.met(batches)
+                if told is None:
+                    error.add_note(f"step {self.position.step + 1}: memory ran out with {self.shortage.least(batches)}")
+                    raise
+            tell(self.observers, "on_note", f"step {self.position.step + 1}: {told}")
+            batches = [part.to(self.device) for batch in batches for part in self.shortage.split(batch)]
+            self.position.set_generators(self.device)
 
     def broken_off(self, error: BaseException) -> None:
         """What is left to do where `error` ends the run: a checkpoint of the last whole step; but after a divergence
@@ -254,7 +274,7 @@ class _Launched:
     def __init__(self, step: int, lr: float, loss: Tensor, norm: Tensor, n_trained: int, group: Group,
                  device: torch.device) -> None:
         self.step, self.lr, self.n_trained = step, lr, n_trained
-        self.group = Group([], group.n_tokens, group.n_filler, group.flops)     # its batches need not stay in memory
+        self.group = replace(group, batches=[])     # which need not stay in memory
         self.pieces = [piece for batch in group.batches for piece in batch.pieces]
         values = torch.stack([loss.float(), norm.to(loss.device)])
         # Into pinned memory, and never read before the mark has passed: `.item()` would wait for the next step, too.

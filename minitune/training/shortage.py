@@ -1,0 +1,58 @@
+"""Shortage: what a run does where memory runs out in a step: it keeps less for the backward, then it splits rows."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Sequence
+
+import torch
+
+from minitune.data.batch import Batch
+from minitune.model.llama import Llama
+
+
+class Shortage:
+    """How much of a step is computed at a time: whole rows, until memory runs out.
+
+    ``network``: the model's, whose memory policy may be chosen; None: it has none. ``divisible``: whether the objective
+    of a row is the sum of those of its documents, so that they may come one after the other.
+    """
+
+    def __init__(self, network: Llama | None, divisible: bool) -> None:
+        self.network, self.divisible = network, divisible
+        self.tokens: int | None = None
+
+    def split(self, batch: Batch) -> list[Batch]:
+        """The row as it is computed: as it is, or documents of at most `tokens` tokens at a time, on the host."""
+        return [batch] if self.tokens is None or batch.n_tokens <= self.tokens else batch.split(self.tokens)
+
+    def met(self, batches: Sequence[Batch]) -> str | None:
+        """Memory ran out with these: take less from now on -> what to tell of it; None where nothing is left to do."""
+        longest = max(batches, key=lambda batch: batch.n_tokens)
+        policy = None if self.network is None else self.network.save_memory(longest.n_tokens)
+        if policy is not None:
+            return (f"memory ran out with rows of {longest.n_tokens:,} tokens; the memory policy is {policy} from here "
+                    "on, which takes longer and changes no result")
+        if not self.divisible or len(longest.documents.lengths) == 1:
+            return None
+        self.tokens = longest.n_tokens // 2
+        return (f"memory ran out with rows of {longest.n_tokens:,} tokens; from here on their documents are computed "
+                f"{self.tokens:,} tokens at a time, in the same steps, which changes no more than rounding")
+
+    def least(self, batches: Sequence[Batch]) -> str:
+        """What cannot be made less, and what to do."""
+        longest = max(batches, key=lambda batch: batch.n_tokens)
+        alone = len(longest.documents.lengths) == 1
+        policy = "" if self.network is None else f" and the memory policy {self.network.policy_of(longest.n_tokens)}"
+        return (f"a {'document' if alone else 'row'} of {longest.n_tokens:,} tokens{policy}: "
+                f"{'fewer tokens with long split' if alone else 'fewer tokens'}, a smaller rank, moments 8bit or quant "
+                "nf4-dq take less; a dry run tells how much of what a step takes")
+
+
+def free_what_hangs_on(error: BaseException, device: torch.device) -> None:
+    """Let go of the tensors in the frames that an error came through."""
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
