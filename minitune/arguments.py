@@ -7,6 +7,8 @@ import inspect
 import os
 import reprlib
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -48,6 +50,15 @@ def answers_names(function: Callable[P, R]) -> Callable[P, R]:
 def short(value: object) -> str:
     """`value` as one short line for a message, however large or deeply nested it is."""
     return " ".join(map(str.strip, _SHORT.repr(value).splitlines()))
+
+
+def warn(text: str) -> None:
+    """A UserWarning that shows the line from which minitune was called, however deep it is in it."""
+    here, ours = os.path.dirname(__file__) + os.sep, 0
+    for level, (frame, _) in enumerate(traceback.walk_stack(sys._getframe(1)), 1):
+        if frame.f_code.co_filename.startswith(here):
+            ours = level
+    warnings.warn(text, stacklevel=ours + 2)
 
 
 def check_names(owner: str, names: Iterable[str], settings: type[Any], more: str = "") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minitune.api.model import Model, as_path
-from minitune.arguments import answers_names, check_seed, short
+from minitune.arguments import answers_names, check_seed, short, warn
 from minitune.checkpoint.adapter import match_adapter, match_rows, take_copies
 from minitune.checkpoint.adapter_reader import TokenTensors, base_copies, read_adapter, read_token_rows
 from minitune.checkpoint.files import read_json_object
@@ -105,8 +104,8 @@ def _warn_of_precision(adapter: Path, quant: Quant | None, stored: bool) -> None
     if trained != quant:
         here = f"in {quant}" if quant else "in 16 bits or more"
         how = "take the base it was trained on" if stored else f"load it with quant {trained}"
-        warnings.warn(f"{adapter}: was trained on a base in {trained}, and this one lies {here}, so the answers differ "
-                      f"somewhat; {how} to have what was trained", stacklevel=3)
+        warn(f"{adapter}: was trained on a base in {trained}, and this one lies {here}, so the answers differ "
+             f"somewhat; {how} to have what was trained")
 
 
 def _added(tokens: Any) -> tuple[str, ...]:
@@ -124,8 +123,8 @@ def _tokenizer(folder: Path, adapter: Path | None, stored: TokenTensors | None, 
         tokenizer = load_tokenizer(adapter, added)
         if tokenizer.vocab_size - len(added) <= max(vocab_size, 0 if stored is None else stored.ids[-1] + 1):
             return tokenizer
-        warnings.warn(f"{adapter}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, for which there are no "
-                      f"rows; the one of {folder} is used", stacklevel=3)
+        warn(f"{adapter}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, for which there are no "
+             f"rows; the one of {folder} is used")
     if not _has_tokenizer(folder):
         if added:
             raise InputError(f"{folder}: holds no tokenizer to add tokens to; put tokenizer.json or tokenizer.model "

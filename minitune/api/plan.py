@@ -8,9 +8,8 @@ from minitune.api.model import Model, trained_weights
 from minitune.config import Training
 from minitune.data.stream import Stream
 from minitune.errors import InputError
-from minitune.model.memory import free_bytes, step_bytes
-from minitune.training.flat import is_whole
 from minitune.training.loop import planned
+from minitune.training.needs import LESS, gigabytes, needs_of
 
 
 def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[tuple[str, str]]:
@@ -47,25 +46,15 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
 
 
 def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, str]]:
-    network = model.network
-    policy = network.policy_of(tokens)
-    moments = {"adamw": 2 if training.moments == "8bit" else 8, "sgd": 4 if training.momentum else 0}
-    state = _count(model) * (4 + moments[training.optimizer])
-    kept, work = step_bytes(model.config, tokens, policy, network.dtype, model.device, network.needs_composed,
-                            network.trained_values())
-    # Large gradients begin with the first backward, which takes what was kept away as it makes them.
-    large = 4 * sum(p.numel() for p in model.trainable_parameters() if is_whole(p))
-    overlap = min(large, kept) if training.micro_batches == 1 else 0
-    free, total = free_bytes(model.device), state + kept + work - overlap
-    fits = "" if total <= free else ("; it does not fit: fewer --tokens, a smaller --rank, --moments 8bit or "
-                                     "--quant nf4-dq take less")
-    rows = [("memory: weights, loaded", _gb(_held(model))),
-            ("gradients and moments", _gb(state)),
-            (f"kept for the backward ({policy})", _gb(kept)),
-            ("the layer at work, about", _gb(work))]
-    if overlap:
-        rows.append(("not at one time", f"{_gb(overlap)}, gradients that come as what was kept goes"))
-    return [*rows, ("to come, beside free", f"{_gb(total)} of {_gb(free)}{fits}")]
+    needs = needs_of(model.network, tokens, training)
+    fits = "" if needs.total <= needs.free else f"; it does not fit: {LESS}"
+    rows = [("memory: weights, loaded", gigabytes(_held(model))),
+            ("gradients and moments", gigabytes(needs.state)),
+            (f"kept for the backward ({needs.policy})", gigabytes(needs.kept)),
+            ("the layer at work, about", gigabytes(needs.work))]
+    if needs.overlap:
+        rows.append(("not at one time", f"{gigabytes(needs.overlap)}, gradients that come as what was kept goes"))
+    return [*rows, ("to come, beside free", f"{gigabytes(needs.total)} of {gigabytes(needs.free)}{fits}")]
 
 
 def _which(model: Model) -> str:
@@ -80,7 +69,3 @@ def _held(model: Model) -> int:
     """Bytes of weights and adapters; those in 4 bits are no parameters."""
     packed = sum(part.nbytes for projection in model.network.projections() for _, part in projection.nf4_parts())
     return packed + sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"

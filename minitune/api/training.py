@@ -6,7 +6,6 @@ import contextlib
 import functools
 import math
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from minitune.api.examine import (
 )
 from minitune.api.model import Model, as_path
 from minitune.api.resume import about, check_out, check_position, name_of, saved_in
-from minitune.arguments import check_names, check_whole, short
+from minitune.arguments import check_names, check_whole, short, warn
 from minitune.config import Training
 from minitune.data.account import overlap
 from minitune.data.batch import Batch
@@ -43,6 +42,7 @@ from minitune.training.checkpoint import Checkpoints, Saved
 from minitune.training.flops import costs_of
 from minitune.training.loop import fit
 from minitune.training.machine import matrix_rate
+from minitune.training.needs import gigabytes, longest_row, moment_bytes
 from minitune.training.run import Observer, Run, tell
 from minitune.training.runner import all_finite
 from minitune.training.step import Objective, check_objective
@@ -70,7 +70,7 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
     validation loss); for a model loaded with train=… they are model/ and model-best/. Ctrl-C keeps what was trained,
     and a checkpoint.
     resume: go on with the run in `out` from its checkpoint, as if it had not been interrupted. Model, data and settings
-    must be the same; ``log_every``, ``evaluate_every`` and ``save_every`` may be others.
+    must be the same; ``log_every``, ``evaluate_every``, ``max_skipped`` and ``save_every`` may be others.
     ask: questions, texts or lists of messages, answered greedily before and after training, and at each
     evaluation where ``evaluate_every`` is set; with `out` and a path by default the data's first three prompts.
     objective: what is minimised in place of the loss of the next token, a function of (model, batch) that gives (sum of
@@ -78,7 +78,7 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
     quiet: True shows no progress, False shows it always; by default it is shown on a terminal and in a notebook.
 
     Raises InputError before anything is written, where the data can be looked at before (an iterator cannot);
-    TrainingDiverged where the loss is no longer a number.
+    TrainingDiverged where step after step has no finite loss, or the weights are no numbers any more.
     """
     unsaid = training is None and "epochs" not in settings
     training = _training(training, settings)
@@ -132,7 +132,7 @@ class NotesAsWarnings(Observer):
     """Where no progress is shown a note of the run becomes a warning."""
 
     def on_note(self, text: str) -> None:
-        warnings.warn(text, stacklevel=6)      # the caller of `train`
+        warn(text)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
         raise InputError(f"train: save_every is {training.save_every}, but there is no folder to keep a checkpoint in; "
                          "give out=…, or leave it out")
     if out is not None:
-        _check_room(model, out)
+        _check_room(model, out, training, valid is not None)
     check_whole("train", "max_new_tokens", max_new_tokens)
     if ask is None:
         ask = first_questions(data) if out is not None and isinstance(data, str | Path) else ()
@@ -249,7 +249,7 @@ def _tell_ledgers(model: Model, batches: Iterable[Batch], held_out: Iterable[Bat
     if not shown:
         for name, ledger in ledgers.items():
             for each in ledger.notes:
-                warnings.warn(f"{name} data: {each}", stacklevel=4)
+                warn(f"{name} data: {each}")
 
 
 def _is_files(data: Any) -> bool:
@@ -283,7 +283,7 @@ def _what(model: Model) -> str:
 def _folder(folder: Path, model: Model, batches: Iterable[Batch], config: Mapping[str, Any]) -> list[Observer]:
     """The observers that write the run folder; ``config``: what config.json says besides."""
     network, adapted = model.network, model.lora is not None
-    longest = _longest_row(batches)
+    longest = longest_row(batches)
     whole = {"model": {"path": model.path, "device": str(model.device), "dtype": str(network.dtype).split(".")[-1],
                        "memory": network.memory,
                        "memory_taken": None if longest is None else functools.partial(network.policy_of, longest),
@@ -295,19 +295,19 @@ def _folder(folder: Path, model: Model, batches: Iterable[Batch], config: Mappin
     return run_folder(folder, save, lambda: all_finite(model.trainable_parameters()), _what(model), whole)
 
 
-def _check_room(model: Model, folder: Path) -> None:
-    """InputError where what will be trained does not fit on the disk: that must be known before it is."""
+def _check_room(model: Model, folder: Path, training: Training, valid: bool) -> None:
+    """InputError where what the run writes does not fit on the disk: that must be known before it is trained."""
+    trained = sum(p.numel() for p in model.trainable_parameters())
     weights = model.trainable_parameters() if model.lora is not None else model.network.parameters()
-    needed = sum(p.numel() * p.element_size() for p in weights)
+    one = sum(p.numel() * p.element_size() for p in weights)
+    parts = {_what(model): one}
+    if valid:
+        parts["the best so far, and the one that takes its place"] = 2 * one
+    if training.save_every is not None:
+        parts["two checkpoints"] = 2 * trained * (4 + moment_bytes(training))
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free
+    needed, free = sum(parts.values()), shutil.disk_usage(there).free
     if needed > free:
-        raise InputError(f"{folder}: what is trained takes {needed / 1e6:,.1f} MB of disk, and {free / 1e6:,.1f} MB "
+        of = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+        raise InputError(f"{folder}: what is trained takes {gigabytes(needed)} of disk ({of}), and {gigabytes(free)} "
                          "are free; make room, or name a folder elsewhere")
-
-
-def _longest_row(batches: Iterable[Batch]) -> int | None:
-    """T of the batches, the largest; None where it shows only as they come."""
-    if isinstance(batches, Stream):
-        return batches.tokens
-    return max((batch.n_tokens for batch in batches), default=None) if isinstance(batches, Sequence) else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from tyro.conf import Positional
 
+from minitune.arguments import warn
 from minitune.commands.flags.declared import Given
 from minitune.commands.flags.settings_file import SettingsFile, as_toml
 from minitune.config import Data, LoRA, MemoryPolicy, Quant, Training
@@ -118,8 +118,8 @@ class Train:
                      seed=self.training.seed, lora=lora, adapter=self.adapter, train=names or None,
                      add_tokens=self.add_tokens)
         if any(p.is_split("weight") for p in model.network.projections()) and ("training", "lr") not in self.given:
-            warnings.warn(f"lr is {self.training.lr:g}, the default, which is made for adapters; whole linears usually "
-                          "take 1e-5 to 5e-5 (--lr)", stacklevel=2)
+            warn(f"lr is {self.training.lr:g}, the default, which is made for adapters; whole linears usually "
+                 "take 1e-5 to 5e-5 (--lr)")
         return model
 
     def _as_toml(self) -> str:

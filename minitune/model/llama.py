@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minitune.arguments import warn
 from minitune.config import LoRA, MemoryPolicy, ModelConfig
 from minitune.errors import InputError
 from minitune.model import half
@@ -93,15 +93,15 @@ class Llama(nn.Module):
     def check_length(self, length: int) -> None:
         """Warn, once for each place in the code, of documents longer than the model was made for."""
         if length > self.config.max_positions and self.config.rope.kind != "dynamic":
-            warnings.warn(f"a document of {length} tokens is longer than the {self.config.max_positions} positions "
-                          "that config.json names; the model may be poor there", stacklevel=3)
+            warn(f"a document of {length} tokens is longer than the {self.config.max_positions} positions "
+                 "that config.json names; the model may be poor there")
 
     def _policy(self, tokens: int) -> MemoryPolicy:
         """The memory policy of a pass over so many tokens, decided at the first one."""
         if tokens not in self._policies and torch.is_grad_enabled():
             if self.needs_composed and not self._policies:
-                warnings.warn("dropout and DoRA take plain autograd through the layers, which is slower than the "
-                              "hand-written backward", stacklevel=4)
+                warn("dropout and DoRA take plain autograd through the layers, which is slower than the "
+                     "hand-written backward")
             self._policies[tokens] = self.policy_of(tokens)
         return self._policies.get(tokens, "keep")
 

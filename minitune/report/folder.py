@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minitune.arguments import short
+from minitune.arguments import short, warn
 from minitune.checkpoint.files import json_bytes, read_json_object, replaced, staged, sweep
 from minitune.errors import InputError, NotSaved
 from minitune.report.environment import environment
@@ -130,8 +129,8 @@ class RunFolder(Observer):
         if run.end == "diverged" and run.restored is None and not (self.sound() and run.skipped < len(run.records)):
             return
         if not self.sound():
-            warnings.warn(f"{self.folder / self.what} is not written: the last step made weights that are not finite; "
-                          "begin anew with a lower lr", stacklevel=2)
+            warn(f"{self.folder / self.what} is not written: the last step made weights that are not finite; "
+                 "begin anew with a lower lr")
             return
         try:
             with replaced(self.folder / self.what) as new:

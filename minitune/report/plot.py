@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from minitune.arguments import warn
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord
 
 
@@ -70,8 +70,7 @@ class LossPlot(Observer):
     def on_start(self, info: RunInfo) -> None:
         self._available = importlib.util.find_spec("matplotlib") is not None
         if not self._available:
-            warnings.warn(f"{self.path} will not be drawn: matplotlib is not installed (pip install matplotlib)",
-                          stacklevel=2)
+            warn(f"{self.path} will not be drawn: matplotlib is not installed (pip install matplotlib)")
 
     def on_end(self, run: Run) -> None:
         if self._available and run.records:

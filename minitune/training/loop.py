@@ -72,8 +72,9 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     total_steps = planned(batches, training)
     device = torch.device(model.device)
     torch.manual_seed(training.seed)
-    optimizer = make_optimizer(model, training)
     network = getattr(model, "network", None)
+    notes = [*filter(None, [start and start.note]), *hints(batches, training, total_steps, device, network)]
+    optimizer = make_optimizer(model, training)
     n_parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     run = Run(info=RunInfo(total_steps=total_steps, n_parameters=n_parameters, device=str(device), training=training,
                            matrix_rate=matrix_rate))
@@ -84,7 +85,7 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
                     position, checkpoints)
     with _ended(runner, model, observers):
         tell_begin(observers, run)
-        for note in (*filter(None, [start and start.note]), *hints(batches, training, total_steps, device, network)):
+        for note in notes:
             tell(observers, "on_note", note)
         drawn = _drawn(batches, position.micro_batches, None if training.max_steps else training.epochs)
         runner.go(islice(_groups(drawn, training.micro_batches, device, costs, shortage), total_steps - position.step))

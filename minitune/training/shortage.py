@@ -10,6 +10,7 @@ import torch
 
 from minitune.data.batch import Batch
 from minitune.model.llama import Llama
+from minitune.training.needs import LESS
 
 
 class Shortage:
@@ -46,8 +47,8 @@ class Shortage:
         alone = len(longest.documents.lengths) == 1
         policy = "" if self.network is None else f" and the memory policy {self.network.policy_of(longest.n_tokens)}"
         return (f"a {'document' if alone else 'row'} of {longest.n_tokens:,} tokens{policy}: "
-                f"{'fewer tokens with long split' if alone else 'fewer tokens'}, a smaller rank, moments 8bit or quant "
-                "nf4-dq take less; a dry run tells how much of what a step takes")
+                f"{LESS}{' (long split makes several documents of a long one)' if alone else ''}; a dry run tells how "
+                "much of what a step takes")
 
 
 def free_what_hangs_on(error: BaseException, device: torch.device) -> None:

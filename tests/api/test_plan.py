@@ -3,10 +3,9 @@
 import pytest
 
 import minitune as mt
-from minitune.api import plan as planned
 from minitune.api.plan import plan
 from minitune.config import Training
-from minitune.training import flat
+from minitune.training import flat, needs
 from tests.files import write_numbers
 
 
@@ -109,8 +108,10 @@ def test_trained_base_weights_stand_with_their_copies_and_gradients(tiny, data):
 def test_what_does_not_fit_is_said(tiny, data, monkeypatch):
     model, batches = _load(tiny, data, Training(tokens=64))
     assert "fit" not in dict(plan(model, batches, Training(tokens=64)))["to come, beside free"]
-    monkeypatch.setattr(planned, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(needs, "free_bytes", lambda _: 1000)
     assert "it does not fit" in dict(plan(model, batches, Training(tokens=64)))["to come, beside free"]
+    with pytest.warns(UserWarning, match=r"a step takes about \S+ MB beside the weights, and 0\.0 MB are free: it may"):
+        mt.train(model, batches, quiet=True, max_steps=1)
 
 
 def test_data_without_a_trained_token_is_refused(tiny, tmp_path):

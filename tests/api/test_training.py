@@ -6,6 +6,7 @@ import json
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,8 +100,9 @@ def test_without_gradients_nothing_begins(tiny, data, tmp_path):
 
 def test_what_does_not_fit_on_the_disk_is_said_before_it_is_trained(tiny, data, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: types.SimpleNamespace(free=1000))
-    with pytest.raises(mt.InputError, match=r"run: what is trained takes \S+ MB of disk, and 0\.0 MB are free"):
-        mt.train(model(tiny), data, tokens=64, out=tmp_path / "run")
+    of = r"\(adapter \S+ MB, the best so far, and the one that takes its place \S+ MB, two checkpoints \S+ MB\)"
+    with pytest.raises(mt.InputError, match=rf"run: what is trained takes \S+ MB of disk {of}, and 0\.0 MB are free"):
+        mt.train(model(tiny), data, tokens=64, out=tmp_path / "run", valid=data, save_every=1)
     assert not (tmp_path / "run").exists()
 
 
@@ -364,3 +366,9 @@ def test_samples_in_memory_train_as_a_file_of_them_does_and_go_on(tiny, data, tm
         mt.train(model(tiny), [], tokens=64)
     with pytest.raises(mt.InputError, match=r"training: the data gives \{.*; it must give batches"):
         mt.train(model(tiny), iter(rows), tokens=64, max_steps=2)
+
+
+def test_what_is_warned_of_shows_the_line_that_called(tiny, data):
+    with pytest.warns(UserWarning) as warned:
+        mt.train(model(tiny), data, tokens=64, max_steps=2, warmup=100, quiet=True)
+    assert {Path(each.filename) for each in warned} == {Path(__file__)}
