@@ -114,8 +114,8 @@ class Batch:
                      weights=None if self.weights is None else self.weights[:end], n_filler=left, pieces=self.pieces)
 
     def split(self, tokens: int) -> list[Batch]:
-        """The same documents in the same order, on the host, in batches of at most so many tokens and without filler; a
-        document that is longer has a batch of its own."""
+        """The same documents in the same order, in batches of at most so many tokens and without filler; a document
+        that is longer has a batch of its own. Of a batch on the host."""
         lengths = self.documents.lengths[:-1] if self.n_filler else self.documents.lengths
         groups: list[list[int]] = [[]]
         for length in lengths:
@@ -125,9 +125,9 @@ class Batch:
         batches, start, first = [], 0, 0
         for group in groups:
             end, behind = start + sum(group), first + len(group)
-            batches.append(Batch(tokens=self.tokens[start:end].cpu(), labels=self.labels[start:end].cpu(),
+            batches.append(Batch(tokens=self.tokens[start:end], labels=self.labels[start:end],
                                  cu_seqlens=torch.tensor([0, *accumulate(group)], dtype=torch.int32),
-                                 weights=None if self.weights is None else self.weights[start:end].cpu(),
+                                 weights=None if self.weights is None else self.weights[start:end],
                                  pieces=self.pieces[first:behind]))
             start, first = end, behind
         return batches

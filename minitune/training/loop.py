@@ -185,26 +185,18 @@ def _trains(batch: Any) -> bool:
 def _groups(batches: Iterable[Batch], size: int, device: torch.device, costs: Costs | None,
             shortage: Shortage) -> Iterator[Group]:
     """What each step takes. Drawn while the device is still busy with the step before."""
-    group: list[Batch] = []
-    n_batches, n_tokens, n_filler, flops = 0, 0, 0, 0.0
+    rows: list[Batch] = []
+    n_tokens, n_filler, flops = 0, 0, 0.0
     for batch in batches:
         n_own = batch.n_filler
         n_tokens, n_filler = n_tokens + batch.n_tokens, n_filler + n_own
         flops += 0.0 if costs is None else costs.of_batch(batch, n_own)
-        group += [_to(part, device) for part in shortage.split(batch)]
-        n_batches += 1
-        if n_batches == size:
-            yield Group(group, n_batches, n_tokens, n_filler, flops)
-            group, n_batches, n_tokens, n_filler, flops = [], 0, 0, 0, 0.0
-    if group:
-        yield Group(group, n_batches, n_tokens, n_filler, flops)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    if device.type == "cpu" and batch.n_filler:
-        return batch.trimmed()
-    # A copy from pageable memory would wait for the work queued before it.
-    return (batch.pin_memory() if device.type == "cuda" else batch).to(device)
+        rows.append(batch)
+        if len(rows) == size:
+            yield Group(rows, shortage.micro_batches(rows, device), n_tokens, n_filler, flops)
+            rows, n_tokens, n_filler, flops = [], 0, 0, 0.0
+    if rows:
+        yield Group(rows, shortage.micro_batches(rows, device), n_tokens, n_filler, flops)
 
 
 __all__ = ["Epochs", "TrainingDiverged", "fit", "make_optimizer"]

@@ -39,11 +39,11 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Group:
-    """The micro-batches of one step, on the device, or parts of them (`Shortage`); how many they were; how many
-    positions their rows have, how many of these are filler (which a CPU leaves out), and their FLOPs."""
+    """The rows of one step as they came, and as micro-batches on the device; how many positions the rows have, how many
+    of these are filler (which a CPU leaves out), and their FLOPs."""
 
+    rows: list[Batch]
     batches: list[Batch]
-    n_batches: int
     n_tokens: int
     n_filler: int
     flops: float
@@ -103,16 +103,17 @@ class Runner:
         """The work of one step, queued; with it ``position`` moves on, all or nothing."""
         info = self.run.info
         lr = learning_rate(self.position.step, info.total_steps, info.training)
-        loss, n_trained = self._gradients(group.batches)
+        loss, n_trained = self._gradients(group)
         with unbroken():
             self.torn = True
             norm = update(self.optimizer, lr, info.training.clip, loss)
-            self.position = self.position.after(group.n_batches, self.device)
+            self.position = self.position.after(len(group.rows), self.device)
             self.waiting.append(_Launched(self.position.step, lr, loss, norm, n_trained, group, self.device))
             self.torn = False
 
-    def _gradients(self, batches: list[Batch]) -> tuple[Tensor, int]:
+    def _gradients(self, group: Group) -> tuple[Tensor, int]:
         """Those of a step -> (loss, trained tokens). Where memory runs out it is begun again with less, if it can."""
+        batches = group.batches
         while True:
             try:
                 return gradients(self.model, batches, self.optimizer, self.objective)
@@ -126,7 +127,7 @@ class Runner:
                     error.add_note(f"step {self.position.step + 1}: memory ran out with {self.shortage.least(batches)}")
                     raise
             tell(self.observers, "on_note", f"step {self.position.step + 1}: {told}")
-            batches = [part.to(self.device) for batch in batches for part in self.shortage.split(batch)]
+            batches = self.shortage.micro_batches(group.rows, self.device)
             self.position.set_generators(self.device)
 
     def broken_off(self, error: BaseException) -> None:
@@ -274,8 +275,8 @@ class _Launched:
     def __init__(self, step: int, lr: float, loss: Tensor, norm: Tensor, n_trained: int, group: Group,
                  device: torch.device) -> None:
         self.step, self.lr, self.n_trained = step, lr, n_trained
-        self.group = replace(group, batches=[])     # which need not stay in memory
-        self.pieces = [piece for batch in group.batches for piece in batch.pieces]
+        self.group = replace(group, rows=[], batches=[])        # which need not stay in memory
+        self.pieces = [piece for row in group.rows for piece in row.pieces]
         values = torch.stack([loss.float(), norm.to(loss.device)])
         # Into pinned memory, and never read before the mark has passed: `.item()` would wait for the next step, too.
         self.values: Tensor = values.to("cpu", non_blocking=True)

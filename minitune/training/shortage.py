@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -24,9 +24,15 @@ class Shortage:
         self.network, self.divisible = network, divisible
         self.tokens: int | None = None
 
-    def split(self, batch: Batch) -> list[Batch]:
-        """The row as it is computed: as it is, or documents of at most `tokens` tokens at a time, on the host."""
-        return [batch] if self.tokens is None or batch.n_tokens <= self.tokens else batch.split(self.tokens)
+    def micro_batches(self, rows: Iterable[Batch], device: torch.device) -> list[Batch]:
+        """The rows as they are computed, on the device: whole, or documents of at most `tokens` tokens at a time."""
+        found = []
+        for row in rows:
+            whole = row.trimmed() if device.type == "cpu" and row.n_filler else row
+            parts = [whole] if self.tokens is None or whole.n_tokens <= self.tokens else whole.split(self.tokens)
+            # A copy from pageable memory would wait for the work queued before it.
+            found += [(part.pin_memory() if device.type == "cuda" else part).to(device) for part in parts]
+        return found
 
     def met(self, batches: Sequence[Batch]) -> str | None:
         """Memory ran out with these: take less from now on -> what to tell of it; None where nothing is left to do."""
