@@ -125,6 +125,7 @@ def uses(folder: Path) -> None:
 
     import minitune as mt
     from minitune.ops import checks, tuning
+    from minitune.training import runner
     from tests.batches import documents, packed
     from tests.oracles import make
 
@@ -149,6 +150,19 @@ def uses(folder: Path) -> None:
             return {"waits": {}, "ways": [[op, *shape, sorted(ms)] for table in tables for op, shapes in table.items()
                                           for shape, ms in shapes.items()]}
 
+    def out_of_memory(model: Any) -> None:
+        real, left = runner.gradients, [1, 1, 1, 1]
+
+        def not_at_once(*given: Any) -> Any:
+            found = real(*given)
+            if left:
+                left.pop()
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return found
+
+        with mock.patch.object(runner, "gradients", not_at_once):
+            assert len(mt.train(model, batches, tokens=64, quiet=True).records) == 3
+
     def save(model: Any) -> None:
         model.save_adapter(folder / "adapter")
         model.save_merged(folder / "merged")
@@ -157,6 +171,7 @@ def uses(folder: Path) -> None:
                                                 quiet=True))
     report("train, out", run, lambda model: mt.train(model, batches, tokens=64, out=folder / "run", save_every=2,
                                                      valid=batches[:1], moments="8bit", quiet=True))
+    report("train, out of memory", run, out_of_memory)
     report("tune", tune)
     report("evaluate", run, lambda model: mt.evaluate(model, batches))
     report("generate", run, lambda model: model.generate([[5, 6, 7], [8]], 9))
@@ -270,6 +285,25 @@ def memory(_: Path) -> None:
     report("parking", parking)
 
 
+def launches(folder: Path, arch: int, everything: bool) -> None:
+    """What Triton kernels are launched as, in steps of models of true sizes, or in all runs that are here, compiled for
+    a generation of GPUs."""
+    from benchmarks.fake_gpu.launches import Launches
+    from benchmarks.fake_gpu.memory import CASES, Case, count
+
+    few = (Case("Llama-2-7B", None, (2048,) * 8, "keep", "fp32"), Case("Llama-3-8B", "nf4-dq", (8192,), "full", "8bit"),
+           Case("Llama-3.2-1B", None, (2048,) * 4, "keep", "fp32", "full"))
+    kernels = Launches(arch)
+    with mock.patch.object(device, "fake_gpu", functools.partial(device.fake_gpu, kernels=kernels)):
+        for case in CASES if everything else few:
+            report(f"{case.model}, {case.quant}, {case.memory}, {case.moments}, {case.train}", count, case)
+        if everything:
+            steps(folder)
+            uses(folder)
+    for launch in kernels.found.values():
+        report(launch.name, lambda launch=launch: {"faults": launch.faults(arch)})
+
+
 def parking() -> dict[str, Any]:
     """Which of three parked tensors are still held by the parking: after each is parked, and after a fetch."""
     import torch
@@ -298,6 +332,10 @@ def report(name: str, run: Callable[..., dict[str, Any]], *args: Any, **options:
 
 if __name__ == "__main__":
     device.load(sys.argv[1])
+    groups = {"steps": steps, "uses": uses, "faults": faults, "streams": streams, "memory": memory,
+              **{f"launches on {arch}{' of all' * everything}": functools.partial(launches, arch=arch,
+                                                                                   everything=everything)
+                 for arch in (80, 89, 90, 100) for everything in (False, True)}}
     with tempfile.TemporaryDirectory() as place:
-        {"steps": steps, "uses": uses, "faults": faults, "streams": streams, "memory": memory}[sys.argv[2]](Path(place))
+        groups[sys.argv[2]](Path(place))
     device.leave()

@@ -70,15 +70,20 @@ def compile_for(row: Row, arch: int) -> Report:
         fn=row.kernel, signature={name: kind.removesuffix(":16") for name, kind in kinds.items()},
         constexprs={(names.index(name),): value for name, value in row.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in kinds.items() if kind.endswith(":16")})
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=row.options)
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"]))
-    assert usage, f"{row.name}: cuobjdump tells no registers"
-    code = _tool("nvdisasm", "-c", compiled.asm["cubin"])
+    return compiled(source, arch, row.options, row.name)
+
+
+def compiled(source: ASTSource, arch: int, options: dict[str, Any], name: str) -> Report:
+    """A kernel with its signature, constants and attributes, for one generation."""
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "--dump-resource-usage", made.asm["cubin"]))
+    assert usage, f"{name}: cuobjdump tells no registers"
+    code = _tool("nvdisasm", "-c", made.asm["cubin"])
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
     return Report(
-        registers=int(usage[1]), stack=int(usage[2]), shared=compiled.metadata.shared,
+        registers=int(usage[1]), stack=int(usage[2]), shared=made.metadata.shared,
         instructions=Counter(code.split(".")[0] for code in opcodes),
-        store_bits={_bits(code) for code in opcodes if code.startswith("STG")}, ptx=compiled.asm["ptx"])
+        store_bits={_bits(code) for code in opcodes if code.startswith("STG")}, ptx=made.asm["ptx"])
 
 
 def faults(row: Row, report: Report, arch: int) -> list[str]:

@@ -75,23 +75,27 @@ class Graph:
 
 
 @contextlib.contextmanager
-def fake_gpu(native: bool = True) -> Iterator[Any]:
-    """Within it "cuda" is an H200 that computes nothing, with or without the extension's CUDA half. Gives the Watch."""
+def fake_gpu(native: bool = True, kernels: Any = None) -> Iterator[Any]:
+    """Within it "cuda" is an H200 that computes nothing, with or without the extension's CUDA half. Gives the Watch.
+    `kernels`: the Launches that those of Triton kernels are added to, by which it may be of another generation."""
     import torch
     from torch._subclasses import fake_tensor
     from triton.runtime.jit import JITFunction
 
     from benchmarks.fake_gpu import order
+    from benchmarks.fake_gpu.launches import Launches
     from benchmarks.fake_gpu.watch import Watch
+    from minitune.kernels.launch import generation
     from minitune.ops import backends, moments8, nf4, rope
 
-    watch = Watch(order.begin())
-    tables = (backends._native, moments8.table, rope._static, nf4.table, nf4.nested_code)
+    watch = Watch(order.begin(), kernels or Launches(90))
+    tables = (backends._native, moments8.table, rope._static, nf4.table, nf4.nested_code, generation)
 
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         places = {str(x.device) for x in (*args, *options.values()) if isinstance(x, torch.Tensor)}
         assert places <= {"cuda:0"}, f"{kernel.fn.__name__} is given tensors on {sorted(places)}"
         watch.launches[kernel.fn.__name__] += 1
+        watch.kernels.add(kernel, args, grid, options)
         watch.launched(kernel, {**dict(zip(kernel.arg_names, args, strict=False)), **options})
 
     class Generator(torch.Generator):
@@ -133,16 +137,18 @@ def _cuda(watch: Any) -> dict[str, Any]:
         watch.wait("synchronize")
         order.synchronize()
 
-    about = types.SimpleNamespace(name="a fake H200", total_memory=TOTAL, multi_processor_count=PROCESSORS, major=9,
-                                  minor=0)
+    major, minor = divmod(watch.kernels.arch, 10)
+    about = types.SimpleNamespace(name="a fake H200", total_memory=TOTAL, multi_processor_count=PROCESSORS, major=major,
+                                  minor=minor)
     return {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
-            "is_initialized": lambda: True, "get_device_capability": lambda *_: (9, 0),
+            "is_initialized": lambda: True, "get_device_capability": lambda *_: (major, minor),
             "get_device_name": lambda *_: about.name, "get_device_properties": lambda *_: about,
             "mem_get_info": lambda *_: (TOTAL - watch.live, TOTAL), "memory_allocated": lambda *_: watch.live,
             "memory_reserved": lambda *_: watch.live, "max_memory_allocated": lambda *_: watch.peak,
             "current_stream": order.current_stream, "Stream": order.Stream, "Event": order.Event,
             "stream": order.on, "CUDAGraph": Graph,
             "is_bf16_supported": lambda **_: True, "synchronize": synchronize,
+            "empty_cache": lambda: None,
             "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8), "set_rng_state": lambda *_: None,
             **{name: lambda *_, **__: contextlib.nullcontext() for name in ("device", "device_of", "graph")}}
 

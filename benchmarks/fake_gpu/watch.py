@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.fake_gpu.launches import Launches
 from benchmarks.fake_gpu.order import HOST, Order, written
 
 PROCESSORS = 132
@@ -46,9 +47,9 @@ class NoDriver(FakeTensorMode):
 class Watch(TorchDispatchMode):
     """Runs what is on the host as it is and fakes what is on the device; keeps the books."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: Order, kernels: Launches) -> None:
         super().__init__()
-        self.order = order
+        self.order, self.kernels = order, kernels
         self.fake = NoDriver(allow_non_fake_inputs=True)
         self.live, self.peak, self.largest = 0, 0, Counter[tuple[str, int]]()
         self.ops, self.launches, self.waits = Counter[str](), Counter[str](), Counter[str]()
