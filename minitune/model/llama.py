@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from minitune.arguments import warn
 from minitune.config import LoRA, MemoryPolicy, ModelConfig
-from minitune.errors import InputError
 from minitune.model import half
 from minitune.model.adapter import HEAD, Adapter, check_targets, matches
 from minitune.model.attention_half import AttentionHalf
@@ -23,6 +22,7 @@ from minitune.model.memory import Trained, choose_policy, policies
 from minitune.model.mlp_half import MlpHalf
 from minitune.model.offload import Parking
 from minitune.model.token_rows import TokenRows
+from minitune.model.train_patterns import train_patterns
 from minitune.model.turn import Turn
 from minitune.ops import few_rows, huge_pages, rope
 from minitune.ops.documents import Documents
@@ -321,50 +321,11 @@ class Llama(nn.Module):
                        sum(p.numel() for p in trained if p.grad is None))
 
     def unfreeze(self, train: str | list[str] | tuple[str, ...]) -> None:
-        """Train base weights too, in fp32: "full", "head", "norms", "embedding", "last:k" (layers), a name pattern, or
-        a list of these.
-
-        InputError if that names nothing. Gradients of a tied head are those of the embedding.
-        """
-        patterns = self._train_patterns(train)
-        for path in (path for p in self.projections() if p.buffer is not None for path in p.parts):
-            for name in (f"{path}.weight", f"{path}.bias"):
-                if any(matches(pattern, name) for pattern in patterns):
-                    raise InputError(f"train: {train!r} names {name}; linears in 4 bits cannot be trained, nor their "
-                                     'biases: take a base in 16 bits, or name other weights ("norms", "head")')
-        names = self.hf_weights()
-        for pattern in patterns:
-            if not any(matches(pattern, name) for name in names):
-                meant = next((near for near in (f"*{pattern}.weight", f"{pattern}.*")
-                              if any(matches(near, name) for name in names)), None)
-                advice = (f'did you mean "{meant}"?' if meant else
-                          'names look like "model.layers.0.self_attn.q_proj.weight"')
-                raise InputError(f"train: {pattern!r} names no weight of this model; {advice}")
+        """Train the base weights that `train_patterns` finds in `train`, in fp32. Gradients of a tied head are those of
+        the embedding."""
+        patterns = train_patterns(train, self.config, self.hf_weights(), self.nf4_shapes())
         for projection in self.projections():
             projection.unfreeze(patterns)
         for name, owner, attribute in self.single_weights():
             if any(matches(pattern, name) for pattern in patterns):
                 setattr(owner, attribute, nn.Parameter(getattr(owner, attribute).detach().float().clone()))
-
-    def _train_patterns(self, train: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-        if not isinstance(train, str):
-            return tuple(pattern for each in train for pattern in self._known_patterns(each) or (each,))
-        patterns = self._known_patterns(train)
-        if patterns is not None:
-            return patterns
-        names = (*self.hf_weights(), *self.nf4_shapes())
-        if any(sign in train for sign in "*?[._") or any(matches(train, name) for name in names):
-            return (train,)
-        raise InputError(f'train: {train!r} is not known; say "full", "head", "norms", "embedding", "last:k" with '
-                         f'k from 1 to {self.config.n_layers}, a name pattern such as "*.q_proj.weight", or a list')
-
-    def _known_patterns(self, word: str) -> tuple[str, ...] | None:
-        """The name patterns that a word such as "norms" or "last:2" stands for; None for any other text."""
-        head = "model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight"
-        known = {"full": ("*",), "head": (head,), "norms": ("*norm.weight",),
-                 "embedding": ("model.embed_tokens.weight",)}
-        kind, _, count = word.partition(":")
-        if kind == "last" and count.isdigit() and 0 < int(count) <= self.config.n_layers:
-            layers = range(self.config.n_layers - int(count), self.config.n_layers)
-            return tuple(f"model.layers.{i}.*" for i in layers)
-        return known.get(word)
