@@ -216,7 +216,7 @@ def staged(folder: Path) -> Iterator[Staging]:
 
     The folder is made if it is missing. An OSError (a full disk, no permission) comes out as InputError.
     """
-    staging = Staging(folder)
+    staging, there = Staging(folder), folder.exists()
     try:
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -224,6 +224,9 @@ def staged(folder: Path) -> Iterator[Staging]:
             staging.commit()
     finally:
         staging.discard()
+        if not there:
+            with suppress(OSError):
+                folder.rmdir()      # which fails where it holds what was written
 
 
 class Staging:

@@ -114,3 +114,15 @@ def test_nothing_else_is_swept(tmp_path):
     sweep(tmp_path)
     sweep(tmp_path / "nowhere")
     assert {path.name for path in tmp_path.iterdir()} == {*mine, ".git"}
+
+
+def test_a_folder_that_was_made_for_what_failed_goes(tmp_path):
+    for name in ("new", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match="No space left"), staged(tmp_path / name) as staging:
+            staging.write("a", b"1")
+            raise OSError(28, "No space left on device")
+    assert os.listdir(tmp_path) == ["empty"] and not os.listdir(tmp_path / "empty")
+    with staged(tmp_path / "new") as staging:
+        staging.write("a", b"1")
+    assert found(tmp_path) == {"new/a": "1"}
