@@ -8,6 +8,7 @@ from minitune.config import LoRA, ModelConfig
 from minitune.model.init import init_weights
 from minitune.model.llama import Llama
 from minitune.ops import backends, tuned
+from minitune.training import clip, optimizers, step
 
 
 class Tiny:
@@ -34,10 +35,13 @@ class Tiny:
 
 @contextlib.contextmanager
 def as_on_a_gpu(monkeypatch):
-    """Our kernels wherever a GPU takes them by itself, attention among them; the library's matrix products."""
+    """Our kernels wherever a GPU takes them by itself, attention among them; the library's matrix products; and nothing
+    is asked of the device."""
     def chosen(op, device, measured=None, dtype=None, but=()):
         return measured or "reference" if op in backends.MEASURED else "triton"
 
     with monkeypatch.context() as patched, tuned.forced(attention_forward="triton", attention_backward="triton"):
         patched.setattr(backends, "choose", chosen)
+        for module in (clip, optimizers, step):
+            patched.setattr(module, "asks", lambda device: False)
         yield
