@@ -112,6 +112,9 @@ def test_an_unknown_command_is_named(word, hint, capsys):
 ENDINGS = {
     "memory of the host": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2000000000 "
                                         "bytes."), 1, "out of memory: 2.0 GB more"),
+    "memory of oneDNN": (RuntimeError("could not create a primitive"), 1, "out of memory (could not create a primitive)"),
+    "memory of cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 1,
+                         "out of memory (CUBLAS_STATUS_ALLOC_FAILED)"),
     "memory of a GPU": (torch.OutOfMemoryError("CUDA out of memory"), 1, "CUDA out of memory"),
     "memory": (MemoryError(), 1, "out of memory"),
     "diverged": (mt.TrainingDiverged("step 3: loss nan"), 1, "step 3: loss nan"),
@@ -128,6 +131,13 @@ def test_how_an_error_ends(case, monkeypatch, capsys):
         main(["init", "tiny", "x"])
     message = capsys.readouterr().err
     assert stop.value.code == code and message.startswith(f"minitune: {words}") and message.count("\n") == 1
+
+
+def test_what_a_device_cannot_do_is_no_lack_of_memory(monkeypatch):
+    error = RuntimeError("could not create a primitive descriptor for the matmul primitive")
+    _raise_in_init(monkeypatch, error)
+    with pytest.raises(RuntimeError, match="descriptor"):
+        main(["init", "tiny", "x"])
 
 
 def test_ctrl_c_ends_with_130_and_a_fault_of_ours_is_shown(monkeypatch, capsys):

@@ -17,7 +17,7 @@ from minitune.errors import InputError
 from minitune.training.checkpoint import Checkpoints, Position, Saved
 from minitune.training.flops import Costs
 from minitune.training.hints import Divergence, hints
-from minitune.training.interrupt import unbroken
+from minitune.training.interrupt import one_end, unbroken
 from minitune.training.left_out import LeftOut
 from minitune.training.optimizers import SGD, AdamW, FlatOptimizer
 from minitune.training.run import Observer, Run, RunInfo, tell, tell_begin
@@ -101,19 +101,20 @@ def _ended(runner: Runner, model: Any, observers: Sequence[Observer]) -> Iterato
     """The model is in train mode within it. However it is left, the run ends in order: its state is kept where an error
     broke it off, and every observer hears of the end."""
     was_training = model.training
-    model.train(True)
-    try:
-        yield
-    except BaseException as error:
-        with unbroken():
-            runner.broken_off(error)
-        raise
-    finally:
-        model.train(was_training)
-        # Every observer hears of it even if another one fails; and what they save is saved whole.
-        with unbroken(), contextlib.ExitStack() as told:
-            for observer in reversed(observers):
-                told.callback(tell, [observer], "on_end", runner.run)
+    with one_end():
+        try:
+            model.train(True)
+            yield
+        except BaseException as error:
+            with unbroken():
+                runner.broken_off(error)
+            raise
+        finally:
+            # Every observer hears of it even if another one fails; and what they save is saved whole.
+            with unbroken(), contextlib.ExitStack() as told:
+                for observer in reversed(observers):
+                    told.callback(tell, [observer], "on_end", runner.run)
+                told.callback(model.train, was_training)
 
 
 def make_optimizer(model: Any, training: Training) -> FlatOptimizer:

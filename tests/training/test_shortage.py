@@ -92,6 +92,18 @@ def test_where_nothing_can_be_less_the_error_says_with_what_and_the_run_is_kept(
     assert steps(tmp_path / "checkpoint") == [1]
 
 
+def test_a_product_for_which_onednn_has_no_memory_is_a_shortage(fakes):
+    class Refused(Small):
+        def __call__(self, model, batch):
+            if batch.n_tokens > self.tokens:
+                raise RuntimeError("could not create a primitive")
+            return self.objective(model, batch)
+
+    heard = Heard()
+    run = fit(fakes.TinyModel(), rows(fakes), Training(), Refused(fakes.objective, 10), [heard], divisible=True)
+    assert run.end == "finished" and "memory ran out with rows of 24 tokens" in heard.notes[-1]
+
+
 def test_another_error_is_no_shortage(fakes):
     def fails(model, batch):
         raise RuntimeError("a fault")
