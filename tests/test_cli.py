@@ -112,7 +112,7 @@ def test_an_unknown_command_is_named(word, hint, capsys):
 ENDINGS = {
     "memory of the host": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2000000000 "
                                         "bytes."), 1, "out of memory: 2.0 GB more"),
-    "memory of oneDNN": (RuntimeError("could not create a primitive"), 1, "out of memory (could not create a primitive)"),
+    "memory of oneDNN": (RuntimeError("could not create a primitive"), 1, "out of memory (could not create a primiti"),
     "memory of cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 1,
                          "out of memory (CUBLAS_STATUS_ALLOC_FAILED)"),
     "memory of a GPU": (torch.OutOfMemoryError("CUDA out of memory"), 1, "CUDA out of memory"),

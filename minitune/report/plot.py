@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from minitune.arguments import warn
+from minitune.checkpoint.files import staged
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord
 
 
@@ -23,7 +23,6 @@ def plot_loss(records: Sequence[StepRecord], path: str | Path, title: str = "Tra
     from matplotlib.figure import Figure
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     steps, losses = [r.step for r in records], [r.loss for r in records]
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -44,9 +43,8 @@ def plot_loss(records: Sequence[StepRecord], path: str | Path, title: str = "Tra
     rates.set_ylim(bottom=0)
     handles = [*axes.get_lines(), *rates.get_lines()]
     axes.legend(handles, [str(h.get_label()) for h in handles], loc="upper right")
-    fresh = path.with_name(path.name + ".new")
-    figure.savefig(fresh, format="png")
-    os.replace(fresh, path)
+    with staged(path.parent) as staging, staging.open(path.name) as file:
+        figure.savefig(file, format="png")
     return path
 
 
@@ -61,7 +59,8 @@ def running_mean(values: Sequence[float], decay: float = 0.9) -> list[float]:
 
 
 class LossPlot(Observer):
-    """Draws `path` when the run ends, however it ended. Without matplotlib it warns at the start and draws nothing."""
+    """Draws `path` when the run ends, however it ended. Without matplotlib it warns at the start and draws nothing; a
+    failure at the end (a full disk, too little memory) is a warning too, which hides no other error."""
 
     def __init__(self, path: str | Path, title: str = "Training loss") -> None:
         self.path, self.title = Path(path), title
@@ -73,5 +72,9 @@ class LossPlot(Observer):
             warn(f"{self.path} will not be drawn: matplotlib is not installed (pip install matplotlib)")
 
     def on_end(self, run: Run) -> None:
-        if self._available and run.records:
+        if not self._available or not run.records:
+            return
+        try:
             plot_loss(run.records, self.path, self.title, run.evaluations)
+        except Exception as error:
+            warn(f"{self.path} is not drawn: {str(error) or type(error).__name__}; metrics.jsonl has its numbers")

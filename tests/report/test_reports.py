@@ -96,6 +96,22 @@ def test_loss_plot_without_matplotlib_says_so_once(tmp_path, monkeypatch):
     assert len(caught) == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("error", "words"), [
+    (OSError(28, "No space left on device"), "cannot be written: No space left"), (MemoryError(), "MemoryError"),
+    (ImportError("libtiff.so: failed to map segment"), "failed to map")])
+def test_a_loss_plot_that_fails_ends_no_run_and_leaves_nothing(tmp_path, monkeypatch, error, words):
+    figures = pytest.importorskip("matplotlib.figure")
+
+    def fails(self, file, **_):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(figures.Figure, "savefig", fails)
+    with pytest.warns(UserWarning, match=rf"loss\.png is not drawn: .*{words}.*; metrics\.jsonl has"):
+        play(LossPlot(tmp_path / "loss.png"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_running_mean_starts_unbiased_and_passes_over_nan():
     assert running_mean([2.0, 2.0, float("nan"), 2.0]) == pytest.approx([2.0] * 4)
     assert running_mean([0.0, 1.0], decay=0.5) == pytest.approx([0.0, 2 / 3])
