@@ -296,7 +296,8 @@ def _folder(folder: Path, model: Model, batches: Iterable[Batch], config: Mappin
 
 
 def _check_room(model: Model, folder: Path, training: Training, valid: bool) -> None:
-    """InputError where what the run writes does not fit on the disk: that must be known before it is trained."""
+    """InputError where what the run writes does not fit on the disk: that must be known before it is trained. What lies
+    there of a run that goes on is a part of it, or gives its place to it."""
     trained = sum(p.numel() for p in model.trainable_parameters())
     weights = model.trainable_parameters() if model.lora is not None else model.network.parameters()
     one = sum(p.numel() * p.element_size() for p in weights)
@@ -307,7 +308,10 @@ def _check_room(model: Model, folder: Path, training: Training, valid: bool) -> 
         parts["two checkpoints"] = 2 * trained * (4 + moment_bytes(training))
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     needed, free = sum(parts.values()), shutil.disk_usage(there).free
-    if needed > free:
+    held = sum(path.stat().st_size for name in (_what(model), f"{_what(model)}-best", checkpoint.FOLDER)
+               for path in (folder / name).rglob("*") if path.is_file())
+    if needed > free + held:
         of = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
-        raise InputError(f"{folder}: what is trained takes {gigabytes(needed)} of disk ({of}), and {gigabytes(free)} "
-                         "are free; make room, or name a folder elsewhere")
+        lies = f"; {gigabytes(held)} lie there already" if held else ""
+        raise InputError(f"{folder}: what is trained takes {gigabytes(needed)} of disk ({of}{lies}), and "
+                         f"{gigabytes(free)} are free; make room, or name a folder elsewhere")

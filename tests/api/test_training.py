@@ -106,6 +106,19 @@ def test_what_does_not_fit_on_the_disk_is_said_before_it_is_trained(tiny, data, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_goes_on_needs_no_room_for_what_lies_there_already(tiny, data, tmp_path, monkeypatch):
+    class Impatient(Observer):
+        def on_step(self, record):
+            if record.step == 3:
+                raise KeyboardInterrupt
+
+    how = {"tokens": 64, "out": tmp_path / "run", "save_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        mt.train(model(tiny), data, observers=[Impatient()], **how)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: types.SimpleNamespace(free=0))
+    assert mt.train(model(tiny), data, resume=True, **how).end == "finished"
+
+
 def test_evaluating_and_asking_change_no_step(tiny, data):
     plain = mt.train(model(tiny, lora=mt.LoRA(rank=2, dropout=0.3)), data, tokens=64)
     watched = mt.train(model(tiny, lora=mt.LoRA(rank=2, dropout=0.3)), data, tokens=64, evaluate_every=1,
