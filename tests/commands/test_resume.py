@@ -119,6 +119,15 @@ def test_a_terminated_run_goes_on_from_its_folder_alone(tiny, data, tmp_path, ca
     assert (tmp_path / "moved" / adapter).read_bytes() == (straight / adapter).read_bytes()
 
 
+def test_without_the_settings_of_the_run_it_says_where_they_would_be(tmp_path, capsys):
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--resume", "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "BASE and DATA are missing; there is no " in said
+    assert "run/train.toml, which --resume reads (a run that Python began has none): give what the run was" in said
+
+
 def test_one_process_at_a_time(tiny, data, tmp_path, capsys):
     class Second(Observer):
         """Another terminal, in which the run that still goes on is resumed."""

@@ -59,7 +59,7 @@ def parse(name: str, args: Sequence[str]) -> Any:
     except SystemExit as ended:
         if not ended.code:
             raise
-        resumed = "; to go on with a run say minitune train --resume --out FOLDER" if "--resume" in args else ""
+        resumed = _how_to_resume(command, args) if "--resume" in args else ""
         fault = _plain(said.getvalue(), settings(twin))
         taken = _taken(args, twin) if fault.endswith(" missing") else ""
         raise InputError(f"{name}: {fault}{taken}{resumed} ({_see(name)})") from None
@@ -112,6 +112,15 @@ def _file_of(command: type[Any], args: Sequence[str]) -> Path | None:
         raise InputError(f"{out}: there is no run to resume; begin it without resume")
     kept = out / SETTINGS
     return kept if kept.is_file() and kept.stat().st_size <= LARGEST else None
+
+
+def _how_to_resume(command: type[Any], args: Sequence[str]) -> str:
+    """What to do where flags under --resume make no command."""
+    kept = Path(_value_of(args, "--out") or command.out) / SETTINGS
+    if kept.parent.is_dir() and not kept.is_file():
+        return (f"; there is no {kept}, which --resume reads (a run that Python began has none): give what the run was "
+                "begun with, or resume it in Python")
+    return "; to go on with a run say minitune train --resume --out FOLDER"
 
 
 def _value_of(args: Sequence[str], flag: str) -> str | None:
