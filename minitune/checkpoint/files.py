@@ -206,7 +206,11 @@ def _exchange(new: Path, folder: Path) -> None:
     if rename is None or rename(here, os.fsencode(new), here, os.fsencode(folder), exchange):
         old = _hidden(folder, "old")
         os.replace(folder, old)
-        os.replace(new, folder)
+        try:
+            os.replace(new, folder)
+        except BaseException:
+            os.replace(old, folder)
+            raise
         os.replace(old, new)
 
 

@@ -58,6 +58,25 @@ def test_where_anything_fails_the_old_one_stays(tmp_path, error):
     assert found(tmp_path) == {"best/a": "1"} and os.listdir(tmp_path) == ["best"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(5, "Input/output error")])
+def test_where_the_new_one_cannot_take_its_name_the_old_one_has_its_own_again(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda _: SimpleNamespace())
+    rename, done = os.replace, []
+    (tmp_path / "best").mkdir()
+    fill(tmp_path / "best", a="1")
+
+    def fails_once(*names):
+        done.append(names)
+        if len(done) == 2:
+            raise error
+        rename(*names)
+
+    monkeypatch.setattr(os, "replace", fails_once)
+    with pytest.raises(InputError if isinstance(error, OSError) else error), replaced(tmp_path / "best") as new:
+        fill(new, a="2")
+    assert found(tmp_path) == {"best/a": "1"} and os.listdir(tmp_path) == ["best"]
+
+
 def test_a_file_of_that_name_is_no_folder_to_replace(tmp_path):
     fill(tmp_path, best="mine")
     with pytest.raises(InputError, match="cannot be written"), replaced(tmp_path / "best") as new:
