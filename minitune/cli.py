@@ -93,6 +93,7 @@ def _ending(error: Exception) -> tuple[int | None, str]:
     if isinstance(error, OSError):
         return 2, f"{error.filename or 'a file'}: {error.strerror or error}"
     if told := out_of_memory(error):
-        return 1, f"{told}; take fewer tokens, a smaller rank or model, or --quant nf4-dq"
+        said = any("memory ran out" in note for note in getattr(error, "__notes__", ()))        # a step of a run did
+        return 1, told if said else f"{told}; take fewer tokens, a smaller rank or model, or --quant nf4-dq"
     # By name: its module is loaded where it is raised, and loads torch.
     return (1, str(error)) if type(error).__name__ == "TrainingDiverged" else (None, "")

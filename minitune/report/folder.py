@@ -11,7 +11,7 @@ from typing import Any
 
 from minitune.arguments import short, warn
 from minitune.checkpoint.files import json_bytes, read_json_object, replaced, staged, sweep
-from minitune.errors import InputError, NotSaved
+from minitune.errors import InputError, NotSaved, out_of_memory
 from minitune.report.environment import environment
 from minitune.report.metrics import AnswersFile, MetricsFile
 from minitune.report.plot import LossPlot
@@ -116,9 +116,14 @@ class RunFolder(Observer):
     def on_evaluation(self, record: EvaluationRecord) -> None:
         if record.step and record.loss is not None and record.loss < self._lowest and self.sound():
             best = self.folder / f"{self.what}-best"
-            with replaced(best) as new:
-                self.save(new)
-            self._lowest, self._best = record.loss, best
+            try:
+                with replaced(best) as new:
+                    self.save(new)
+            except InputError as error:     # a full disk ends no run that may have days behind it
+                warn(f"step {record.step}: the best so far is not kept: {error}"
+                     + (f"; that of before stays in {best}" if self._best else ""))
+            else:
+                self._lowest, self._best = record.loss, best
 
     def on_end(self, run: Run) -> None:
         run.best_adapter = self._best
@@ -135,11 +140,13 @@ class RunFolder(Observer):
         try:
             with replaced(self.folder / self.what) as new:
                 self.save(new)
-        except InputError as error:     # days after the start, perhaps: no fault of what was given
+        except (InputError, RuntimeError, MemoryError) as error:    # days after the start, perhaps
+            if not isinstance(error, InputError) and out_of_memory(error) is None:
+                raise
             stands = checkpoint.steps(self.folder / checkpoint.FOLDER)
             advice = ("the last checkpoint stands: make room, and resume" if stands else
                       "what was trained is lost, since no checkpoint was kept on the way (save_every)")
-            raise NotSaved(f"{error}; {advice}") from error
+            raise NotSaved(f"{out_of_memory(error) or error}; {advice}") from error
         run.adapter = self.folder / self.what
         if run.end in ("finished", "out of data"):
             checkpoint.remove(self.folder / checkpoint.FOLDER)

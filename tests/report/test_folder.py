@@ -121,7 +121,7 @@ def test_a_better_one_takes_the_place_of_the_best_whole_or_not_at_all(tmp_path):
         raise OSError(28, "No space left on device", str(path))
 
     folder.save = full
-    with pytest.raises(InputError, match="No space left on device"):
+    with pytest.warns(UserWarning, match="step 2: the best so far is not kept: .*No space left.*; that of before"):
         folder.on_evaluation(seen(2, 2.0))
     assert {path.name for path in best.iterdir()} == {"weights", "model-00002-of-00002.safetensors"}
     folder.save = saver
@@ -231,3 +231,15 @@ def test_a_checkout_has_its_commit(tmp_path, monkeypatch):
 def test_plain_values():
     assert plain({"a": (1, Path("x"), math.inf), 2: None, "b": {True: {3}}}) == {
         "a": [1, "x", None], "2": None, "b": {"True": "{3}"}}
+
+
+def test_memory_that_runs_out_at_the_last_write_is_told_with_what_stands(tmp_path):
+    def save(folder):
+        raise MemoryError
+
+    folder = RunFolder(tmp_path / "run", save, sound, "adapter", {})
+    folder.on_start(INFO)
+    run = Run(info=INFO, records=[step(1)])
+    run.end = "finished"
+    with pytest.raises(NotSaved, match="out of memory; what was trained is lost, since no checkpoint"):
+        folder.on_end(run)
