@@ -9,6 +9,7 @@ written, a run goes on from the older one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from minitune.arguments import short
 from minitune.checkpoint.fields import integer, text
-from minitune.checkpoint.files import discard, json_bytes, open_regular, parse_json, sha256_of, staged
+from minitune.checkpoint.files import discard, json_bytes, open_regular, parse_json, sha256_of, staged, sweep
 from minitune.checkpoint.reader import SPOILT, Checkpoint
 from minitune.checkpoint.safetensors_header import AGAIN
 from minitune.checkpoint.writer import Summed, write_safetensors
@@ -95,18 +96,22 @@ class Checkpoints:
         self.step = position.step
 
     def _remove_others(self) -> None:
-        """What is not of the last checkpoint: older ones, damaged newer ones, what a killed process half wrote. What
-        cannot be removed ends no run."""
+        """Checkpoints but the last one, older or damaged, and what a killed process half wrote. What cannot be removed
+        ends no run."""
         stay = () if self.step is None else _files(self.folder, self.step)
+        sweep(self.folder)
         # A checkpoint's JSON first: without it its tensors are none.
-        for path in sorted(self.folder.glob("*"), key=lambda path: path.suffix != ".json"):
+        for path in sorted(self.folder.glob("step-*"), key=lambda path: path.suffix != ".json"):
             if path not in stay:
                 discard(path)
 
-    def restore_weights(self, model: torch.nn.Module, optimizer: FlatOptimizer) -> None:
-        """Put the weights of the checkpoint that stands into the model. InputError where they cannot be read."""
-        with Checkpoint.open_file(read(self.folder).tensors) as source:
+    def restore_weights(self, model: torch.nn.Module, optimizer: FlatOptimizer) -> int:
+        """Put the weights of the last checkpoint that is whole into the model -> its step. InputError where there is
+        none."""
+        saved = read(self.folder)
+        with Checkpoint.open_file(saved.tensors) as source:
             _read_weights(source, model, optimizer)
+        return saved.step
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,8 @@ def _read(folder: Path, step: int) -> Saved:
         found = parse_json(file.readall(), str(path))
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise InputError(f"{path}: its format is {short(found.get('format') if isinstance(found, dict) else found)}; "
-                         f"this version of minitune goes on from format {FORMAT} alone")
+                         f"this version of minitune goes on from format {FORMAT} alone; resume with the version that "
+                         "began the run, or begin anew in another folder")
     if found.get("step") != step:
         raise InputError(f"{path}: step is {short(found.get('step'))}, not that of its name; {_ANEW}")
     micro_batches = integer(str(path), "micro_batches", found.get("micro_batches"), low=step)
@@ -215,7 +221,9 @@ def remove(folder: Path) -> None:
     for step in reversed(steps(folder)):
         for path in reversed(_files(folder, step)):
             discard(path)
-    discard(folder)
+    sweep(folder)
+    with contextlib.suppress(OSError):
+        folder.rmdir()      # which fails where somebody else's files lie
 
 
 def _files(folder: Path, step: int) -> tuple[Path, Path]:

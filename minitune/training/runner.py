@@ -131,13 +131,12 @@ class Runner:
             self.position.set_generators(self.device)
 
     def broken_off(self, error: BaseException) -> None:
-        """What is left to do where `error` ends the run: a checkpoint of the last whole step; but after a divergence
-        the weights of the last checkpoint, if there is one, take the place of spoilt ones."""
+        """What is left to do where `error` ends the run: a checkpoint of the last whole step; but after a divergence,
+        and within an update, the weights of the last checkpoint, if there is one, take the place of spoilt ones."""
         if isinstance(error, TrainingDiverged):
             self.run.end = "diverged"
             if self.checkpoints is not None and self.checkpoints.step is not None and not self._is_sound():
-                self.checkpoints.restore_weights(self.model, self.optimizer)
-                self.run.restored = self.checkpoints.step
+                self.run.restored = self.checkpoints.restore_weights(self.model, self.optimizer)
             return
         self.run.end = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         if self.checkpoints is None:
@@ -146,14 +145,18 @@ class Runner:
             while self.waiting:
                 self._take()
             self._save(self.checkpoints)
+        elif self.torn and self.checkpoints.step is not None:
+            self.run.restored = self.checkpoints.restore_weights(self.model, self.optimizer)
         self.run.checkpoint = self.checkpoints.step
         if self.run.checkpoint is not None:
             error.add_note(f"The run is kept as it was after step {self.run.checkpoint}; resume goes on from there.")
 
     def _is_due(self, step: int, checkpoints: Checkpoints) -> bool:
-        """Whether ``save_every`` asks for a checkpoint after this step, and there is none of it yet."""
+        """Whether ``save_every`` asks for a checkpoint after this step, and there is none of it yet. Where the last
+        steps were left out, the weights may be what is wrong, and those of before are kept."""
         every = self.run.info.training.save_every
-        return every is not None and step > 0 and step % every == 0 and step != checkpoints.step
+        return (every is not None and step > 0 and step % every == 0 and step != checkpoints.step
+                and not self.left_out.in_a_row)
 
     def _save(self, checkpoints: Checkpoints) -> None:
         """A checkpoint of ``position``, whose steps are all settled; none of spoilt weights. One that cannot be written
@@ -219,7 +222,8 @@ class Runner:
             raise TrainingDiverged(f"{numbers(record)}. The trained weights are spoilt{advice}")
         told = self.left_out.told(record, pieces)
         if self.left_out.too_many:
-            gentler = f"The weights before them are kept; begin anew, {_gentler(self.run.info.training)}"
+            gentler = ("The weights before them are kept; begin anew, without these samples or with a higher "
+                       f"max_skipped, if it is they, else {_gentler(self.run.info.training)}")
             raise TrainingDiverged(f"{told}. {gentler if trained else NO_UPDATE_YET}")
         tell(self.observers, "on_note", told)
 

@@ -101,7 +101,7 @@ def check_resumed(tiny, tmp_path, moments):
             assert not list(out.rglob(".*"))
             stood = True
         if stood:
-            rest = ("checkpoint/", "loss.png.new")      # of a run that is done
+            rest = ("checkpoint/", ".loss.png.")      # of a run that is done
             assert {name: left for name, left in left_behind(out).items() if not name.startswith(rest)} == wanted
         shutil.rmtree(out, ignore_errors=True)
         if not died:

@@ -12,7 +12,7 @@ from safetensors.torch import load
 from minitune.checkpoint.writer import write_safetensors
 from minitune.config import Training
 from minitune.errors import InputError
-from minitune.training.checkpoint import read, steps
+from minitune.training.checkpoint import read, remove, steps
 from tests.training.stopping import Stop, checkpoints, data, train
 
 
@@ -115,3 +115,13 @@ def test_where_the_newer_checkpoint_is_damaged_the_run_goes_on_from_the_older_an
         _flip(path)
     with pytest.raises(InputError, match=r"step-9\.safetensors: its SHA-256 is .*; begin anew in another folder"):
         read(folder)
+
+
+def test_what_somebody_else_keeps_beside_the_checkpoints_stays(fakes, tmp_path):
+    folder = tmp_path / "checkpoint"
+    (folder / "mine").mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    train(fakes, fakes.TinyModel(), data(fakes), Training(save_every=1), checkpoints=checkpoints(tmp_path))
+    assert steps(folder) == [4, 3]
+    remove(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["mine", "notes.txt"]

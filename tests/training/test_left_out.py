@@ -9,7 +9,7 @@ import torch
 
 from minitune.config import Training
 from minitune.errors import InputError
-from minitune.training.checkpoint import Checkpoints, read
+from minitune.training.checkpoint import Checkpoints, read, steps
 from minitune.training.left_out import LeftOut
 from minitune.training.loop import TrainingDiverged, fit
 from minitune.training.run import Observer, StepRecord
@@ -85,8 +85,8 @@ def test_too_many_in_a_row_end_the_run_with_the_weights_before_them(fakes, allow
     model.eval()
     in_a_row = rf", the last of {allowed + 1} such steps in a row" if allowed else ""
     with pytest.raises(TrainingDiverged, match=rf"^step {last}: loss nan.*it changes no weight{in_a_row}; it read "
-                       rf"documents\[{10 * last - 10}\].*The weights before them are kept; begin anew, with a lower lr "
-                       r"\(it is 0\.0002\)"):
+                       rf"documents\[{10 * last - 10}\].*The weights before them are kept; begin anew, without these "
+                       r"samples or with a higher max_skipped, if it is they, else with a lower lr \(it is 0\.0002\)"):
         fit(model, data(fakes), Training(max_skipped=allowed), spoils(*range(3, 99)), [listener])
     assert listener.run.end == "diverged" and len(listener.run.records) == last and not model.training
     assert listener.steps == list(range(1, last + 1)) and len([n for n in listener.notes if "left" in n]) == allowed
@@ -148,3 +148,12 @@ def test_documents_are_named_up_to_five():
 def test_a_limit_that_is_none_is_refused(value):
     with pytest.raises(InputError, match="max_skipped"):
         Training(max_skipped=value)
+
+
+def test_no_checkpoint_is_written_behind_steps_that_were_left_out(fakes, tmp_path):
+    """Their weights may be what is wrong: those of before stay."""
+    kept = Checkpoints(tmp_path / "checkpoint", dict, tmp_path / "adapter", None)
+    with pytest.raises(TrainingDiverged):
+        fit(fakes.TinyModel(), data(fakes), Training(max_skipped=2, save_every=1), spoils(*range(3, 99)),
+            checkpoints=kept)
+    assert steps(tmp_path / "checkpoint") == [2, 1]

@@ -293,3 +293,24 @@ def test_a_second_ctrl_c_waits_until_all_is_saved(fakes, tmp_path, monkeypatch, 
         train(fakes, fakes.TinyModel(), data(fakes), Training(epochs=2, lr=0.05), observers=[Ends(3)],
               checkpoints=checkpoints(tmp_path))
     assert done == [3] and read(tmp_path / "checkpoint").step == 3
+
+
+def test_an_update_that_is_broken_off_leaves_the_weights_of_the_last_checkpoint(fakes, tmp_path, monkeypatch):
+    other, heard, kept = fakes.TinyModel(), Stop(99), checkpoints(tmp_path)
+    real, saved = runner.update, {}
+
+    def breaks(optimizer, *given):
+        norm = real(optimizer, *given)
+        if kept.step == 2:
+            raise RuntimeError("a fault in the middle")
+        return norm
+
+    def seen(record):
+        if record.step == 2:
+            saved["B"] = other.B.detach().clone()
+
+    heard.on_step = seen
+    monkeypatch.setattr(runner, "update", breaks)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        train(fakes, other, data(fakes), Training(lr=0.05, save_every=2), observers=[heard], checkpoints=kept)
+    assert heard.run.restored == heard.run.checkpoint == 2 and torch.equal(other.B, saved["B"])
