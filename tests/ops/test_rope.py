@@ -59,9 +59,9 @@ def test_linear_is_slower_by_its_factor():
 
 
 @pytest.mark.parametrize("truncate", [True, False])
-@pytest.mark.parametrize("original", [16, 4096, 1 << 17])
+@pytest.mark.parametrize("original", [4, 16, 4096, 1 << 17])
 def test_yarn_has_the_frequencies_of_transformers(original, truncate):
-    """Of an original context in which few pairs turn, and of one in which nearly all do."""
+    """Of an original context in which no pair turns, of one in which few do, and of one in which nearly all do."""
     theirs = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS["yarn"]
     config = pytest.importorskip("transformers").LlamaConfig(
         hidden_size=32, num_attention_heads=2, max_position_embeddings=4 * original, rope_parameters={
