@@ -15,7 +15,7 @@ class InputError(Exception):
 
 
 class NotSaved(InputError):
-    """A run came to its end, and what it trained cannot be written: exit code 1."""
+    """What a run has to write, on its way or at its end, cannot be written: exit code 1."""
 
 
 def out_of_memory(error: BaseException) -> str | None:

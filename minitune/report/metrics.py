@@ -6,9 +6,11 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from minitune.errors import NotSaved
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord
 from minitune.training.runner import is_told
 
@@ -16,7 +18,7 @@ from minitune.training.runner import is_told
 class JsonLines:
     """A file of JSON objects, a line each, flushed at once; opening it replaces an older file in one go.
 
-    A number that is not finite becomes null.
+    A number that is not finite becomes null. NotSaved where a line cannot be written; the file is closed then.
     """
 
     def __init__(self, path: Path) -> None:
@@ -24,12 +26,18 @@ class JsonLines:
         fresh = path.with_name(path.name + ".new")
         fresh.write_text("", encoding="utf-8")
         os.replace(fresh, path)
+        self._path = path
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._file.write(json.dumps(plain, allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(plain, allow_nan=False, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            with suppress(OSError):     # what could not be written is tried once more
+                self._file.close()
+            raise NotSaved(f"{self._path}: cannot be written: {error.strerror or error}") from error
 
     def close(self) -> None:
         self._file.close()

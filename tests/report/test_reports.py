@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from minitune.config import Training
+from minitune.errors import NotSaved
 from minitune.report.metrics import MetricsFile
 from minitune.report.plot import LossPlot, plot_loss, running_mean
 from minitune.report.progress import ProgressBar, ProgressLines, clock, progress, summary
@@ -70,6 +71,27 @@ def test_metrics_file_is_complete_at_any_time_and_starts_anew(tmp_path):
     observer.on_step(StepRecord(step=1, loss=1.0, lr=0.1, grad_norm=1.0, n_trained=1, n_tokens=2, seconds=1.0))
     assert json.loads(path.read_text())["n_tokens"] == 2
     observer.on_end(Run(info=RunInfo(total_steps=2, n_parameters=1, device="cpu", training=Training())))
+
+
+@pytest.fixture
+def full():
+    """A disk that takes no file of more than 1000 bytes."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_told_with_the_file_that_it_hit(tmp_path, full):
+    observer = MetricsFile(tmp_path / "metrics.jsonl")
+    with pytest.raises(NotSaved, match=r"metrics\.jsonl: cannot be written: File too large"):
+        play(observer)
+    observer.on_end(Run(info=RunInfo(total_steps=2, n_parameters=1, device="cpu", training=Training())))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) > 3
+    with pytest.warns(UserWarning, match=r"loss\.png is not drawn: .* cannot be written: File too large"):
+        play(LossPlot(tmp_path / "loss.png"))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_loss_plot_shows_the_curve_and_leaves_matplotlib_alone(tmp_path):
