@@ -144,8 +144,9 @@ class RunFolder(Observer):
             if not isinstance(error, InputError) and out_of_memory(error) is None:
                 raise
             stands = checkpoint.steps(self.folder / checkpoint.FOLDER)
+            best = "" if self._best is None else f" but for the best so far, {self._best}"
             advice = ("the last checkpoint stands: make room, and resume" if stands else
-                      "what was trained is lost, since no checkpoint was kept on the way (save_every)")
+                      f"what was trained is lost{best}, since no checkpoint was kept on the way (save_every)")
             raise NotSaved(f"{out_of_memory(error) or error}; {advice}") from error
         run.adapter = self.folder / self.what
         if run.end in ("finished", "out of data"):

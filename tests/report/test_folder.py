@@ -71,6 +71,10 @@ def test_a_last_write_that_fails_is_no_bad_input_and_says_what_stands(tmp_path, 
     with pytest.raises(NotSaved, match=f"No space left on device; {said}"):
         folder.on_end(run)
     assert run.adapter is None and (tmp_path / "run" / "checkpoint").exists() is kept
+    folder._best = tmp_path / "run" / "adapter-best"
+    said = said if kept else r"what was trained is lost but for the best so far, \S+/adapter-best, since no"
+    with pytest.raises(NotSaved, match=said):
+        folder.on_end(run)
 
 
 def test_settings_and_machine_are_written_at_the_start(tmp_path):
