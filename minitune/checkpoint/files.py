@@ -56,9 +56,19 @@ def open_regular(path: Path) -> FileIO:
         raise InputError(f"{path}: cannot be opened: {error}") from None
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[FileIO]:
+    """`open_regular`, and InputError too where the disk does not give what it has."""
+    with open_regular(path) as file:
+        try:
+            yield file
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
 def sha256_of(path: Path) -> str:
     """Of the file's bytes, in hexadecimal digits."""
-    with open_regular(path) as file:
+    with readable(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -84,13 +94,13 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
 
 
-def parse_json(raw: bytes, where: str) -> Any:
+def parse_json(raw: bytes, where: str, most: int = MAX_JSON_ITEMS) -> Any:
     """JSON as RFC 8259 has it and no more: UTF-8, no name twice, no NaN, no lone surrogate, bounded size and nesting.
 
     ``where`` names the source in the InputError that everything else raises.
     """
-    if sum(map(raw.count, (b",", b"[", b"{", b"\\"))) > MAX_JSON_ITEMS:
-        raise InputError(f"{where}: holds more than {MAX_JSON_ITEMS:,} JSON values and escapes")
+    if sum(map(raw.count, (b",", b"[", b"{", b"\\"))) > most:
+        raise InputError(f"{where}: holds more than {most:,} JSON values and escapes")
     try:
         value = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_constant
@@ -110,7 +120,7 @@ def parse_json(raw: bytes, where: str) -> Any:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file of at most MAX_JSON_FILE bytes. Raises InputError."""
-    with open_regular(path) as file:
+    with readable(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_JSON_FILE:
             raise InputError(f"{path}: has {size:,} bytes; at most {MAX_JSON_FILE:,} are read")

@@ -1,16 +1,17 @@
 """Checkpoints: all that an interrupted run needs to go on bit for bit, in a folder that holds a whole one at any time.
 
 A checkpoint is two files. step-N.json has the micro-batches that are done, what the run is made of (`about`), the
-evaluations, and the SHA-256 of step-N.safetensors. That has the trained weights as the optimizer moves them (fp32), its
-state, the states of torch's generators, and the records of the steps. The JSON comes when the tensors are written and
-synced: without it there is no checkpoint. The last two stay: where bytes of the newer one are not those that were
-written, a run goes on from the older one.
+evaluations, and two SHA-256: of step-N.safetensors, and of itself without that one. The other file has the trained
+weights as the optimizer moves them (fp32), its state, the states of torch's generators, and the records of the steps.
+The JSON comes when the tensors are written and synced: without it there is no checkpoint. The last two stay: where
+bytes of the newer one are not those that were written, a run goes on from the older one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from minitune.arguments import short
 from minitune.checkpoint.fields import integer, text
-from minitune.checkpoint.files import discard, json_bytes, open_regular, parse_json, sha256_of, staged, sweep
+from minitune.checkpoint.files import discard, json_bytes, parse_json, readable, sha256_of, staged, sweep
 from minitune.checkpoint.reader import SPOILT, Checkpoint
 from minitune.checkpoint.safetensors_header import AGAIN
 from minitune.checkpoint.writer import Summed, write_safetensors
@@ -32,7 +33,11 @@ from minitune.training.optimizers import FlatOptimizer
 from minitune.training.run import EvaluationRecord, Run, SampleAnswer, StepRecord
 
 FOLDER = "checkpoint"
-FORMAT = 3
+FORMAT = 4
+OWN = "own_sha256"
+"""Of the JSON's bytes without this field, its last one."""
+MOST = 1_000_000_000
+"""Values of a checkpoint's JSON; it has the answers to every question at every evaluation."""
 RECORDS = "run/records"
 """A row a step, the fields of StepRecord as fp64 (which holds each of its integers), seen as bytes."""
 _ANEW = "the checkpoint is damaged, and the run cannot be resumed; begin anew in another folder"
@@ -92,7 +97,8 @@ class Checkpoints:
             with staging.open(tensors.name) as file:    # takes its name before the JSON that stands for it
                 summed = Summed(file)
                 write_safetensors(summed, _tensors(position, model, optimizer, run))
-            staging.write(told.name, json_bytes({**content, "sha256": summed.sha256}))
+            content["sha256"] = summed.sha256
+            staging.write(told.name, json_bytes({**content, OWN: _own(content)}))
         self.step = position.step
 
     def _remove_others(self) -> None:
@@ -191,15 +197,22 @@ def read(folder: Path) -> Saved:
     raise fault or InputError(f"{folder}: holds no checkpoint; begin anew in another folder")
 
 
+def _own(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json_bytes(content)).hexdigest()
+
+
 def _read(folder: Path, step: int) -> Saved:
     """The checkpoint of that step. InputError where its bytes are not those that were written."""
     tensors, path = _files(folder, step)
-    with open_regular(path) as file:
-        found = parse_json(file.readall(), str(path))
+    with readable(path) as file:
+        found = parse_json(file.readall(), str(path), MOST)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise InputError(f"{path}: its format is {short(found.get('format') if isinstance(found, dict) else found)}; "
                          f"this version of minitune goes on from format {FORMAT} alone; resume with the version that "
                          "began the run, or begin anew in another folder")
+    if found.pop(OWN, None) != _own(found):
+        raise InputError(f"{path}: its SHA-256 is not the one that it has as {OWN}, so some of its bytes are not those "
+                         f"that were written; {_ANEW}")
     if found.get("step") != step:
         raise InputError(f"{path}: step is {short(found.get('step'))}, not that of its name; {_ANEW}")
     micro_batches = integer(str(path), "micro_batches", found.get("micro_batches"), low=step)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load
 
+from minitune.checkpoint.files import json_bytes
 from minitune.checkpoint.writer import write_safetensors
 from minitune.config import Training
 from minitune.errors import InputError
-from minitune.training.checkpoint import read, remove, steps
+from minitune.training.checkpoint import OWN, read, remove, steps
+from minitune.training.run import EvaluationRecord, SampleAnswer
 from tests.training.stopping import Stop, checkpoints, data, train
+
+MEMORY = Path("/proc/self/mem")
 
 
 def _truncate(folder):
@@ -24,9 +29,19 @@ def _truncate(folder):
 def _change(**fields):
     def change(folder):
         path = folder / "step-3.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+        content = {**json.loads(path.read_text()), **fields}
+        del content[OWN]
+        path.write_bytes(json_bytes({**content, OWN: hashlib.sha256(json_bytes(content)).hexdigest()}))
 
     return change
+
+
+def _replace(old, new):
+    def replace(folder):
+        path = folder / "step-3.json"
+        path.write_text(path.read_text().replace(old, new))
+
+    return replace
 
 
 def _tensor(name, change, summed=True):
@@ -48,7 +63,10 @@ def _tensor(name, change, summed=True):
     (lambda folder: (folder / "step-3.json").write_text("{"), "step-3.json", "is not valid JSON"),
     (lambda folder: (folder / "step-3.json").write_text("[]"), "step-3.json", r"its format is \[\]"),
     (lambda folder: (folder / "step-3.json").unlink(), "", "holds no checkpoint; begin anew in another folder"),
-    (_change(format=1), "step-3.json", "its format is 1; this version of minitune goes on from format 3 alone"),
+    (_change(format=1), "step-3.json", "its format is 1; this version of minitune goes on from format 4 alone"),
+    (_replace('"micro_batches": 3', '"micro_batches": 4'), "step-3.json", "its SHA-256 is not the one that it has as"),
+    (_replace("a test", "a text"), "step-3.json", "its SHA-256 is not the one that it has as own_sha256, so some of"),
+    (_replace(OWN, "other"), "step-3.json", "its SHA-256 is not the one that it has as own_sha256"),
     (_change(sha256=None), "step-3.json", "sha256 is None"),
     (_change(step="3"), "step-3.json", "step is '3', not that of its name"),
     (_change(step=2), "step-3.json", "step is 2, not that of its name"),
@@ -91,8 +109,17 @@ def _flip(path):
     path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
 
 
+def _unreadable(path):
+    """A file whose bytes the disk does not give."""
+    if not MEMORY.exists():
+        pytest.skip("no regular file here that cannot be read")
+    path.unlink()
+    path.symlink_to(MEMORY)     # its first page is never there: EIO
+
+
 @pytest.mark.parametrize(("end", "damage"), [("safetensors", _flip), ("safetensors", lambda path: path.unlink()),
-                                             ("json", _flip), ("json", lambda path: path.write_bytes(b""))])
+                                             ("json", _flip), ("json", lambda path: path.write_bytes(b"")),
+                                             ("safetensors", _unreadable), ("json", _unreadable)])
 def test_where_the_newer_checkpoint_is_damaged_the_run_goes_on_from_the_older_and_says_so(fakes, tmp_path, end, damage):
     training = Training(lr=0.05, epochs=2, save_every=3)
     folder, straight, other, heard = tmp_path / "checkpoint", fakes.TinyModel(), fakes.TinyModel(), Stop(99)
@@ -125,3 +152,15 @@ def test_what_somebody_else_keeps_beside_the_checkpoints_stays(fakes, tmp_path):
     assert steps(folder) == [4, 3]
     remove(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["mine", "notes.txt"]
+
+
+def test_whatever_the_model_answered_can_be_read_again(fakes, tmp_path):
+    answers = (SampleAnswer(question="?", answer=", " * 1_100_000 + "\u2028\x00\ufffd"),)
+
+    def asked(step, end):
+        return EvaluationRecord(step=step, seconds=0.1, answers=answers)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(fakes, fakes.TinyModel(), data(fakes), Training(), observers=[Stop(3)], evaluate=asked,
+              checkpoints=checkpoints(tmp_path))
+    assert read(tmp_path / "checkpoint").evaluations[0].answers == answers
