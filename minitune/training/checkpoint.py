@@ -112,8 +112,7 @@ class Checkpoints:
                 discard(path)
 
     def restore_weights(self, model: torch.nn.Module, optimizer: FlatOptimizer) -> int:
-        """Put the weights of the last checkpoint that is whole into the model -> its step. InputError where there is
-        none."""
+        """Put the weights of the newest whole checkpoint into the model -> its step. InputError where there is none."""
         saved = read(self.folder)
         with Checkpoint.open_file(saved.tensors) as source:
             _read_weights(source, model, optimizer)

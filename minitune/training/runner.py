@@ -136,7 +136,7 @@ class Runner:
         if isinstance(error, TrainingDiverged):
             self.run.end = "diverged"
             if self.checkpoints is not None and self.checkpoints.step is not None and not self._is_sound():
-                self.run.restored = self.checkpoints.restore_weights(self.model, self.optimizer)
+                self._fall_back(error, self.checkpoints)
             return
         self.run.end = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         if self.checkpoints is None:
@@ -146,10 +146,21 @@ class Runner:
                 self._take()
             self._save(self.checkpoints)
         elif self.torn and self.checkpoints.step is not None:
-            self.run.restored = self.checkpoints.restore_weights(self.model, self.optimizer)
+            self._fall_back(error, self.checkpoints)
         self.run.checkpoint = self.checkpoints.step
         if self.run.checkpoint is not None:
             error.add_note(f"The run is kept as it was after step {self.run.checkpoint}; resume goes on from there.")
+
+    def _fall_back(self, error: BaseException, checkpoints: Checkpoints) -> None:
+        """Put the last checkpoint's weights in the place of spoilt ones; what is damaged of it goes into the error."""
+        try:
+            self.run.restored = checkpoints.restore_weights(self.model, self.optimizer)
+        except InputError as fault:
+            error.add_note(f"But no checkpoint can be read, so nothing is saved: {fault}")
+        else:
+            if self.run.restored != checkpoints.step:
+                error.add_note(f"But the checkpoint after step {checkpoints.step} is damaged: what is saved is from "
+                               f"the one before it, after step {self.run.restored}.")
 
     def _is_due(self, step: int, checkpoints: Checkpoints) -> bool:
         """Whether ``save_every`` asks for a checkpoint after this step, and there is none of it yet. Where the last

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import shutil
 import warnings
 
@@ -220,6 +221,28 @@ def test_a_divergence_leaves_the_weights_of_the_last_checkpoint(tiny, data, tmp_
                  ask=["Number 3 is"], max_new_tokens=3)
     saved = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (tmp_path / "a", out)]
     assert saved[0] == saved[1] and (out / "checkpoint").is_dir()
+
+
+@pytest.mark.parametrize(("damaged", "restored", "said"), [
+    ((4,), 2, "the checkpoint after step 4 is damaged: what is saved is from the one before it, after step 2"),
+    ((2, 4), None, r"no checkpoint can be read, so nothing is saved: .*step-4\.safetensors: its SHA-256 is not")])
+def test_a_divergence_says_which_checkpoint_was_damaged(tiny, data, tmp_path, damaged, restored, said):
+    out, trained, runs = tmp_path / "run", model(tiny), []
+
+    class Spoil(Observer):
+        def on_step(self, record):
+            if record.step == 5:
+                trained.trainable_parameters()[0].data.fill_(float("nan"))
+                for number in damaged:
+                    (out / "checkpoint" / f"step-{number}.safetensors").write_bytes(b"")
+
+        def on_end(self, run):
+            runs.append(run)
+
+    with pytest.raises(mt.TrainingDiverged, match="The trained weights are spoilt") as ended:
+        mt.train(trained, data, out=out, tokens=64, epochs=3, lr=1e-2, save_every=2, observers=[Spoil()], ask=())
+    assert runs[0].restored == restored and (out / "adapter").is_dir() is (restored is not None)
+    assert [re.search(said, note) is not None for note in ended.value.__notes__] == [True]
 
 
 def test_another_base_is_told_by_its_weights_and_the_same_may_lie_elsewhere(tiny, tmp_path):
