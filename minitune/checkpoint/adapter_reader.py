@@ -94,7 +94,8 @@ def read_adapter(folder: str | Path) -> tuple[LoRA, dict[str, AdapterTensors]]:
     if not (folder / TENSORS).exists():
         raise InputError(f"{folder / TENSORS}: there is no such file; copy it from where {CONFIG} comes")
     with Checkpoint.open_file(folder / TENSORS) as checkpoint:
-        _check_sum(folder)
+        if "peft_version" not in raw:       # else PEFT has written the folder anew since
+            _check_sum(folder)
         dora = flag(where, "use_dora", raw.get("use_dora", False) or False)
         tensors = _read_tensors(checkpoint, folder / TENSORS, dora)
     rank, alpha = integer(where, "r", raw.get("r", 8)), number(where, "lora_alpha", raw.get("lora_alpha", 8))

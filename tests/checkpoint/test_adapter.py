@@ -219,6 +219,10 @@ def test_one_flipped_bit_is_found_and_an_adapter_without_a_sum_is_read_as_ever(t
         (tmp_path / ABOUT).write_text(said)
         with pytest.raises(InputError, match=f"^{re.escape(str(path))}: its SHA-256 is not the one in {ABOUT}: the "):
             read_adapter(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"peft_version": "0.21.2"}))     # PEFT has saved it there since
+    assert read_adapter(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
     (tmp_path / ABOUT).write_text("{}")
     assert not torch.equal(read_adapter(tmp_path)[1][module_path(0, "q_proj")].B, good[module_path(0, "q_proj")].B)
     (tmp_path / ABOUT).unlink()
