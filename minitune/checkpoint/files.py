@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import math
@@ -25,6 +26,8 @@ MAX_JSON_FILE = 16 << 20
 MAX_JSON_ITEMS = 1_000_000
 """The most values in one JSON text, so that parsing takes bounded time; the largest published header has about 10^5."""
 
+_NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
+"""Of a folder: network file systems that sync files alone say one of the first three."""
 _HIDDEN = re.compile(r"\.(.+)\.[0-9]+\.(tmp|old)")
 
 def listing(lines: list[str], most: int = 20) -> str:
@@ -138,13 +141,18 @@ def json_bytes(value: object) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames within ``folder`` last through a power cut, where the system lets a folder be synced."""
+    """Make renames within ``folder`` last through a power cut, where the system, the file system and the folder's
+    permissions let it be synced."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_SYNC:
+                raise
 
 
 def discard(path: Path) -> None:

@@ -3,7 +3,10 @@ a killed process leaves behind."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -145,3 +148,21 @@ def test_a_folder_that_was_made_for_what_failed_goes(tmp_path):
     with staged(tmp_path / "new") as staging:
         staging.write("a", b"1")
     assert found(tmp_path) == {"new/a": "1"}
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.EINVAL, None), (errno.EACCES, None), (errno.EIO, "EIO")])
+def test_a_file_system_that_syncs_files_alone_is_enough(tmp_path, monkeypatch, number, told):
+    sync = os.fsync
+
+    def files_alone(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, errno.errorcode[number])
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    with pytest.raises(InputError, match=told) if told else nullcontext():
+        with staged(tmp_path) as staging:
+            staging.write("a", b"1")
+        with replaced(tmp_path / "best") as new:
+            fill(new, b="2")
+    assert found(tmp_path) == ({"a": "1"} if told else {"a": "1", "best/b": "2"})
