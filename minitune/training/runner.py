@@ -139,6 +139,9 @@ class Runner:
                 self._fall_back(error, self.checkpoints)
             return
         self.run.end = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        if self.torn and self.position.step:
+            error.add_note(f"Step {self.position.step + 1} broke off within its update, so what was trained has a part "
+                           "of it.")
         if self.checkpoints is None:
             return
         if self.position.step and not self.torn:
