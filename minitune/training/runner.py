@@ -139,16 +139,17 @@ class Runner:
                 self._fall_back(error, self.checkpoints)
             return
         self.run.end = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        kept = None if self.checkpoints is None else self.checkpoints.step
         if self.torn and self.position.step:
-            error.add_note(f"Step {self.position.step + 1} broke off within its update, so what was trained has a part "
-                           "of it.")
+            error.add_note(f"Step {self.position.step + 1} broke off within its update: what was trained has a part of "
+                           f"it{'' if kept is None else f', and the weights of step {kept} take its place'}.")
         if self.checkpoints is None:
             return
         if self.position.step and not self.torn:
             while self.waiting:
                 self._take()
             self._save(self.checkpoints)
-        elif self.torn and self.checkpoints.step is not None:
+        elif self.torn and kept is not None:
             self._fall_back(error, self.checkpoints)
         self.run.checkpoint = self.checkpoints.step
         if self.run.checkpoint is not None:

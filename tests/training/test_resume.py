@@ -154,7 +154,9 @@ def test_an_error_within_an_update_writes_no_checkpoint(fakes, tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="out of memory") as ended:
         train(fakes, fakes.TinyModel(), data(fakes), Training(save_every=2), checkpoints=checkpoints(tmp_path),
               observers=[stop])
-    assert ended.value.__notes__[0] == "Step 4 broke off within its update, so what was trained has a part of it."
+    assert ended.value.__notes__[0] == (
+        "Step 4 broke off within its update: what was trained has a part of it, and the weights of step 2 take its "
+        "place.")
     assert read(tmp_path / "checkpoint").step == 2 and (stop.run.end, stop.run.checkpoint) == ("failed", 2)
 
 
