@@ -83,7 +83,8 @@ def _run(args: list[str]) -> None:
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,
                   file: TextIO | None = None, line: str | None = None) -> None:
     """Without the place in our source that Python shows."""
-    print(f"minitune: warning: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):      # nobody reads it any more, as Python's own does
+        print(f"minitune: warning: {message}", file=sys.stderr)
 
 
 def _ending(error: Exception) -> tuple[int | None, str]:

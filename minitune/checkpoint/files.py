@@ -28,7 +28,8 @@ MAX_JSON_ITEMS = 1_000_000
 
 _NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
 """Of a folder: network file systems that sync files alone say one of the first three."""
-_HIDDEN = re.compile(r"\.(.+)\.[0-9]+\.(tmp|old)")
+_HIDDEN = re.compile(r"\.([^/]+)\.[0-9]+\.(tmp|old)")
+
 
 def listing(lines: list[str], most: int = 20) -> str:
     """Indented lines, cut after ``most`` with a count of the rest."""
@@ -189,7 +190,8 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
+        place = _HIDDEN.sub(r"\1", str(error.filename or folder))      # a user knows the name that it is written for
+        raise InputError(f"{place}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -28,6 +28,9 @@ def check_free(folder: Path) -> None:
     if checkpoint.steps(folder / checkpoint.FOLDER):
         raise InputError(f"{folder} exists already, with a run that did not end: go on with it (--resume, in Python "
                          "resume=True), name another folder, or remove it")
+    if folder.is_symlink() and not folder.exists():
+        raise InputError(f"{folder} is a link to {os.readlink(folder)}, which is not there; make that folder, or name "
+                         "another one")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already; name another folder, or remove it")
 
@@ -63,9 +66,11 @@ def _is_quantized(base: Any) -> bool:
 
 def run_folder(folder: Path, save: Callable[[Path], None], sound: Callable[[], bool], what: str,
                config: Mapping[str, Any]) -> list[Observer]:
-    """The observers that fill `folder`: see RunFolder; metrics.jsonl, answers.jsonl and loss.png beside it."""
+    """The observers that fill `folder`: see RunFolder; metrics.jsonl, answers.jsonl and loss.png beside it. Last comes
+    what removes the checkpoint: a process that is killed before all is written can be resumed."""
     return [RunFolder(folder, save, sound, what, config), MetricsFile(folder / "metrics.jsonl"),
-            AnswersFile(folder / "answers.jsonl"), LossPlot(folder / "loss.png")]
+            AnswersFile(folder / "answers.jsonl"), LossPlot(folder / "loss.png"),
+            Finished(folder / checkpoint.FOLDER)]
 
 
 class RunFolder(Observer):
@@ -74,9 +79,8 @@ class RunFolder(Observer):
 
     `save` writes what is trained into a folder, and `sound` tells whether all of it is finite. A run that Ctrl-C or an
     error stopped keeps what its last step made, if that is sound; so does one that diverged, or else what its last
-    checkpoint held, if there is one; one that ended before its first step leaves nothing. The checkpoint of a run that
-    came to its end is removed. Each file, and each folder that `save` fills, takes its name when it is whole, and the
-    older one is there until then.
+    checkpoint held, if there is one; one that ended before its first step leaves nothing. Each file, and each folder
+    that `save` fills, takes its name when it is whole, and the older one is there until then.
     """
 
     def __init__(self, folder: str | Path, save: Callable[[Path], None], sound: Callable[[], bool], what: str,
@@ -149,8 +153,17 @@ class RunFolder(Observer):
                       f"what was trained is lost{best}, since no checkpoint was kept on the way (save_every)")
             raise NotSaved(f"{out_of_memory(error) or error}; {advice}") from error
         run.adapter = self.folder / self.what
-        if run.end in ("finished", "out of data"):
-            checkpoint.remove(self.folder / checkpoint.FOLDER)
+
+
+class Finished(Observer):
+    """Removes the checkpoints in `folder` when a run has come to its end and what it trained is saved."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_end(self, run: Run) -> None:
+        if run.adapter is not None and run.end in ("finished", "out of data"):
+            checkpoint.remove(self.folder)
 
 
 def plain(value: Any) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from minitune.checkpoint.files import staged
 from minitune.errors import NotSaved
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord
 from minitune.training.runner import is_told
@@ -22,10 +22,8 @@ class JsonLines:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(path.name + ".new")
-        fresh.write_text("", encoding="utf-8")
-        os.replace(fresh, path)
+        with staged(path.parent) as staging:
+            staging.write(path.name, b"")
         self._path = path
         self._file: TextIO = path.open("a", encoding="utf-8")
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from minitune.report.ledger import print_ledgers
-from minitune.report.terminal import say
+from minitune.report.terminal import WhileItTakes, say
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord
 
 PLAIN_LINES = 20
@@ -52,7 +52,7 @@ class ProgressLines(Observer):
     """One line for the first, the last and about every twentieth part of the steps, and one for each evaluation."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+        self.stream = cast(TextIO, WhileItTakes(stream))
         self._info: RunInfo | None = None
         self._started = 0.0
         self._done = 0      # steps of an earlier process
@@ -126,7 +126,8 @@ class ProgressBar(Observer):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.stream, self.console = stream, Console(file=stream)
+        self.stream = cast(TextIO, WhileItTakes(stream))
+        self.console = Console(file=self.stream)
         self._bar: Any = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None),
                                   TextColumn("{task.description}"), TextColumn("left"), TimeRemainingColumn(),
                                   console=self.console, expand=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TextIO
+from contextlib import suppress
+from typing import Any, TextIO
 from unicodedata import category
 
 MARKS = "\u061c\u200e\u200f"
@@ -36,6 +37,26 @@ def say(text: str, stream: TextIO) -> None:
     """Print text that a stream of a narrow encoding can't hold with a ? for each character that it lacks."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), file=stream)
+
+
+class WhileItTakes:
+    """A stream whose writes are lost, without an error, once its terminal was closed or its reader has gone: what only
+    shows a run's progress does not end it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _written_out(character: str) -> str:

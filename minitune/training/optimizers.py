@@ -111,8 +111,8 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         """Forget all gradients. Those of small parameters are zeroed in one call and stay views, never None; those of
         large ones are None, as torch makes them.
 
-        `set_to_none` keeps torch's meaning at the next step: a parameter without a new gradient is skipped (True) or
-        takes part with a zero gradient (False).
+        At the next step a parameter without a new gradient is skipped (`set_to_none`), or takes part with a zero one;
+        with torch that is so for those alone that had one before.
         """
         self._scale = None
         for flats in self._flats:

@@ -80,6 +80,12 @@ def test_where_the_new_one_cannot_take_its_name_the_old_one_has_its_own_again(tm
     assert found(tmp_path) == {"best/a": "1"} and os.listdir(tmp_path) == ["best"]
 
 
+def test_what_cannot_be_written_has_the_name_that_a_user_knows(tmp_path):
+    with pytest.raises(InputError) as raised, replaced(tmp_path / "best.of") as new:
+        (new / "missing" / "a").write_text("")
+    assert str(raised.value) == f"{tmp_path}/best.of/missing/a: cannot be written: No such file or directory"
+
+
 def test_a_file_of_that_name_is_no_folder_to_replace(tmp_path):
     fill(tmp_path, best="mine")
     with pytest.raises(InputError, match="cannot be written"), replaced(tmp_path / "best") as new:

@@ -195,6 +195,9 @@ def test_a_folder_is_free_if_it_is_new_or_empty(tmp_path):
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(InputError, match="exists already; name another folder"):
             check_free(taken)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(InputError, match="link is a link to nowhere, which is not there; make that folder, or"):
+        check_free(tmp_path / "link")
 
 
 def test_the_environment_names_no_user_and_no_host(monkeypatch, tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -150,6 +152,18 @@ def test_plain_progress_says_what_matters():
     assert len(lines) == 1 + 21 + 1 and lines[-2].startswith("step 200/200")
     assert lines[-1] == ("finished: 200 steps; 20,000 tokens (12,000 trained, rows 100% full) in 0:10; 2,000 tokens/s "
                          "overall, 2,000 steady; final loss 0.0150")
+
+
+@pytest.mark.parametrize("shown", [ProgressLines, ProgressBar])
+def test_a_run_goes_on_unseen_when_nobody_listens_any_more(shown):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), open(writer, "w") as stream:
+        observer = shown(stream)
+        observer.on_note("a")
+        play(observer)
+        with pytest.raises(BrokenPipeError):
+            stream.flush()
 
 
 def test_the_summary_tells_filler_and_what_was_lost():

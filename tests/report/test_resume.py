@@ -9,7 +9,7 @@ import math
 import pytest
 
 from minitune.config import Training
-from minitune.report.folder import RunFolder
+from minitune.report.folder import RunFolder, run_folder
 from minitune.report.metrics import AnswersFile, MetricsFile
 from minitune.report.progress import ProgressBar, ProgressLines, summary
 from minitune.training.run import EvaluationRecord, Run, RunInfo, SampleAnswer, StepRecord
@@ -69,8 +69,23 @@ def test_the_checkpoint_goes_with_the_end(tmp_path, end, restored, kept, saved):
     (tmp_path / "checkpoint" / "step-1.json").write_text("{}")
     run, done = going_on([]), []
     run.end, run.restored = end, restored
-    RunFolder(tmp_path, lambda path: done.append(path.name.split(".")[1]), lambda: True, "adapter", {}).on_end(run)
+    folder = run_folder(tmp_path, lambda path: done.append(path.name.split(".")[1]), lambda: True, "adapter", {})
+    for observer in folder[:-1]:
+        observer.on_end(run)
+        assert (tmp_path / "checkpoint").exists()       # until all that the run leaves is written
+    folder[-1].on_end(run)
     assert (tmp_path / "checkpoint").exists() == kept and done == (["adapter"] if saved else [])
+
+
+def test_a_checkpoint_stays_where_what_was_trained_is_not_saved(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "step-1.json").write_text("{}")
+    run = going_on([])
+    run.end = "finished"
+    with pytest.warns(UserWarning, match="adapter is not written"):
+        for observer in run_folder(tmp_path, lambda path: None, lambda: False, "adapter", {}):
+            observer.on_end(run)
+    assert run.adapter is None and (tmp_path / "checkpoint" / "step-1.json").is_file()
 
 
 def test_the_files_are_written_anew_up_to_the_checkpoint(tmp_path):
