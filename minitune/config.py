@@ -194,6 +194,9 @@ class Training:
     evaluate_every: int | None = None
     """Evaluate the validation data and ask the sample questions every so many steps, and before and after training; by
     default the data about ten times in the run, the questions only before and after."""
+    spikes: Literal["warn", "skip", "stop"] = "warn"
+    """A step whose loss or gradient norm stands more than six standard deviations above the 128 before it: tell of it,
+    leave it out, or leave it out and end the run, which can then be resumed."""
     max_skipped: int = 3
     """A step whose loss or gradient is not finite is left out; more than so many in a row end the run."""
     save_every: int | None = None

@@ -125,7 +125,7 @@ def uses(folder: Path) -> None:
 
     import minitune as mt
     from minitune.ops import checks, tuning
-    from minitune.training import runner
+    from minitune.training import runner, spikes
     from tests.batches import documents, packed
     from tests.oracles import make
 
@@ -163,6 +163,10 @@ def uses(folder: Path) -> None:
         with mock.patch.object(runner, "gradients", not_at_once):
             assert len(mt.train(model, batches, tokens=64, quiet=True).records) == 3
 
+    def spikes_skipped(model: Any) -> None:
+        with mock.patch.object(spikes, "LEAST", 1):
+            mt.train(model, batches, epochs=2, tokens=64, log_every=100, micro_batches=2, quiet=True, spikes="skip")
+
     def save(model: Any) -> None:
         model.save_adapter(folder / "adapter")
         model.save_merged(folder / "merged")
@@ -171,6 +175,7 @@ def uses(folder: Path) -> None:
                                                 quiet=True))
     report("train, out", run, lambda model: mt.train(model, batches, tokens=64, out=folder / "run", save_every=2,
                                                      valid=batches[:1], moments="8bit", quiet=True))
+    report("train, spikes skipped", run, spikes_skipped)
     report("train, out of memory", run, out_of_memory)
     report("tune", tune)
     report("evaluate", run, lambda model: mt.evaluate(model, batches))

@@ -29,8 +29,8 @@ from minitune.training import checkpoint
 from minitune.training.checkpoint import Saved
 from minitune.training.step import Objective
 
-FREE = ("log_every", "evaluate_every", "max_skipped", "save_every")
-"""Settings of the training that change no step, so that a run may go on with others."""
+FREE = ("log_every", "evaluate_every", "max_skipped", "save_every", "spikes")
+"""Settings of the training with others of which a run may go on: they change no step as long as nothing goes wrong."""
 SAMPLED = 4096
 """As many values of a frozen weight tell it from another."""
 SHOWN = 5

@@ -70,7 +70,7 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
     validation loss); for a model loaded with train=… they are model/ and model-best/. Ctrl-C keeps what was trained,
     and a checkpoint.
     resume: go on with the run in `out` from its checkpoint, as if it had not been interrupted. Model, data and settings
-    must be the same; ``log_every``, ``evaluate_every``, ``max_skipped`` and ``save_every`` may be others.
+    must be the same; ``log_every``, ``evaluate_every``, ``max_skipped``, ``save_every`` and ``spikes`` may be others.
     ask: questions, texts or lists of messages, answered greedily before and after training, and at each
     evaluation where ``evaluate_every`` is set; with `out` and a path by default the data's first three prompts.
     objective: what is minimised in place of the loss of the next token, a function of (model, batch) that gives (sum of

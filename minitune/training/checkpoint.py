@@ -33,7 +33,7 @@ from minitune.training.optimizers import FlatOptimizer
 from minitune.training.run import EvaluationRecord, Run, SampleAnswer, StepRecord
 
 FOLDER = "checkpoint"
-FORMAT = 4
+FORMAT = 5
 OWN = "own_sha256"
 """Of the JSON's bytes without this field, its last one."""
 MOST = 1_000_000_000
@@ -170,7 +170,8 @@ class Saved:
         always = [i for i, each in enumerate(names) if each.name not in ("loss", "grad_norm")]
         if not bool(values[:, always].isfinite().all()):
             raise InputError(f"{self.tensors}: {RECORDS} holds values that are not finite; {_ANEW}")
-        return [StepRecord(**{each.name: int(value) if each.type == "int" else value
+        kinds: dict[Any, Callable[[float], Any]] = {"int": int, "bool": bool, "float": float}
+        return [StepRecord(**{each.name: kinds[each.type](value)
                               for each, value in zip(names, row, strict=True)}) for row in values.tolist()]
 
 

@@ -1,4 +1,4 @@
-"""LeftOut: a run's steps whose loss or gradient was not finite, and which changed nothing: counted, named, too many."""
+"""LeftOut: a run's steps that changed nothing, as their loss or gradient was not finite or a spike: counted, named."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ class LeftOut:
 
     def resume(self, records: Sequence[StepRecord]) -> None:
         """Go on behind the steps of an interrupted run."""
-        self.in_a_row = sum(1 for _ in takewhile(lambda record: not record.taken, reversed(records)))
+        self.in_a_row = sum(1 for _ in takewhile(lambda record: record.left_out, reversed(records)))
 
     def seen(self, record: StepRecord) -> bool:
         """Whether this step, the next one, was left out."""
-        self.in_a_row = 0 if record.taken else self.in_a_row + 1
-        return not record.taken
+        self.in_a_row = self.in_a_row + 1 if record.left_out else 0
+        return record.left_out
 
     @property
     def too_many(self) -> bool:
         return self.in_a_row > self.allowed
 
-    def told(self, record: StepRecord, pieces: Sequence[int]) -> str:
-        """What was left out, in a sentence without its end."""
+    def told(self, record: StepRecord, pieces: Sequence[int], spike: str = "") -> str:
+        """A step that was left out, or is a spike, in a sentence without its end."""
+        found = [*filter(None, [spike]), *(["left out, it changes no weight"] if record.left_out else [])]
         alike = f", the last of {self.in_a_row} such steps in a row" if self.in_a_row > 1 else ""
         names = ", ".join(self.name_of(piece) for piece in pieces[:NAMED])
         more = f" and {len(pieces) - NAMED:,} more" if len(pieces) > NAMED else ""
         source = f"; it read {names}{more}" if names else ""
-        return f"{numbers(record)}: left out, it changes no weight{alike}{source}"
+        return f"{numbers(record)}: {', '.join(found)}{alike}{source}"
 
 
 def numbers(record: StepRecord) -> str:

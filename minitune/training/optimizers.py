@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -106,6 +107,11 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         if not max_norm and asks(self._scale.device) and not self._scale.isnan():
             self._scale = None      # one pass less over the gradients, where asking costs nothing
         return norm
+
+    def step_only_if(self, sound: Tensor) -> None:
+        """The next `step` changes nothing where `sound` (bool, 0-dim, on the device, which is not asked) is False."""
+        scale = torch.ones((), device=sound.device) if self._scale is None else self._scale
+        self._scale = torch.where(sound, scale, math.nan)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients. Those of small parameters are zeroed in one call and stay views, never None; those of

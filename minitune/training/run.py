@@ -33,7 +33,8 @@ class StepRecord:
     step before to the end of this one, data included and evaluations not; ``n_tokens`` counts all positions.
     ``n_filler`` of them are what packing left of the rows: work for the device, but no token of the data, so the rates
     and ``flops`` (training/flops.py; 0 where not known) leave them out. ``memory`` is the peak so far, in bytes:
-    tensors on a GPU, else the process.
+    tensors on a GPU, else the process. ``left_out``: the step changed no weight, since its loss or the norm is not
+    finite, or is a spike that the settings leave out (training/spikes.py).
     """
 
     step: int
@@ -46,15 +47,11 @@ class StepRecord:
     n_filler: int = 0
     flops: float = 0.0
     memory: int = 0
+    left_out: bool = False
 
     @property
     def tokens_per_second(self) -> float:
         return (self.n_tokens - self.n_filler) / self.seconds if self.seconds > 0 else 0.0
-
-    @property
-    def taken(self) -> bool:
-        """Whether it changed the weights: not where its loss or its gradient's norm is not finite."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +115,8 @@ class Run:
 
     @property
     def skipped(self) -> int:
-        """Steps that were left out, since their loss or gradient was not finite."""
-        return sum(not r.taken for r in self.records)
+        """Steps that were left out."""
+        return sum(r.left_out for r in self.records)
 
     @property
     def losses(self) -> list[float]:

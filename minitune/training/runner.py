@@ -24,6 +24,7 @@ from minitune.training.optimizers import FlatOptimizer
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord, tell
 from minitune.training.schedule import learning_rate, warmup_of
 from minitune.training.shortage import Shortage, free_what_hangs_on
+from minitune.training.spikes import NONE, Limits, limits
 from minitune.training.step import Objective, gradients, update
 
 Evaluate = Callable[[int, bool], EvaluationRecord | None]
@@ -33,8 +34,13 @@ EVALUATIONS = 10
 
 
 class TrainingDiverged(RuntimeError):
-    """The trained weights are no longer finite numbers, or step after step has no finite loss and gradient; the message
-    names the step and what to do."""
+    """The trained weights are no longer finite numbers, step after step was left out, or a spike is to end the run; the
+    message names the step and what to do. ``resumable``: the run ended before anything went wrong, and its state is
+    kept."""
+
+    def __init__(self, message: str, resumable: bool = False) -> None:
+        super().__init__(message)
+        self.resumable = resumable
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Runner:
         self.position, self.checkpoints, self.torn = position, checkpoints, False
         self.device = torch.device(run.info.device)
         self.lag = 0 if self.device.type == "cpu" else 1
+        self.skips = run.info.training.spikes != "warn"
         self.waiting: deque[_Launched] = deque()
         for record in run.records:      # of a run that goes on
             self._watch(record)
@@ -102,13 +109,15 @@ class Runner:
     def _launch(self, group: Group) -> None:
         """The work of one step, queued; with it ``position`` moves on, all or nothing."""
         info = self.run.info
-        lr = learning_rate(self.position.step, info.total_steps, info.training)
+        done = self.position.step
+        lr = learning_rate(done, info.total_steps, info.training)
+        highest = limits(self.run.records, done - self.lag)
         loss, n_trained = self._gradients(group)
         with unbroken():
             self.torn = True
-            norm = update(self.optimizer, lr, info.training.clip, loss)
+            norm = update(self.optimizer, lr, info.training.clip, loss, highest if self.skips else NONE)
             self.position = self.position.after(len(group.rows), self.device)
-            self.waiting.append(_Launched(self.position.step, lr, loss, norm, n_trained, group, self.device))
+            self.waiting.append(_Launched(done + 1, lr, loss, norm, n_trained, group, highest, self.device))
             self.torn = False
 
     def _gradients(self, group: Group) -> tuple[Tensor, int]:
@@ -135,10 +144,12 @@ class Runner:
         and within an update, the weights of the last checkpoint, if there is one, take the place of spoilt ones."""
         if isinstance(error, TrainingDiverged):
             self.run.end = "diverged"
+        else:
+            self.run.end = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        if isinstance(error, TrainingDiverged) and not error.resumable:
             if self.checkpoints is not None and self.checkpoints.step is not None and not self._is_sound():
                 self._fall_back(error, self.checkpoints)
             return
-        self.run.end = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         kept = None if self.checkpoints is None else self.checkpoints.step
         if self.torn and self.position.step:
             error.add_note(f"Step {self.position.step + 1} broke off within its update: what was trained has a part of "
@@ -201,11 +212,14 @@ class Runner:
 
     def _settle(self) -> None:
         """Take the oldest step's record and tell the observers."""
-        record, pieces = self._take()
+        record, launched = self._take()
         if is_told(record, self.run.info):
             tell(self.observers, "on_step", record)
+        spike = launched.highest.told(record.loss, record.grad_norm)
         if self.left_out.seen(record):
-            self._leave_out(record, pieces)
+            self._leave_out(record, launched.pieces, spike)
+        elif spike:
+            tell(self.observers, "on_note", self.left_out.told(record, launched.pieces, spike))
         if record.step == 1 and record.grad_norm == 0:
             tell(self.observers, "on_note", NO_GRADIENT)
         if self._watch(record):
@@ -214,28 +228,31 @@ class Runner:
                  f"{self.divergence.median:.2f}, the first one was {self.divergence.first:.2f}; begin anew, "
                  f"{_gentler(self.run.info.training)}")
 
-    def _take(self) -> tuple[StepRecord, list[int]]:
-        """Read the oldest step's numbers, and record it: a step that was done is never without its record. With it the
-        documents that it read."""
+    def _take(self) -> tuple[StepRecord, _Launched]:
+        """Read the oldest step's numbers, and record it: a step that was done is never without its record."""
         with unbroken():
             launched = self.waiting.popleft()
             launched.mark.wait()
             loss, norm = launched.values.tolist()
+            spike = self.skips and launched.highest.told(loss, norm)
             record = StepRecord(step=launched.step, loss=loss, lr=launched.lr, grad_norm=norm,
                                 n_trained=launched.n_trained, n_tokens=launched.group.n_tokens,
                                 seconds=launched.mark.since(self.before), n_filler=launched.group.n_filler,
-                                flops=launched.group.flops, memory=peak_memory(self.device))
+                                flops=launched.group.flops, memory=peak_memory(self.device),
+                                left_out=bool(spike) or not (math.isfinite(loss) and math.isfinite(norm)))
             self.before = launched.mark
             self.run.records.append(record)
-        return record, launched.pieces
+        return record, launched
 
-    def _leave_out(self, record: StepRecord, pieces: Sequence[int]) -> None:
-        """Tell of a step that was not taken. TrainingDiverged where no other one would be."""
-        trained = any(before.taken for before in self.run.records)
+    def _leave_out(self, record: StepRecord, pieces: Sequence[int], spike: str) -> None:
+        """Tell of a step that was not taken. TrainingDiverged where no other one is to be."""
+        trained = any(not before.left_out for before in self.run.records)
         if not self._is_sound():
             advice = self._advice() if trained else f" and are not saved. {NO_UPDATE_YET}"
             raise TrainingDiverged(f"{numbers(record)}. The trained weights are spoilt{advice}")
-        told = self.left_out.told(record, pieces)
+        told = self.left_out.told(record, pieces, spike)
+        if spike and self.run.info.training.spikes == "stop":
+            raise TrainingDiverged(f"{told}. It ends the run, as spikes is stop", resumable=True)
         if self.left_out.too_many:
             gentler = ("The weights before them are kept; begin anew, without these samples or with a higher "
                        f"max_skipped, if it is they, else {_gentler(self.run.info.training)}")
@@ -244,7 +261,7 @@ class Runner:
 
     def _watch(self, record: StepRecord) -> bool:
         """Whether this step's loss shows that the run diverges."""
-        if not record.taken or not self.divergence.seen(record.loss):
+        if record.left_out or not self.divergence.seen(record.loss):
             return False
         self.run.diverging = record.step
         return True
@@ -292,8 +309,8 @@ class _Launched:
     """A step whose work is queued: its numbers are on their way to the host, behind them a mark."""
 
     def __init__(self, step: int, lr: float, loss: Tensor, norm: Tensor, n_trained: int, group: Group,
-                 device: torch.device) -> None:
-        self.step, self.lr, self.n_trained = step, lr, n_trained
+                 highest: Limits, device: torch.device) -> None:
+        self.step, self.lr, self.n_trained, self.highest = step, lr, n_trained, highest
         self.group = replace(group, rows=[], batches=[])        # which need not stay in memory
         self.pieces = [piece for row in group.rows for piece in row.pieces]
         values = torch.stack([loss.float(), norm.to(loss.device)])
@@ -315,4 +332,4 @@ def all_finite(weights: Iterable[Tensor]) -> bool:
 
 def is_told(record: StepRecord, info: RunInfo) -> bool:
     """Whether observers hear of this step."""
-    return record.step in (1, info.total_steps) or record.step % info.training.log_every == 0 or not record.taken
+    return record.step in (1, info.total_steps) or record.step % info.training.log_every == 0 or record.left_out

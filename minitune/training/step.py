@@ -15,6 +15,7 @@ from minitune.data.batch import Batch
 from minitune.errors import InputError
 from minitune.training.clip import asks
 from minitune.training.optimizers import FlatOptimizer, check_max_norm, clip_grad_norm
+from minitune.training.spikes import NONE, Limits
 
 Objective = Callable[[Any, Batch], tuple[Tensor, int]]
 """(model, batch) -> (the sum of the losses of the batch's trained tokens: fp32, 0-dim, with a graph; their number)."""
@@ -130,16 +131,22 @@ def _result(found: Any) -> tuple[Tensor, int]:
                      "tokens, an int)")
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float | None, clip: float | None, loss: Tensor) -> Tensor:
+def update(optimizer: torch.optim.Optimizer, lr: float | None, clip: float | None, loss: Tensor,
+           limits: Limits = NONE) -> Tensor:
     """The second half: clips the gradients and takes the step -> their global norm before.
 
-    A step whose `loss` or norm is not finite is left out. A GPU is not asked: there minitune's optimizers leave weights
-    and moments as they are, though they count the step, and another's takes a step of zero gradients.
+    A step whose `loss` or norm is not finite is left out, and with minitune's optimizers one above `limits`. A GPU is
+    not asked: there minitune's optimizers leave weights and moments as they are, though they count the step, and
+    another's takes a step of zero gradients.
     """
     norm = clip_grad_norm(optimizer, clip, loss)
     for group in optimizer.param_groups if lr is not None else ():
         group["lr"] = lr * group.get("lr_ratio", 1.0)
-    if not asks(loss.device) or bool((norm + loss).isfinite()):
+    if not asks(loss.device):
+        if isinstance(optimizer, FlatOptimizer) and limits != NONE:
+            optimizer.step_only_if(limits.hold(loss, norm))
+        optimizer.step()
+    elif (norm + loss).isfinite() & limits.hold(loss, norm):
         optimizer.step()
     if isinstance(optimizer, FlatOptimizer):
         optimizer.release_gradients()       # what comes before the next backward has their memory

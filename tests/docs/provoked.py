@@ -145,7 +145,21 @@ def _python() -> list[Callable[[], object]]:
                          max_steps=9),
         lambda: mt.train(mt.load("my-llama", lora=mt.LoRA(rank=2)), "good.jsonl", tokens=64, objective=_spoiler(),
                          max_steps=9, save_every=1, out="spoilt", ask=()),
+        lambda: mt.train(mt.load("my-llama", lora=mt.LoRA(rank=2)), [{"prompt": "a", "completion": " b"}], tokens=64,
+                         objective=_spiker(), max_steps=41, spikes="stop"),
     ]
+
+
+def _spiker() -> Callable[[Any, mt.Batch], tuple[torch.Tensor, int]]:
+    """An objective whose 40th step has a loss that is a hundred times as high."""
+    calls = []
+
+    def objective(model: Any, batch: mt.Batch) -> tuple[torch.Tensor, int]:
+        calls.append(batch)
+        total, n = model.loss_sum(batch)
+        return total * (100 if len(calls) == 40 else 1), n
+
+    return objective
 
 
 def _spoiler() -> Callable[[Any, mt.Batch], tuple[torch.Tensor, int]]:

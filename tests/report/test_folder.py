@@ -26,7 +26,8 @@ INFO = RunInfo(total_steps=3, n_parameters=7, device="cpu", training=Training(sc
 
 
 def step(number, loss=1.0):
-    return StepRecord(step=number, loss=loss, lr=0.1, grad_norm=1.0, n_trained=1, n_tokens=2, seconds=1.0)
+    return StepRecord(step=number, loss=loss, lr=0.1, grad_norm=1.0, n_trained=1, n_tokens=2, seconds=1.0,
+                      left_out=not math.isfinite(loss))
 
 
 def seen(number, loss=None, *answers):

@@ -14,7 +14,7 @@ from minitune.checkpoint.files import json_bytes
 from minitune.checkpoint.writer import write_safetensors
 from minitune.config import Training
 from minitune.errors import InputError
-from minitune.training.checkpoint import OWN, read, remove, steps
+from minitune.training.checkpoint import FORMAT, OWN, read, remove, steps
 from minitune.training.run import EvaluationRecord, SampleAnswer
 from tests.training.stopping import Stop, checkpoints, data, train
 
@@ -63,7 +63,7 @@ def _tensor(name, change, summed=True):
     (lambda folder: (folder / "step-3.json").write_text("{"), "step-3.json", "is not valid JSON"),
     (lambda folder: (folder / "step-3.json").write_text("[]"), "step-3.json", r"its format is \[\]"),
     (lambda folder: (folder / "step-3.json").unlink(), "", "holds no checkpoint; begin anew in another folder"),
-    (_change(format=1), "step-3.json", "its format is 1; this version of minitune goes on from format 4 alone"),
+    (_change(format=1), "step-3.json", f"its format is 1; this version of minitune goes on from format {FORMAT} alone"),
     (_replace('"micro_batches": 3', '"micro_batches": 4'), "step-3.json", "its SHA-256 is not the one that it has as"),
     (_replace("a test", "a text"), "step-3.json", "its SHA-256 is not the one that it has as own_sha256, so some of"),
     (_replace(OWN, "other"), "step-3.json", "its SHA-256 is not the one that it has as own_sha256"),

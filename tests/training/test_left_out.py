@@ -55,7 +55,7 @@ def test_one_step_is_left_out_and_told(fakes, by, optimizer):
     listener.on_step = lambda record: weights.append(model.A.detach().clone())
     run = fit(model, data(fakes), Training(log_every=5, optimizer=optimizer), spoils(4, by=by), [listener])
     assert (run.end, run.skipped, len(run.records)) == ("finished", 1, 12)
-    assert [r.step for r in run.records if not r.taken] == [4]
+    assert [r.step for r in run.records if r.left_out] == [4]
     (note,) = [note for note in listener.notes if "left out" in note]
     assert note.startswith("step 4: loss ") and note.endswith(
         ": left out, it changes no weight; it read documents[30], documents[31]")
@@ -135,7 +135,8 @@ def test_a_run_that_goes_on_counts_those_before_it(fakes, tmp_path):
 
 
 def test_documents_are_named_up_to_five():
-    record = StepRecord(step=9, loss=math.nan, lr=1e-4, grad_norm=2.0, n_trained=1, n_tokens=1, seconds=1)
+    record = StepRecord(step=9, loss=math.nan, lr=1e-4, grad_norm=2.0, n_trained=1, n_tokens=1, seconds=1,
+                        left_out=True)
     watch = LeftOut(3, "my.jsonl:{}".format)
     assert watch.seen(record) and not watch.too_many
     assert watch.told(record, range(1, 6)).endswith("weight; it read my.jsonl:1, my.jsonl:2, my.jsonl:3, my.jsonl:4, "

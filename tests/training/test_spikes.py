@@ -1,0 +1,165 @@
+"""Spikes: told, left out, or the end of a run, by the steps before them alone, and the same in a run that goes on."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+
+import minitune.training.clip
+import minitune.training.optimizers
+import minitune.training.step
+from minitune.config import Training
+from minitune.errors import InputError
+from minitune.training.checkpoint import Checkpoints, read, steps
+from minitune.training.loop import TrainingDiverged, fit
+from minitune.training.run import Observer, StepRecord
+from minitune.training.spikes import LEAST, NONE, SIGMAS, WINDOW, Limits, limits
+
+LATE = LEAST + 8
+"""The step that is spoilt."""
+
+
+class Listener(Observer):
+    def __init__(self, stop=0):
+        self.notes, self.stop = [], stop
+
+    def on_note(self, text):
+        self.notes.append(text)
+
+    def on_step(self, record):
+        if record.step == self.stop:
+            raise KeyboardInterrupt
+
+
+def data(fakes, n=LATE + 8):
+    batches = [fakes.make_batch(12, 7 + i % 9, seed=i) for i in range(n)]
+    for i, batch in enumerate(batches):
+        object.__setattr__(batch, "pieces", (i,))
+    return batches
+
+
+def spoils(*steps, by=30.0, done=0):
+    """An objective whose loss, and with it the gradient, is so many times as high in these steps."""
+    calls = [None] * done
+
+    def objective(model, batch):
+        calls.append(batch)
+        loss, n = model.loss_sum(batch)
+        return loss * (by if len(calls) in steps else 1.0), n
+
+    return objective
+
+
+def trained(fakes, training, objective, **options):
+    """(weights, run) of a run of 48 steps, of which one is spoilt."""
+    model = fakes.TinyModel()
+    run = fit(model, data(fakes), training, objective, **options)
+    return [model.A.detach(), model.B.detach()], run
+
+
+def same(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def record(step, loss=1.0, grad_norm=1.0, left_out=False):
+    return StepRecord(step=step, loss=loss, lr=1e-4, grad_norm=grad_norm, n_trained=1, n_tokens=1, seconds=1.0,
+                      left_out=left_out)
+
+
+def test_the_limits_are_six_standard_deviations_above_the_mean_of_the_window():
+    losses = [3 + 0.7 * math.sin(i * i) for i in range(200)]
+    norms = [1 + 0.3 * math.cos(i * i) for i in range(200)]
+    records = [record(i + 1, *both) for i, both in enumerate(zip(losses, norms, strict=True))]
+    found = limits(records, 200)
+    for value, series in ((found.loss, losses[-WINDOW:]), (found.grad_norm, norms[-WINDOW:])):
+        assert value == pytest.approx(statistics.fmean(series) + SIGMAS * statistics.pstdev(series), rel=1e-6)
+        assert value == float(torch.tensor(value))      # as the device compares
+    spoilt = [*records, *(record(201 + i, 1e9, math.nan, left_out=True) for i in range(50))]
+    assert limits(spoilt, 250) == limits(spoilt, 201) == found
+
+
+def test_few_steps_have_no_limit_and_quiet_ones_no_low_one():
+    assert limits([], 0) == limits([], -1) == limits([record(i) for i in range(LEAST)], LEAST - 1) == NONE
+    assert limits([record(i, -2.0) for i in range(LEAST)], LEAST) == Limits(pytest.approx(-1.4), pytest.approx(1.3))
+
+
+@pytest.mark.parametrize(("loss", "norm", "held"), [(1, 2, True), (1.01, 2, False), (1, 2.01, False),
+                                                    (math.nan, 1, False), (1, math.inf, False)])
+def test_what_is_held_and_what_is_told(loss, norm, held):
+    found = Limits(1.0, 2.0)
+    assert bool(found.hold(torch.tensor(loss), torch.tensor(norm))) is held
+    assert bool(found.told(loss, norm)) is (not held and math.isfinite(loss + norm))
+    assert found.told(5, 7) == "a spike, loss above 1 and gradient norm above 2" and not NONE.told(5, math.inf)
+
+
+def test_by_default_a_spike_is_told_of_with_what_it_read_and_taken(fakes):
+    listener = Listener()
+    weights, run = trained(fakes, Training(), spoils(LATE), observers=[listener])
+    (note,) = [note for note in listener.notes if "spike" in note]
+    assert note.startswith(f"step {LATE}: loss ") and note.endswith(f"; it read documents[{LATE - 1}]")
+    assert ": a spike, loss above " in note and "gradient norm above" in note and "left out" not in note
+    assert run.skipped == 0 and not same(weights, trained(fakes, Training(spikes="skip"), spoils(LATE))[0])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_a_spike_that_is_skipped_changes_nothing(fakes, optimizer, clip):
+    """Weights are those of a run whose loss in that step is NaN."""
+    how, listener = Training(spikes="skip", optimizer=optimizer, clip=clip), Listener()
+    weights, run = trained(fakes, how, spoils(LATE), observers=[listener])
+    assert [r.step for r in run.records if r.left_out] == [LATE] and run.end == "finished"
+    assert any("gradient norm above" in note and note.endswith(
+        f", left out, it changes no weight; it read documents[{LATE - 1}]") for note in listener.notes)
+    assert same(weights, trained(fakes, how, spoils(LATE, by=math.nan))[0])
+    assert not same(weights, trained(fakes, how, spoils())[0])
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_a_device_that_is_not_asked_skips_it_too(fakes, monkeypatch, clip):
+    how = Training(spikes="skip", optimizer="sgd", clip=clip)       # whose state has no count of steps
+    expected, _ = trained(fakes, how, spoils(LATE))
+    for module in (minitune.training.clip, minitune.training.optimizers, minitune.training.step):
+        monkeypatch.setattr(module, "asks", lambda device: False)
+    weights, run = trained(fakes, how, spoils(LATE))
+    assert run.skipped == 1 and same(weights, expected)
+
+
+def test_a_spike_ends_the_run_which_can_go_on_behind_it(fakes, tmp_path):
+    kept, listener = Checkpoints(tmp_path / "checkpoint", dict, tmp_path / "adapter", None), Listener()
+    with pytest.raises(TrainingDiverged, match=rf"step {LATE}: .*a spike, .*It ends the run, as spikes is stop") as end:
+        trained(fakes, Training(spikes="stop"), spoils(LATE), observers=[listener], checkpoints=kept)
+    assert steps(tmp_path / "checkpoint") == [LATE]
+    assert f"kept as it was after step {LATE}; resume" in "".join(end.value.__notes__)
+    weights, run = trained(fakes, Training(spikes="stop"), spoils(done=LATE), start=read(tmp_path / "checkpoint"))
+    assert run.skipped == 1 and run.records[LATE - 1].left_out
+    assert same(weights, trained(fakes, Training(spikes="skip"), spoils(LATE))[0])
+
+
+def test_without_a_folder_it_ends_the_run_all_the_same(fakes):
+    with pytest.raises(TrainingDiverged, match="spikes is stop"):
+        trained(fakes, Training(spikes="stop"), spoils(LATE))
+
+
+@pytest.mark.parametrize("before", [1, 5, LEAST])
+def test_the_window_survives_resuming(fakes, tmp_path, before):
+    how = Training(spikes="skip")
+    kept = Checkpoints(tmp_path / "checkpoint", dict, tmp_path / "adapter", None)
+    with pytest.raises(KeyboardInterrupt):
+        trained(fakes, how, spoils(LATE), observers=[Listener(stop=LATE - before)], checkpoints=kept)
+    start = read(tmp_path / "checkpoint")
+    weights, run = trained(fakes, how, spoils(LATE, done=start.step), start=start)
+    assert [r.step for r in run.records if r.left_out] == [LATE]
+    assert same(weights, trained(fakes, how, spoils(LATE))[0])
+
+
+def test_a_loss_that_stays_high_ends_the_run(fakes):
+    with pytest.raises(TrainingDiverged, match=rf"^step {LATE + 3}: .*a spike, .*the last of 4 such steps in a row"):
+        trained(fakes, Training(spikes="skip"), spoils(*range(LATE, 99)))
+
+
+def test_a_word_that_is_none_is_refused():
+    with pytest.raises(InputError, match="spikes"):
+        Training(spikes="ignore")
