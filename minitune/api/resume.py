@@ -31,16 +31,31 @@ from minitune.training.step import Objective
 
 FREE = ("log_every", "evaluate_every", "max_skipped", "save_every", "spikes")
 """Settings of the training with others of which a run may go on: they change no step as long as nothing goes wrong."""
+CHANGEABLE = ("lr", "schedule", "warmup", "decay", "min_lr_ratio", "weight_decay", "momentum", "clip",
+              "label_smoothing", "epochs", "max_steps", "data", "base", "ask", "objective")
+"""What else may be another when the user names it: the checkpoint's weights and moments fit all the same."""
 SAMPLED = 4096
 """As many values of a frozen weight tell it from another."""
 SHOWN = 5
 """As many differences are named."""
-_LONGER = ("; a longer run has another course of the learning rate, so it is another run: let this one end, and go on "
-           "from what it trained")
 
 
-def check_out(out: Path | None, resume: Any) -> None:
-    """InputError unless `out` can take a run's folder: a new one, or with `resume` one that holds a checkpoint."""
+def _check_changed(changed: Any, resume: bool) -> None:
+    """InputError unless it is a list of names of CHANGEABLE, and a run is resumed."""
+    if not isinstance(changed, list | tuple) or not all(isinstance(name, str) for name in changed):
+        raise InputError(f"train: changed is {short(changed)}; give a list of names such as ['lr']")
+    if changed and not resume:
+        raise InputError("train: changed is given, but no run is resumed; it goes with resume")
+    for name in changed:
+        if name not in CHANGEABLE:
+            raise InputError(f"train: changed has {short(name)}; a run that goes on may have another "
+                             f"{', '.join(CHANGEABLE[:-1])} or {CHANGEABLE[-1]}")
+
+
+def check_out(out: Path | None, resume: Any, changed: Any = ()) -> None:
+    """InputError unless `out` can take a run's folder: a new one, or with `resume` one that holds a checkpoint, whose
+    settings `changed` are to be others."""
+    _check_changed(changed, resume)
     if not isinstance(resume, bool):
         raise InputError(f"train: resume is {short(resume)}; it must be true or false, out names the run's folder")
     if not resume:
@@ -109,9 +124,9 @@ def check_position(data: Iterable[Batch], owner: str) -> None:
                          "again; give files, an mt.data.stream or a list of batches, or leave it out")
 
 
-def saved_in(out: Path, here: Mapping[str, Any]) -> Saved:
+def saved_in(out: Path, here: Mapping[str, Any], changed: Sequence[str] = ()) -> Saved:
     """The checkpoint in the run's folder. InputError where it is damaged, or where `here`, what `about` says of the run
-    that is to go on, is not what it was; it names the fields and both values."""
+    that is to go on, is not what it was, but for what is `changed`; it names the fields and both values."""
     saved = checkpoint.read(out / checkpoint.FOLDER)
     now, before = dict(_fields(here)), dict(_fields(saved.about))
     odd = [name for name in (now | before) if now.get(name) != before.get(name)]
@@ -119,13 +134,21 @@ def saved_in(out: Path, here: Mapping[str, Any]) -> Saved:
         odd = [name for name in odd if name != "base.weights"]
     if any(_part(name) == "data" for name in odd):          # the first samples are asked
         odd = [name for name in odd if _part(name) != "ask"]
+    odd = [name for name in odd if _called(name) not in changed]
     if odd:
         said = list(dict.fromkeys(_said(name, now.get(name), before.get(name)) for name in odd))
         more = [f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else []
-        longer = _LONGER if {"training.epochs", "training.max_steps"} & set(odd) else ""
+        names = list(dict.fromkeys(map(_called, odd)))
+        anew = f", or go on with the new: --changed {' '.join(names)}" if set(names) <= set(CHANGEABLE) else ""
         raise InputError(f"{out}: cannot be resumed otherwise than it was begun: {'; '.join([*said[:SHOWN], *more])}; "
-                         f"give what was given then{longer}")
+                         f"give what was given then{anew}")
     return saved
+
+
+def _called(name: str) -> str:
+    """What a user calls the setting that a field belongs to."""
+    of, last = _part(name), name.rpartition(".")[2]
+    return last if of == "training" or (of == "data" and last in ("tokens", "seed", "shuffle", "long")) else of
 
 
 def _said(name: str, now: Any, before: Any) -> str:

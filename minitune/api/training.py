@@ -40,7 +40,7 @@ from minitune.report.progress import is_watched, progress
 from minitune.training import checkpoint
 from minitune.training.checkpoint import Checkpoints, Saved
 from minitune.training.flops import costs_of
-from minitune.training.loop import fit
+from minitune.training.loop import fit, planned
 from minitune.training.machine import matrix_rate
 from minitune.training.needs import gigabytes, longest_row, moment_bytes
 from minitune.training.run import Observer, Run, tell
@@ -56,7 +56,7 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
           training: Training | None = None, out: str | Path | None = None, ask: Sequence[Question] | None = None,
           max_new_tokens: int = 128, objective: Objective | None = None, quiet: bool | None = None,
           config: Mapping[str, Any] | None = None, observers: Sequence[Observer] = (), resume: bool = False,
-          **settings: Any) -> Run:
+          changed: Sequence[str] = (), **settings: Any) -> Run:
     """Fine-tune `model` on a data file, on samples or on batches -> Run, the record of every step and evaluation.
 
     `settings` are fields of Training (lr=1e-4, tokens=4096, …), or give a whole `training`. A path, and samples (a list
@@ -70,7 +70,8 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
     validation loss); for a model loaded with train=… they are model/ and model-best/. Ctrl-C keeps what was trained,
     and a checkpoint.
     resume: go on with the run in `out` from its checkpoint, as if it had not been interrupted. Model, data and settings
-    must be the same; ``log_every``, ``evaluate_every``, ``max_skipped``, ``save_every`` and ``spikes`` may be others.
+    must be the same; ``log_every``, ``evaluate_every``, ``max_skipped``, ``save_every`` and ``spikes`` may be others,
+    and from here on those that `changed` names, such as ["lr", "max_steps"]; new data is read from where the old stood.
     ask: questions, texts or lists of messages, answered greedily before and after training, and at each
     evaluation where ``evaluate_every`` is set; with `out` and a path by default the data's first three prompts.
     objective: what is minimised in place of the loss of the next token, a function of (model, batch) that gives (sum of
@@ -99,18 +100,18 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
                          "call it where they are on")
     backends.asked()        # an unknown name in MINITUNE_BACKEND is told before anything is read
     with contextlib.ExitStack() as claim:
-        check_out(folder, resume)
+        check_out(folder, resume, changed)
         if resume and folder is not None:       # from here on nobody else goes on with it
             claim.enter_context(claimed(folder))
         ready = prepare(model, data, valid=valid, training=training, out=folder, ask=ask,
-                        max_new_tokens=max_new_tokens, objective=objective, resume=resume)
+                        max_new_tokens=max_new_tokens, objective=objective, resume=resume, changed=changed)
         if not resume and folder is not None:
             claim.enter_context(claimed(folder))
         return _run(model, ready, training, objective, folder, observers,
                     shown=is_watched() if quiet is None else not quiet,
                     config={"data": _name(data), "valid": None if valid is None else _name(valid),
                             "ask": list(map(as_asked, ready.examiner.questions)), "max_new_tokens": max_new_tokens,
-                            "objective": name_of(objective), **(config or {})})
+                            "objective": name_of(objective), "changed": list(changed), **(config or {})})
 
 
 def _run(model: Model, ready: Ready, training: Training, objective: Objective | None, folder: Path | None,
@@ -148,7 +149,8 @@ class Ready:
 
 
 def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Path | None, ask: Any,
-            max_new_tokens: Any, objective: Objective | None = None, resume: bool = False) -> Ready:
+            max_new_tokens: Any, objective: Objective | None = None, resume: bool = False,
+            changed: Sequence[str] = ()) -> Ready:
     """All that is checked before a run, for `train` and for a dry run, once `out` is (`check_out`): InputError for
     whatever could not be trained, evaluated, asked or written. Nothing is computed and nothing written."""
     if not isinstance(model, Model):
@@ -184,7 +186,11 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
             check_position(batches, f"{name} is {asked}")
     made_of = functools.cache(functools.partial(about, model, training, batches, examiner.valid, questions,
                                                 max_new_tokens, objective))
-    return Ready(batches, held_out, examiner, made_of, saved_in(out, made_of()) if out is not None and resume else None)
+    saved = saved_in(out, made_of(), changed) if out is not None and resume else None
+    if saved is not None and saved.step > planned(batches, training):
+        raise InputError(f"{out}: {saved.step} steps are done, and {planned(batches, training)} are planned; give more "
+                         "epochs or max_steps")
+    return Ready(batches, held_out, examiner, made_of, saved)
 
 
 def _training(training: Training | None, settings: Mapping[str, Any]) -> Training:

@@ -34,6 +34,8 @@ class Train:
     must not exist yet, or be empty, unless --resume goes on with its run."""
     resume: bool = False
     """Go on with the interrupted run in --out, from its checkpoint and with the settings that it was begun with."""
+    changed: tuple[str, ...] = ()
+    """With --resume: settings that are to be others from here on, by name, such as lr, max_steps, data."""
     ask: tuple[str, ...] = ()
     """Questions to answer before and after; by default the first three prompts of the data."""
     max_new_tokens: int = 128
@@ -76,7 +78,7 @@ class Train:
         from minitune.report.tensorboard import TensorBoard
         from minitune.training.interrupt import terminable
 
-        check_out(self.out, self.resume)
+        check_out(self.out, self.resume, self.changed)
         if self.resume:
             with claimed(self.out):     # a look, before the model is loaded
                 pass
@@ -88,18 +90,18 @@ class Train:
         questions = self.ask or first_questions(self.data, self.samples.fields())
         if self.dry_run:
             ready = prepare(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
-                            max_new_tokens=self.max_new_tokens, resume=self.resume)
+                            max_new_tokens=self.max_new_tokens, resume=self.resume, changed=self.changed)
             show_plan(model, data, valid, self.training, 0 if ready.saved is None else ready.saved.step)
             return
         with terminable():
             run = train(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
-                        max_new_tokens=self.max_new_tokens, resume=self.resume, quiet=False,
-                        observers=[SettingsFile(self.out, self._as_toml()), *boards],
+                        max_new_tokens=self.max_new_tokens, resume=self.resume, changed=self.changed, quiet=False,
+                        observers=[SettingsFile(self.out, self._as_toml(), bool(self.changed)), *boards],
                         config={"samples": dataclasses.asdict(self.samples)})
-        before, after = run.evaluations[:1], run.evaluations[-1:]
         if questions:
-            print_answers([Compared(old.question, old.answer, new.answer) for old, new in
-                           zip(before[0].answers, after[0].answers, strict=True)])
+            before = {each.question: each.answer for each in run.evaluations[0].answers}
+            print_answers([Compared(each.question, before[each.question], each.answer)
+                           for each in run.evaluations[-1].answers if each.question in before])
         print(f"loss {run.final_loss:.4f}, {run.tokens_per_second:,.0f} tokens/s; {self._where(run)}")
 
     def _load(self) -> Model:
@@ -129,7 +131,7 @@ class Train:
         mix = tuple(f"{Path(name).absolute()}{equals}{share}" for name, equals, share in
                     (each.rpartition("=") for each in samples.mix))
         whole = dataclasses.replace(self, samples=dataclasses.replace(samples, valid=valid, mix=mix))
-        return as_toml(whole, self.given, leave=("out", "resume", "dry_run"))
+        return as_toml(whole, self.given, leave=("out", "resume", "changed", "dry_run"))
 
     def _where(self, run: Run) -> str:
         what = "adapter" if run.adapter is not None and run.adapter.name == "adapter" else "model"

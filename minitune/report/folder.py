@@ -97,6 +97,9 @@ class RunFolder(Observer):
     def on_start(self, info: RunInfo) -> None:
         check_free(self.folder)
         self._begun = True
+        self._write_settings(info)
+
+    def _write_settings(self, info: RunInfo) -> None:
         training = {**asdict(info.training), "warmup": warmup_of(info.training),
                     "min_lr_ratio": min_lr_ratio_of(info.training)}
         config = {**self.config, "training": training, "total_steps": info.total_steps,
@@ -109,10 +112,12 @@ class RunFolder(Observer):
                 staging.write("ledger.json", json_bytes(plain(self._ledger)))
 
     def on_resume(self, run: Run) -> None:
-        """What stands in the folder stays, but for what a killed process left half written; the best so far is known
-        again."""
+        """What stands in the folder stays, but for what a killed process left half written, and for settings that were
+        changed; the best so far is known again."""
         for name in ("", checkpoint.FOLDER, self.what, f"{self.what}-best"):
             sweep(self.folder / name)
+        if self.config.get("changed"):
+            self._write_settings(run.info)
         if run.best is not None and run.best.loss is not None:
             self._lowest, best = run.best.loss, self.folder / f"{self.what}-best"
             self._best = best if best.is_dir() else None

@@ -141,8 +141,11 @@ def test_some_settings_may_be_others(tiny, data, tmp_path):
 
 
 @pytest.mark.parametrize(("how", "settings", "message"), [
-    ({}, {"lr": 2e-2}, r"begun: lr is 0\.02 and was 0\.01; give what was given then$"),
-    ({}, {"epochs": 4}, r"begun: epochs is 4 and was 3; .*; a longer run has another course of the learning rate"),
+    ({}, {"lr": 2e-2}, r"begun: lr is 0\.02 and was 0\.01; give what was given then, or go on with the new: "
+     "--changed lr$"),
+    ({}, {"epochs": 4, "clip": 2.0}, r"begun: epochs is 4 and was 3; clip is .*; give .*: --changed epochs clip$"),
+    ({}, {"epochs": 4, "clip": 2.0, "changed": ["epochs"]}, r"begun: clip is .*--changed clip$"),
+    ({}, {"epochs": 4, "seed": 1}, r"begun: epochs is .*; seed is 1 and was 0; .*; give what was given then$"),
     ({}, {"seed": 1, "micro_batches": 2, "clip": 2.0, "weight_decay": 0.1, "min_lr_ratio": 0.1,
           "schedule": "constant"}, r"micro_batches .*min_lr_ratio is 0\.1 and was not given; .*; and [12] more; give"),
     ({"lora": mt.LoRA(rank=3)}, {}, r"lora\.rank is 3 and was 2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -117,6 +118,19 @@ def test_a_terminated_run_goes_on_from_its_folder_alone(tiny, data, tmp_path, ca
     assert "resumed after step 7 of " in capsys.readouterr().err
     adapter = "adapter/adapter_model.safetensors"
     assert (tmp_path / "moved" / adapter).read_bytes() == (straight / adapter).read_bytes()
+
+
+def test_what_is_changed_stays_changed(tiny, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_until_killed("SIGTERM", words(tiny, data, out)).returncode == 143
+    with pytest.raises(SystemExit):
+        main(["train", "--resume", "--out", str(out), "--lr", "1e-3"])
+    assert capsys.readouterr().err.endswith("give what was given then, or go on with the new: --changed lr\n")
+    main(["train", "--resume", "--out", str(out), "--lr", "1e-3", "--changed", "lr", "ask", "--ask", "Who?"])
+    written = (out / "train.toml").read_text()
+    assert "\nlr = 0.001\n" in written and "\nchanged" not in written
+    assert json.loads((out / "config.json").read_text())["training"]["lr"] == 1e-3
+    assert "Who?" not in capsys.readouterr().out        # what was not asked before has nothing to be compared with
 
 
 def test_without_the_settings_of_the_run_it_says_where_they_would_be(tmp_path, capsys):

@@ -85,7 +85,7 @@ COMMANDS = [
     "train my-llama good.jsonl --resume --out ended",
     "train my-llama good.jsonl --resume --out torn-run --max-steps 3",
     "train my-llama good.jsonl --resume --out stopped --max-steps 3 --lr 1e-3",
-    "train my-llama good.jsonl --resume --out stopped --max-steps 9",
+    "train my-llama good.jsonl --resume --out stopped --max-steps 3 --micro-batches 2",
     "train my-llama good.jsonl --out stopped",
     "train my-llama good.jsonl --resume --out held-run",
     "train my-llama good.jsonl --wandb",

@@ -17,18 +17,23 @@ SETTINGS = "train.toml"
 
 
 class SettingsFile(Observer):
-    """Writes `text` into SETTINGS of a run's folder; a run that ended before its first step leaves no such file."""
+    """Writes `text` into SETTINGS of a run's folder; a run that ended before its first step leaves no such file. The
+    file of a run that goes on stays as it was, unless settings were `changed`."""
 
-    def __init__(self, folder: Path, text: str) -> None:
-        self.folder, self.text, self._begun = folder, text, False
+    def __init__(self, folder: Path, text: str, changed: bool = False) -> None:
+        self.folder, self.text, self.changed, self._begun = folder, text, changed, False
 
     def on_start(self, info: RunInfo) -> None:
         self._begun = True
+        self._write()
+
+    def _write(self) -> None:
         with staged(self.folder) as staging:
             staging.write(SETTINGS, self.text.encode())
 
     def on_resume(self, run: Run) -> None:
-        """The file stays that of the run as it was begun."""
+        if self.changed:
+            self._write()
 
     def on_end(self, run: Run) -> None:
         if self._begun and not run.records:

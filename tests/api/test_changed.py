@@ -1,0 +1,83 @@
+"""mt.train(…, resume=True, changed=[…]): a run goes on with what the user names, and with nothing else that differs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import minitune as mt
+from minitune.training.checkpoint import steps
+from tests.api.test_resume import LORA, left_behind, train
+from tests.files import records, write_numbers
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_numbers(tmp_path / "data.jsonl", range(30))
+
+
+def rates(run):
+    return [record.lr for record in run.records]
+
+
+def test_what_is_named_but_the_same_changes_nothing(tiny, data, tmp_path):
+    expected = train(tiny, data, tmp_path / "a")
+    train(tiny, data, tmp_path / "run", stop=3)
+    run = train(tiny, data, tmp_path / "run", resume=True, changed=["lr", "data", "max_steps"])
+    assert run.losses == expected.losses
+    ours, theirs = left_behind(tmp_path / "run"), left_behind(tmp_path / "a")
+    told = json.loads(ours.pop("config.json"))
+    assert told == {**json.loads(theirs.pop("config.json")), "changed": ["lr", "data", "max_steps"]}
+    assert ours == theirs
+
+
+def test_another_rate_and_a_longer_run_count_from_here_on(tiny, data, tmp_path):
+    out, new = tmp_path / "run", {"lr": 3e-3, "max_steps": 9, "schedule": "constant", "warmup": 0.0}
+    before = train(tiny, data, tmp_path / "a")
+    after = train(tiny, data, tmp_path / "b", **new)
+    train(tiny, data, out, stop=3)
+    run = train(tiny, data, out, resume=True, changed=list(new), **new)
+    assert rates(run) == [*rates(before)[:3], *rates(after)[3:]] == [*rates(before)[:3], *[3e-3] * 6]
+    assert run.losses[:4] == before.losses[:4] and run.losses[4:6] != before.losses[4:6]
+    config = json.loads((out / "config.json").read_text())
+    assert (config["total_steps"], config["training"]["lr"], config["changed"]) == (9, 3e-3, list(new))
+    assert [line["step"] for line in records(out / "metrics.jsonl") if "loss" in line] == list(range(1, 10))
+
+
+def test_what_was_changed_need_not_be_named_again(tiny, data, tmp_path):
+    out = tmp_path / "run"
+    train(tiny, data, out, stop=3)
+    train(tiny, data, out, stop=4, lr=1e-3, resume=True, changed=("lr",))
+    assert steps(out / "checkpoint")[0] == 4
+    with pytest.raises(mt.InputError, match=r"lr is 0\.01 and was 0\.001"):
+        train(tiny, data, out, resume=True)
+    assert train(tiny, data, out, lr=1e-3, resume=True).end == "finished"
+
+
+def test_new_data_is_read_from_where_the_old_one_stood(tiny, data, tmp_path):
+    """Here the data that comes first is what differs, which is behind the run already; and its questions do."""
+    out, batches = tmp_path / "run", list(mt.data.stream(data, mt.load(tiny).tokenizer, tokens=64))
+    expected = train(tiny, batches, tmp_path / "a", epochs=1)
+    train(tiny, batches, out, stop=2, epochs=1)
+    mended = [batches[1], batches[1], *batches[2:]]
+    run = train(tiny, mended, out, epochs=1, resume=True, changed=["data"], ask=["Who?"])
+    assert run.losses == expected.losses
+    assert [each.question for each in run.evaluations[-1].answers] == ["Who?"]
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"changed": ["rank"]}, "train: changed has 'rank'; a run that goes on may have another lr, .* ask or objective$"),
+    ({"changed": "lr"}, r"train: changed is 'lr'; give a list of names such as \['lr'\]"),
+    ({"changed": ["lr"], "resume": False}, "changed is given, but no run is resumed; it goes with resume"),
+    ({"changed": ["max_steps"], "max_steps": 2}, "run: 3 steps are done, and 2 are planned; give more epochs or"),
+    ({"changed": ["lr"], "micro_batches": 2}, "micro_batches is 2 and was 1; give what was given then$"),
+    ({"changed": ["base"], "how": {"lora": mt.LoRA(rank=3)}}, r"lora\.rank is 3 and was 2"),
+])
+def test_what_cannot_be_is_refused_and_nothing_is_lost(tiny, data, tmp_path, settings, message):
+    out, settings = tmp_path / "run", {"resume": True, **settings}
+    train(tiny, data, out, stop=3)
+    before = left_behind(out)
+    with pytest.raises(mt.InputError, match=message):
+        train(tiny, data, out, settings.pop("how", {"lora": LORA}), **settings)
+    assert left_behind(out) == before
