@@ -17,7 +17,9 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*) .ci/constraints.t
 	$(PIP) -c .ci/constraints.txt --no-build-isolation -e .
 	touch $@
 
+# A torch for a GPU brings the triton that it was built for; one for CPUs brings none.
 $(VENV)/.test: $(VENV)/.installed
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton==3.6.0
 	$(PIP) -c .ci/constraints.txt --no-build-isolation -e '.[test]'
 	touch $@
 

@@ -1,6 +1,7 @@
 """pyproject.toml asks for what minitune imports, and for nothing else."""
 
 import ast
+import importlib.metadata
 import re
 import sys
 import tomllib
@@ -27,3 +28,16 @@ def test_dependencies_are_what_minitune_imports():
     imported = set(_imported()) - sys.stdlib_module_names - {"minitune"}
     assert declared == imported - OPTIONAL
     assert {"triton", "parquet", "tensorboard"} <= project["optional-dependencies"].keys()
+
+
+def test_the_tested_versions_are_none_that_torch_chooses_itself():
+    """A torch for a GPU names the very triton, CUDA libraries and more that it was built for; one for CPUs, which may
+    be the one that is here, names none."""
+    lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert pinned.pop("torch") and len(pinned) > 50
+    assert not [name for name in pinned if re.match(r"triton|nvidia|cuda", name)]
+    for each in importlib.metadata.requires("torch") or ():
+        exact = re.match(r"([\w.-]+)==([\w.]+)", each)
+        if exact and "extra ==" not in each:
+            assert pinned.get(exact[1], exact[2]) == exact[2], each

@@ -46,7 +46,7 @@ NONE = Limits()
 
 def limits(records: Sequence[StepRecord], seen: int) -> Limits:
     """Those after the first `seen` of the records: the same ones in a run that was resumed."""
-    before = (records[place] for place in reversed(range(seen)))
+    before = (records[place] for place in reversed(range(min(seen, len(records)))))
     last = list(islice((record for record in before if not record.left_out), WINDOW))
     if len(last) < LEAST:
         return NONE
