@@ -31,8 +31,9 @@ def _config(m: int, n: int, warps: int, stages: int, registers: int, kib: int) -
 CONFIGS: dict[str, dict[int, Config]] = {
     "forward 64": {80: _config(128, 64, 8, 3, 200, 65)},
     "forward 128": {80: _config(64, 64, 4, 2, 255, 56), 89: _config(64, 64, 4, 3, 255, 88),
-                    90: _config(128, 128, 8, 3, 255, 225)},
-    "forward 256": {80: _config(64, 32, 8, 2, 255, 68), 90: _config(128, 64, 8, 2, 255, 193)},
+                    90: _config(128, 128, 8, 3, 255, 225), 100: _config(128, 64, 8, 3, 216, 129)},
+    "forward 256": {80: _config(64, 32, 8, 2, 255, 68), 90: _config(128, 64, 8, 2, 255, 193),
+                    100: _config(128, 32, 8, 2, 248, 129)},
     "forward fp32": {80: _config(16, 16, 8, 1, 176, 26)},
     "dq 64": {80: _config(128, 64, 8, 2, 248, 48), 90: _config(64, 64, 4, 3, 168, 73)},
     "dq 128": {80: _config(64, 64, 8, 2, 176, 72), 90: _config(128, 64, 8, 3, 232, 160),

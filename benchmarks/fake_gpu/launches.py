@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.aot.compile import Report, compiled
+from benchmarks.aot.compile import Report, compiled, spilt
 
 MOST = 2**31 - 1, 65_535, 65_535
 """Programs in each dimension of a grid."""
@@ -35,8 +35,7 @@ class Launch(NamedTuple):
         """What this generation of GPUs would refuse, or run slowly."""
         report: Report = compiled(ASTSource(self.kernel, self.signature, self.constants, self.attributes),
                                   arch, self.options.__dict__, self.name)
-        found = [f"{report.stack} bytes of stack"] if report.stack else []
-        return found + [f"{report.shared} bytes of shared memory"] * (report.shared > SHARED[arch])
+        return spilt(report) + [f"{report.shared} bytes of shared memory"] * (report.shared > SHARED[arch])
 
 
 class Launches:
