@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minitune.config import MemoryPolicy
@@ -16,6 +15,7 @@ from minitune.model.lora import Projection
 from minitune.model.offload import Parking
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
+from minitune.ops.once import once
 from minitune.ops.versions import unwritten
 
 
@@ -129,7 +129,7 @@ class _Half(torch.autograd.Function):
         return (total.view_as(total) if branch is None else total), y      # autograd takes no input for an output
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, past: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         half = ctx.half
         need_branch, last = ctx.needs_input_grad[1], _is_last_backward()
@@ -165,7 +165,7 @@ class _Layer(torch.autograd.Function):
         return kept["x"], y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, past: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         first, second = ctx.halves
         if dy is None:

@@ -16,6 +16,7 @@ from minitune.errors import InputError
 from minitune.ops import attention, linear_cross_entropy, lora_matmul, rms_norm, rope, swiglu
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
+from minitune.ops.once import once
 
 _LIBRARY = torch.library.Library("minitune", "FRAGMENT")
 OPS = torch.ops.minitune
@@ -29,7 +30,7 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
 
 
 def _differentiable(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
-    torch.library.register_autograd(f"minitune::{name}", backward, setup_context=setup, lib=_LIBRARY)
+    torch.library.register_autograd(f"minitune::{name}", once(backward), setup_context=setup, lib=_LIBRARY)
 
 
 def _operands(op: str, **given: Tensor | None) -> Iterator[Tensor]:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minitune.ops import backends
 from minitune.ops.chunks import in_cache
+from minitune.ops.once import once
 from minitune.ops.versions import written
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -113,7 +113,7 @@ class _FrozenHead(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return weighed(gradient, upstream), None, None, None
@@ -130,7 +130,7 @@ class _TrainedHead(torch.autograd.Function):
         return losses_and_gradient(hidden, weight.to(hidden.dtype), labels, smoothing, False)[0]
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels = ctx.saved_tensors
         d_hidden, d_weight = gradients(hidden, weight.to(hidden.dtype), labels, ctx.smoothing, upstream,

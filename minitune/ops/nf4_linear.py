@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minitune.ops import backends, few_rows
 from minitune.ops.nf4 import NF4Weight, operands
+from minitune.ops.once import once
 
 
 class DecodeBuffer:
@@ -124,7 +124,7 @@ class _Linear(torch.autograd.Function):
             return torch.nn.functional.linear(x, dense, bias)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None

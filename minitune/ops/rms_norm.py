@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minitune.ops import backends, tuned
 from minitune.ops.chunks import in_cache
+from minitune.ops.once import once
 from minitune.ops.versions import written
 
 MAX_RANK = 128
@@ -144,7 +144,7 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, weight = ctx.saved_tensors
         dy = dy.contiguous()
