@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +106,35 @@ def about(model: Model, training: Training, data: Iterable[Batch], valid: Sequen
         "trained_weights": sorted(network.trained_names()),
         "add_tokens": [] if model._tokenizer is None else model._tokenizer.added,
         "training": settings, "data": _data(data), "valid": None if valid is None else _data(valid),
-        "ask": list(map(as_asked, ask)), "max_new_tokens": max_new_tokens, "objective": name_of(objective)})
+        "ask": list(map(as_asked, ask)), "max_new_tokens": max_new_tokens, "objective": name_of(objective),
+        "now": moment_of(model)})
     return found
+
+
+@contextlib.contextmanager
+def one_moment(model: Any, resumed: Path | None) -> Iterator[None]:
+    """Within it a chat template that writes the date writes that of one moment, also where a run goes on over midnight,
+    or on another day: now, or when the run in the folder `resumed` was begun. A moment that the user has set stays."""
+    tokenizer = getattr(model, "_tokenizer", None)
+    if tokenizer is None or not tokenizer.writes_date or tokenizer.now is not None:
+        yield
+        return
+    config = None if resumed is None else resumed / "config.json"
+    begun = read_json_object(config).get("now") if config is not None and config.is_file() else None
+    try:
+        tokenizer.now = datetime.now().replace(microsecond=0) if begun is None else datetime.fromisoformat(begun)
+    except (TypeError, ValueError):
+        raise InputError(f"{config}: now is {short(begun)}; it must be a date and time as the run wrote it") from None
+    try:
+        yield
+    finally:
+        tokenizer.now = None
+
+
+def moment_of(model: Model) -> str | None:
+    """The moment that its chat template writes; None where it writes none, or the clock's."""
+    tokenizer = model._tokenizer
+    return tokenizer.now.isoformat() if tokenizer is not None and tokenizer.writes_date and tokenizer.now else None
 
 
 def name_of(objective: Objective | None) -> str | None:
@@ -138,10 +167,12 @@ def saved_in(out: Path, here: Mapping[str, Any], changed: Sequence[str] = ()) ->
     if odd:
         said = list(dict.fromkeys(_said(name, now.get(name), before.get(name)) for name in odd))
         more = [f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else []
+        dated = (f". Its chat template writes the date, for this run {here['now']}: set tokenizer.now to it before "
+                 "data is read" if here.get("now") and {"data", "valid", "ask"} & {_part(name) for name in odd} else "")
         names = list(dict.fromkeys(map(_called, odd)))
         anew = f", or go on with the new: --changed {' '.join(names)}" if set(names) <= set(CHANGEABLE) else ""
         raise InputError(f"{out}: cannot be resumed otherwise than it was begun: {'; '.join([*said[:SHOWN], *more])}; "
-                         f"give what was given then{anew}")
+                         f"give what was given then{anew}{dated}")
     return saved
 
 

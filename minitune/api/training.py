@@ -23,7 +23,7 @@ from minitune.api.examine import (
     validation_batches,
 )
 from minitune.api.model import Model, as_path
-from minitune.api.resume import about, check_out, check_position, name_of, saved_in
+from minitune.api.resume import about, check_out, check_position, moment_of, name_of, one_moment, saved_in
 from minitune.arguments import check_names, check_whole, short, warn
 from minitune.config import Training
 from minitune.data.account import overlap
@@ -95,14 +95,12 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
     _check_objective(objective, training)
     if quiet is not None and not isinstance(quiet, bool):
         raise InputError(f"train: quiet is {short(quiet)}; it must be True, False or None (by where it runs)")
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        raise InputError("train: gradients are switched off here (torch.no_grad, set_grad_enabled or inference_mode); "
-                         "call it where they are on")
     backends.asked()        # an unknown name in MINITUNE_BACKEND is told before anything is read
     with contextlib.ExitStack() as claim:
         check_out(folder, resume, changed)
         if resume and folder is not None:       # from here on nobody else goes on with it
             claim.enter_context(claimed(folder))
+        claim.enter_context(one_moment(model, folder if resume else None))
         ready = prepare(model, data, valid=valid, training=training, out=folder, ask=ask,
                         max_new_tokens=max_new_tokens, objective=objective, resume=resume, changed=changed)
         if not resume and folder is not None:
@@ -111,7 +109,8 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
                     shown=is_watched() if quiet is None else not quiet,
                     config={"data": _name(data), "valid": None if valid is None else _name(valid),
                             "ask": list(map(as_asked, ready.examiner.questions)), "max_new_tokens": max_new_tokens,
-                            "objective": name_of(objective), "changed": list(changed), **(config or {})})
+                            "objective": name_of(objective), "changed": list(changed), "now": moment_of(model),
+                            **(config or {})})
 
 
 def _run(model: Model, ready: Ready, training: Training, objective: Objective | None, folder: Path | None,
@@ -155,6 +154,9 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
     whatever could not be trained, evaluated, asked or written. Nothing is computed and nothing written."""
     if not isinstance(model, Model):
         raise InputError(f"train: model is {short(model)}; give what mt.load returns")
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise InputError("train: gradients are switched off here (torch.no_grad, set_grad_enabled or inference_mode); "
+                         "call it where they are on")
     if training.save_every is not None and out is None:
         raise InputError(f"train: save_every is {training.save_every}, but there is no folder to keep a checkpoint in; "
                          "give out=…, or leave it out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tyro.conf import Positional
 
@@ -67,16 +67,9 @@ class Train:
     given: ClassVar[Given] = frozenset()
 
     def run(self) -> None:
-        from minitune.api import train
-        from minitune.api.examine import first_questions
-        from minitune.api.resume import check_out
-        from minitune.api.training import prepare
-        from minitune.data.holdout import streams
+        from minitune.api.resume import check_out, one_moment
         from minitune.report.claim import claimed
-        from minitune.report.progress import reading
-        from minitune.report.tables import Compared, print_answers
         from minitune.report.tensorboard import TensorBoard
-        from minitune.training.interrupt import terminable
 
         check_out(self.out, self.resume, self.changed)
         if self.resume:
@@ -84,6 +77,18 @@ class Train:
                 pass
         boards = [TensorBoard(self.out / "tensorboard")] if self.tensorboard else []
         model = self._load()
+        with one_moment(model, self.out if self.resume else None):
+            self._run(model, boards)
+
+    def _run(self, model: Model, boards: list[Any]) -> None:
+        from minitune.api import train
+        from minitune.api.examine import first_questions
+        from minitune.api.training import prepare
+        from minitune.data.holdout import streams
+        from minitune.report.progress import reading
+        from minitune.report.tables import Compared, print_answers
+        from minitune.training.interrupt import terminable
+
         samples = dataclasses.replace(self.samples, cache=False) if self.dry_run else self.samples
         data, valid = streams(self.data, model.tokenizer, samples, tokens=self.training.tokens,
                               epochs=self.training.epochs, seed=self.training.seed, progress=reading())

@@ -13,7 +13,6 @@ array at a multiple of 64 bytes.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -61,8 +60,8 @@ def entry(path: Path, tokenizer: Tokenizer, field_map: Mapping[str, str] | None)
                       tokenizer.adds_bos, sorted(tokenizer.control_ids), tokenizer.added,
                       sorted(tokenizer.digests.items())],
         "templates": sorted(tokenizer.chat_templates.items())}
-    if any("strftime_now" in source for source in tokenizer.chat_templates.values()):
-        parts["day"] = datetime.date.today().isoformat()        # such a template writes the date
+    if tokenizer.writes_date:
+        parts["day"] = tokenizer.clock().date().isoformat()
     try:
         parts["data"] = _digest(path)
         where = folder()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from minitune.arguments import short
@@ -69,11 +70,12 @@ class ChatTemplate:
     ``name`` stands in errors ("folder/chat_template.jinja"). ``variables``: what the template sees beside messages,
     tools and add_generation_prompt, such as bos_token. Jinja is set up as in transformers, and each conversation is
     rendered in bounded time and memory in a process apart (`minitune.data.template_child`). A template that calls
-    strftime_now writes today's date, as in transformers: what is trained on then depends on the day.
+    strftime_now writes what `clock` tells, as in transformers: what is trained on then depends on the day.
     """
 
-    def __init__(self, name: str, source: str, variables: Mapping[str, str], control: Sequence[str]) -> None:
-        self.name, self.source, self.variables = name, source, variables
+    def __init__(self, name: str, source: str, variables: Mapping[str, str], control: Sequence[str],
+                 clock: Callable[[], datetime] = datetime.now) -> None:
+        self.name, self.source, self.variables, self.clock = name, source, variables, clock
         self.marks_answers = _GENERATION.search(_COMMENT.sub("", source)) is not None
         self.control = tuple(sorted(set(control) - {""}, key=len, reverse=True))
         self._control = re.compile("|".join(map(re.escape, self.control)) or "(?!)")
@@ -100,7 +102,8 @@ class ChatTemplate:
 
     def _render_chunk(self, conversations: Sequence[Conversation], prompt: bool, mask: bool) -> list[Rendered]:
         prepared = [self._prepare(*conversation, mask) for conversation in conversations]
-        answers = PROCESS.render(self.source, self.variables, [self._request(each, prompt, mask) for each in prepared])
+        answers = PROCESS.render(self.source, self.variables, self.clock(),
+                                 [self._request(each, prompt, mask) for each in prepared])
         for each, answer in zip(prepared, answers, strict=False):
             if "error" in answer:
                 raise InputError(f"{each.where}: the chat template {self.name} does not render this conversation: "
@@ -147,7 +150,7 @@ class ChatTemplate:
         """Whether it writes a call's arguments as JSON, and so quotes those that are JSON text already, as they are in
         OpenAI's files; then it is given the objects that these texts hold."""
         request = {"messages": _PROBE, "tools": None, "prompt": False, "cuts": [], "seen": []}
-        (answer,) = PROCESS.render(self.source, self.variables, [json.dumps(request).encode()])
+        (answer,) = PROCESS.render(self.source, self.variables, self.clock(), [json.dumps(request).encode()])
         text = answer.get("text", "")
         return _ARGUMENTS not in text and json.dumps(_ARGUMENTS) in text
 

@@ -4,14 +4,14 @@ A template is a program of somebody else's. Jinja's sandbox keeps it from Python
 the machine: it can open no file, and the kernel ends it when a conversation takes too much processor time or memory.
 The file is run by its path and imports nothing of minitune, so that it starts quickly.
 
-A batch on stdin: a line with {"source", "variables", "n"}, then n lines of {"messages", "tools", "prompt", "cuts",
-"seen"}. For each of these a line on stdout: {"text", "spans", "cuts", "marks", "absent"} or {"error"}. ``spans`` are
-the [start, end) of what the template wraps in {% generation %}. A cut [k, prompt] asks whether the first k messages,
-rendered by themselves, give a beginning of the text: its length, -1 where they do not, or the error. Where a cut of a
-message fails, ``marks`` tells where the message stands in the text, found by rendering all once more with marks around
-what it says: [message, first character, end of the last, first character of the message behind it]; nothing where that
-is not certain. ``absent`` are those of the messages ``seen`` that the template does not write, found in the same way;
-null where that is not certain.
+A batch on stdin: a line with {"source", "variables", "now", "n"}, then n lines of {"messages", "tools", "prompt",
+"cuts", "seen"}. For each of these a line on stdout: {"text", "spans", "cuts", "marks", "absent"} or {"error"}.
+``spans`` are the [start, end) of what the template wraps in {% generation %}. A cut [k, prompt] asks whether the first
+k messages, rendered by themselves, give a beginning of the text: its length, -1 where they do not, or the error. Where
+a cut of a message fails, ``marks`` tells where the message stands in the text, found by rendering all once more with
+marks around what it says: [message, first character, end of the last, first character of the message behind it];
+nothing where that is not certain. ``absent`` are those of the messages ``seen`` that the template does not write, found
+in the same way; null where that is not certain.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _environment() -> Any:
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     made.filters["tojson"] = tojson
     made.globals["raise_exception"] = raise_exception
-    made.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    made.globals["strftime_now"] = datetime.now().strftime
     return made
 
 
@@ -288,6 +288,7 @@ def main() -> None:
     held = 0
     while header_line := source.readline():
         header = json.loads(header_line)
+        environment.globals["strftime_now"] = datetime.fromisoformat(header["now"]).strftime
         lines = [source.readline() for _ in range(header["n"])]
         held = max(held, sum(map(len, lines)))      # what a batch took may stay with the process
         for line in lines:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,15 @@ class TemplateProcess:
     def _unlock(self) -> None:
         self._lock = threading.Lock()
 
-    def render(self, source: str, variables: Mapping[str, str], requests: Sequence[bytes]) -> list[dict[str, Any]]:
-        """The answers to `requests` (template_child.py tells both) under the template `source`.
+    def render(self, source: str, variables: Mapping[str, str], now: datetime,
+               requests: Sequence[bytes]) -> list[dict[str, Any]]:
+        """The answers to `requests` (template_child.py tells both) under the template `source`; `now` is what it writes
+        where it calls strftime_now.
 
         Where a request ends the process, its answer is {"error": …} and the last one of the list.
         """
-        header = json.dumps({"source": source, "variables": dict(variables), "n": len(requests)}).encode()
+        header = json.dumps({"source": source, "variables": dict(variables), "now": now.isoformat(),
+                             "n": len(requests)}).encode()
         with self._lock:
             process = self._started()
             assert process.stdin is not None and process.stdout is not None

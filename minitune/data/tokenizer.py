@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -39,7 +40,8 @@ class Tokenizer:
     text with BOS), ``chat_template`` (its Jinja source, or None), ``chat_templates`` (that of each use, as "default" or
     "tool_use"), ``kind`` ("sentencepiece" or "tokenizers"), ``folder``, ``backend`` (the library behind it), ``added``
     (the tokens that `load_tokenizer` was asked to add to the folder's), ``new`` (those of them that the folder had
-    not), ``digests`` ({file name: sha256} of the files as they were read).
+    not), ``digests`` ({file name: sha256} of the files as they were read). ``now`` may be set: the moment (datetime)
+    that a chat template writes where it calls strftime_now; None is the clock's.
     """
 
     def __init__(self, files: TokenizerFiles, backend: Backend, added: Sequence[str], new: Sequence[str],
@@ -51,6 +53,7 @@ class Tokenizer:
         self.vocab_size = backend.vocab_size
         self.chat_templates = files.chat_templates
         self.chat_template = files.chat_templates.get("default")
+        self.now: datetime | None = None
         named = {number for token in files.control if (number := backend.id_of(token)) is not None}
         control = frozenset(backend.control | named)
         self.bos_id = self._role("bos", files, control)
@@ -166,8 +169,9 @@ class Tokenizer:
         are JSON text. ``trained`` says which are the assistant's (turns with "weight": 0 are not), the
         token that ends a turn included; where the template writes none, EOS is put behind a conversation that ends with
         an answer. With ``add_generation_prompt`` the ids are a prompt, and none is trained. A template that calls
-        strftime_now writes today's date. Raises InputError for what is no conversation, for one that the template
-        refuses or leaves a part out of, and where what is trained cannot be told (`minitune.data.mask.trained_spans`).
+        strftime_now writes today's date, or that of ``now``. Raises InputError for what is no conversation, for one
+        that the template refuses or leaves a part out of, and where what is trained cannot be told
+        (`minitune.data.mask.trained_spans`).
         """
         return chat.encode_chat(messages, self, tools, add_generation_prompt)
 
@@ -176,6 +180,15 @@ class Tokenizer:
         """A conversation as text, control tokens spelled out: to look at, since text that a message spells cannot be
         told from them any more."""
         return chat.render_chat(messages, self, tools, add_generation_prompt)
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether a chat template calls strftime_now, so that what is trained on depends on the day."""
+        return any("strftime_now" in source for source in self.chat_templates.values())
+
+    def clock(self) -> datetime:
+        """``now``, or the moment that it is."""
+        return self.now or datetime.now()
 
     def template_for(self, tools: Sequence[Any] | None = None) -> ChatTemplate | None:
         """The chat template for conversations with or without tools; None where the folder has none."""
@@ -191,7 +204,7 @@ class Tokenizer:
             variables = {f"{role}_token": self.token(number) for role, number in roles.items() if number is not None}
             name = str(self._template_file) if use == "default" else f"{self._template_file} ({use})"
             control = [self.token(number) for number in self.control_ids]
-            self._templates[use] = ChatTemplate(name, self.chat_templates[use], variables, control)
+            self._templates[use] = ChatTemplate(name, self.chat_templates[use], variables, control, self.clock)
         return self._templates[use]
 
     @cached_property

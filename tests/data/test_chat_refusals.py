@@ -140,9 +140,9 @@ def test_conversations_are_rendered_together_whatever_their_order(tokenizer: Any
     calls: list[int] = []
     render = PROCESS.render
 
-    def counted(source: str, variables: Any, requests: Any) -> Any:
+    def counted(source: str, variables: Any, now: Any, requests: Any) -> Any:
         calls.append(len(requests))
-        return render(source, variables, requests)
+        return render(source, variables, now, requests)
 
     monkeypatch.setattr(PROCESS, "render", counted)
     assert encode_conversations(chats, tokenizer) == alone and sorted(calls)[-2:] == [10, 10] and len(calls) <= 3

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,12 +77,12 @@ def test_the_process_comes_back() -> None:
     request = json.dumps({"messages": CHAT, "tools": None, "prompt": False, "cuts": [], "seen": []}).encode()
     own = TemplateProcess()
     slow = "{% if messages[0].content == 'slow' %}" + HOSTILE["nested loops"] + "{% endif %}{{ messages[0].content }}"
-    found = own.render(slow, {}, [request, request.replace(b"hi", b"slow"), request])
+    found = own.render(slow, {}, datetime.now(), [request, request.replace(b"hi", b"slow"), request])
     assert [answer.get("text") for answer in found] == ["hi", None] and "too long" in found[1]["error"]
-    assert [answer["text"] for answer in own.render(slow, {}, [request] * 3)] == ["hi"] * 3
+    assert [answer["text"] for answer in own.render(slow, {}, datetime.now(), [request] * 3)] == ["hi"] * 3
     own.close()
     own.close()
-    assert own.render("a", {}, [request])[0]["text"] == "a"
+    assert own.render("a", {}, datetime.now(), [request])[0]["text"] == "a"
     own.close()
 
 
@@ -118,6 +119,9 @@ def test_what_a_template_sees_is_what_transformers_shows_it() -> None:
     assert render("{% for m in messages %}\n  {% if loop.first %}{% continue %}{% endif %}\n{{ m.content }}\n"
                   "{% break %}{% endfor %}") == "yes\n"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", render("{{ strftime_now('%Y-%m-%d') }}"))
+    for now in (datetime(2024, 7, 26, 23, 59), datetime(2031, 1, 2, 3, tzinfo=timezone(timedelta(hours=2)))):
+        template = ChatTemplate("here", "{{ strftime_now('%d %b %Y %H:%M%z') }}", {}, [], lambda now=now: now)
+        assert next(template.render([(CHAT, None, "chat")])).text == now.strftime("%d %b %Y %H:%M%z")
     with pytest.raises(InputError, match="does not render this conversation: alternate!"):
         render("{{ raise_exception('alternate!') }}")
     with pytest.raises(InputError, match="line 2: "):
@@ -155,4 +159,4 @@ def test_a_template_cannot_open_files(tmp_path: Path) -> None:
          "child['_confine']()\n"
          f"open({str(tmp_path / 'x')!r}, 'w')"], capture_output=True, text=True)
     assert found.returncode == 1 and "Too many open files" in found.stderr and not (tmp_path / "x").exists()
-    assert PROCESS.render("a", {}, []) == []
+    assert PROCESS.render("a", {}, datetime.now(), []) == []
