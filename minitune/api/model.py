@@ -205,13 +205,19 @@ class Model(Generation):
 
     def token_losses(self, batch: Batch) -> Tensor:
         """fp32 [T]: negative log-likelihood at trained positions, without their weights, and 0 elsewhere."""
-        batch = _batch("token_losses", batch).to(self.device)
+        n_tokens = _batch("token_losses", batch).n_tokens
+        batch = self._placed(batch)
         losses = self.losses_at(self.hidden(batch)[batch.trained], batch.labels[batch.trained])
-        return losses.new_zeros(batch.n_tokens).index_put((batch.trained,), losses)
+        return losses.new_zeros(n_tokens).index_put((batch.trained,), losses)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
         """(sum over trained tokens of weight · loss, fp32 scalar; number of trained tokens)."""
-        return sft.sft(self, _batch("loss_sum", batch).to(self.device))
+        return sft.sft(self, self._placed(_batch("loss_sum", batch)))
+
+    def _placed(self, batch: Batch) -> Batch:
+        """The batch on the model's device. A CPU has nothing to gain from rows of one length, so filler goes."""
+        batch = batch.to(self.device)
+        return batch.trimmed() if self.device.type == "cpu" else batch
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean of weight · loss over the trained tokens, fp32 scalar. InputError if no token is trained."""

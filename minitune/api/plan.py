@@ -9,7 +9,7 @@ from minitune.config import Training
 from minitune.data.stream import Stream
 from minitune.errors import InputError
 from minitune.training.loop import planned
-from minitune.training.needs import LESS, gigabytes, needs_of
+from minitune.training.needs import LESS, gigabytes, longest_row, needs_of
 
 
 def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[tuple[str, str]]:
@@ -34,7 +34,7 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
                          f"{data.n_tokens / (data.count(1) * data.tokens):.0%} full"),
             ("steps", f"{planned(data, training):,} of {training.micro_batches} x {data.tokens:,} tokens"
                       f"{f', {done:,} of them done' if done else ''}")]
-    rows += _memory(model, data.tokens, training)
+    rows += _memory(model, longest_row(data, model.device) or data.tokens, training)
     was_training = model.training
     model.train(False)
     try:

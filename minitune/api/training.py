@@ -291,7 +291,7 @@ def _what(model: Model) -> str:
 def _folder(folder: Path, model: Model, batches: Iterable[Batch], config: Mapping[str, Any]) -> list[Observer]:
     """The observers that write the run folder; ``config``: what config.json says besides."""
     network, adapted = model.network, model.lora is not None
-    longest = longest_row(batches)
+    longest = longest_row(batches, model.device)
     whole = {"model": {"path": model.path, "device": str(model.device), "dtype": str(network.dtype).split(".")[-1],
                        "memory": network.memory,
                        "memory_taken": None if longest is None else functools.partial(network.policy_of, longest),

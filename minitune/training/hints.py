@@ -65,7 +65,7 @@ def hints(batches: Iterable[Any], training: Training, total_steps: int, device: 
         found.append(f"{share:.0%} of the trained base weights stay, rounded to {_name(network.dtype)}, what they are, "
                      f"and so they are read: {total_steps:,} steps of lr {training.lr:g} do not reach the next number; "
                      "take a higher lr, more steps, or dtype float32")
-    longest = None if network is None else longest_row(batches)
+    longest = None if network is None else longest_row(batches, device)
     needs = None if longest is None else needs_of(network, longest, training)
     if needs is not None and needs.total > needs.free:
         found.append(f"a step takes about {gigabytes(needs.total)} beside the weights, and {gigabytes(needs.free)} are "

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import torch
+
 from minitune.config import MemoryPolicy, Training
-from minitune.data.batch import Batch
+from minitune.data.batch import GRAIN, Batch
 from minitune.data.stream import Stream
 from minitune.model.llama import Llama
 from minitune.model.memory import free_bytes, step_bytes
@@ -53,10 +55,11 @@ def moment_bytes(training: Training) -> int:
     return 2 if training.moments == "8bit" else 8
 
 
-def longest_row(batches: Iterable[Batch]) -> int | None:
-    """T of the batches, the largest; None where it shows only as they come."""
+def longest_row(batches: Iterable[Batch], device: torch.device) -> int | None:
+    """The largest T of the batches, on a CPU without what is certain to be filler; None where it shows only as they
+    come."""
     if isinstance(batches, Stream):
-        return batches.tokens
+        return batches.tokens if device.type != "cpu" else min(batches.tokens, -(-batches.n_tokens // GRAIN) * GRAIN)
     return max((batch.n_tokens for batch in batches), default=None) if isinstance(batches, Sequence) else None
 
 

@@ -13,6 +13,7 @@ import torch
 
 import minitune as mt
 from minitune.data.batch import GRAIN
+from minitune.objectives import sft
 from minitune.objectives.evaluate import evaluate
 from minitune.report.progress import ProgressLines
 from minitune.training.run import Observer
@@ -296,10 +297,13 @@ def test_on_a_cpu_no_step_works_for_much_filler(tiny, data, monkeypatch):
     monkeypatch.setattr(network, "forward", lambda self, tokens, *rest: (seen.append(len(tokens)),
                                                                         real(self, tokens, *rest))[1])
     batches = mt.data.stream(data, trained.tokenizer, tokens=512)
-    whole = [float(trained.loss(batch).detach()) for batch in batches]
-    cut = [float(trained.loss(batch.trimmed()).detach()) for batch in batches]
-    assert whole == pytest.approx(cut, rel=1e-6)
+    whole = [float(sft.sft(trained, batch)[0].detach()) for batch in batches]
+    assert seen == [512] * len(whole)
     seen.clear()
+    assert [float(trained.loss_sum(batch)[0].detach()) for batch in batches] == pytest.approx(whole, rel=1e-6)
+    losses = [trained.token_losses(batch) for batch in batches]
+    assert [float(each.sum()) for each in losses] == pytest.approx(whole, rel=1e-6) and losses[0].shape == (512,)
+    mt.train_step(trained, next(iter(batches)), mt.SGD(trained.trainable_parameters(), lr=1e-3))
     run = mt.train(trained, batches, valid=batches, tokens=512, max_steps=2, lr=1e-3)
     assert batches.n_filler > 100 and max(seen) < 512 - batches.n_filler + GRAIN
     assert run.n_tokens == 2 * 512 and run.n_filler == 2 * batches.n_filler
