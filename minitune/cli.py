@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -72,12 +73,23 @@ def _run(args: list[str]) -> None:
     elif name in COMMANDS:
         from minitune.commands.flags.parse import parse
 
-        parse(name, args[1:]).run()
+        command = parse(name, args[1:])
+        _load()
+        command.run()
     else:
         known = [*COMMANDS, "--help", "--version", "--completion"]
         meant = nearest(name, known)
         hint = f"did you mean {meant}?" if meant else f"there are {', '.join(COMMANDS)}"
         raise InputError(f"there is no command {short(name)}; {hint} (minitune --help tells what each does)")
+
+
+def _load() -> None:
+    """Loads torch and all that the commands use. Until then Ctrl-C ends the process at once: the exception that it is
+    later can get lost within an import, or leave half a library behind."""
+    import minitune.api  # noqa: F401
+
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,

@@ -56,6 +56,9 @@ ERRORS = {
     "negative": (lambda f, d, t: ["train", f, d, "--lr", "-1"], "lr"),
     "target": (lambda f, d, t: ["train", f, d, "--targets", "q_prj"], "q_prj"),
     "long document": (lambda f, d, t: ["train", f, d, "--tokens", "4"], "data.jsonl:1"),
+    "two files": (lambda f, d, t: ["train", f, d, d], "more data goes into --mix "),
+    "modules": (lambda f, d, t: ["train", f, d, "--modules-to-save", "lm_head"], "--add-tokens trains the rows of"),
+    "nothing to resume": (lambda f, d, t: ["train", "--resume", "--out", str(t / "empty")], "is empty, so there is no run"),
     "out exists": (lambda f, d, t: ["train", f, d, "--out", f], "exists"),
     "shape": (lambda f, d, t: ["init", "lama-2-7b", str(t / "new")], "llama-2-7b"),
     "seed": (lambda f, d, t: ["train", f, d, "--seed", "99999999999999999999"], "seed is 99999999999999999999"),
@@ -260,3 +263,17 @@ def test_what_is_not_utf_8_is_refused_in_words(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["train", "base", b"a\xff.jsonl".decode("utf-8", "surrogateescape")])
     assert ended.value.code == 2 and "is not UTF-8; give what it names another name" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_process_at_once_while_libraries_are_loaded():
+    """Later it is an exception, as Python makes it; where it is ignored (a script's background) it stays so."""
+    look = ("import signal, sys, minitune.__main__ as begun, minitune.cli as cli\n"
+            "def look(args):\n"
+            "    print(signal.getsignal(signal.SIGINT) is signal.SIG_DFL)\n"
+            "    cli._load()\n"
+            "    print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+            "cli._run = look\n")
+    ignored = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    for before, told in (("", "True"), (ignored, "False")):
+        run = subprocess.run([sys.executable, "-c", f"{look}{before}begun.main()"], capture_output=True, text=True)
+        assert run.stdout.split() == [told, told], run.stderr

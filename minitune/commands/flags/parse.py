@@ -61,7 +61,7 @@ def parse(name: str, args: Sequence[str]) -> Any:
             raise
         resumed = _how_to_resume(command, args) if "--resume" in args else ""
         fault = _plain(said.getvalue(), settings(twin))
-        taken = _taken(args, twin) if fault.endswith(" missing") else ""
+        taken = _taken(args, twin) if fault.endswith(" missing") else _several_files(fault, twin)
         raise InputError(f"{name}: {fault}{taken}{resumed} ({_see(name)})") from None
     sys.stderr.write(said.getvalue())
     found = own(made, command)
@@ -117,6 +117,8 @@ def _file_of(command: type[Any], args: Sequence[str]) -> Path | None:
 def _how_to_resume(command: type[Any], args: Sequence[str]) -> str:
     """What to do where flags under --resume make no command."""
     kept = Path(_value_of(args, "--out") or command.out) / SETTINGS
+    if kept.parent.is_dir() and not any(kept.parent.iterdir()):
+        return f"; {kept.parent} is empty, so there is no run to resume: begin it without --resume"
     if kept.parent.is_dir() and not kept.is_file():
         return (f"; there is no {kept}, which --resume reads (a run that Python began has none): give what the run was "
                 "begun with, or resume it in Python")
@@ -188,6 +190,14 @@ def _taken(args: Sequence[str], command: type[Any]) -> str:
     return ""
 
 
+def _several_files(fault: str, command: type[Any]) -> str:
+    """What is done here with files beside DATA."""
+    said, _, left = fault.partition("not understood: ")
+    if said or ("samples", "mix") not in settings(command) or not all(map(os.path.exists, left.split())):
+        return ""
+    return f"; more data goes into --mix {' '.join(f'{name}=1' for name in left.split())}" if left else ""
+
+
 def _instead(name: str, flag: str, every: set[str], places: Collection[tuple[str, ...]]) -> str:
     """What is said behind "there is no flag …"."""
     found = instead(flag[2:], {each[2:] for each in every}, "--")
@@ -255,7 +265,7 @@ def _plain(box: str, known: dict[tuple[str, ...], Any]) -> str:
     if missing and any(line.startswith("Missing from") for line in body):
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
     text = " ".join(" ".join(body).split()).rstrip(".!") or "the command line is not understood"
-    text = text.replace("Unrecognized options: ", "not understood: ")
+    text = re.sub("(Unrecognized options )?Unrecognized options: ", "not understood: ", text)
     flag = re.search(r"--([a-z][a-z0-9-]*)", text)
     hint = next((hint for path, hint in known.items() if flag and path[-1] == flag[1].replace("-", "_")), None)
     return f"{text}; write {flag[0]} {word(hint)}" if flag and hint and word(hint) else text

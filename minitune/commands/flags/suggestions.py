@@ -27,6 +27,9 @@ DONE_HERE = {
                     "attention never forms the scores as a whole; on a GPU minitune tune measures the fastest way"),
     **dict.fromkeys(("deepspeed", "fsdp", "ddp", "num_gpus"),
                     "one device does the run; --memory and --quant make larger models fit"),
+    **dict.fromkeys(("modules_to_save", "lora_modules_to_save"),
+                    "--add-tokens trains the rows of new tokens, --train base weights"),
+    "lora_target_modules": "--targets names the linears that get an adapter",
     "do_sample": "--temperature above 0 draws, 0 is greedy",
 }
 """Settings of other trainers that a name of ours does not answer -> how it is done here. What names a flag is said by
