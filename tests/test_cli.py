@@ -58,7 +58,7 @@ ERRORS = {
     "long document": (lambda f, d, t: ["train", f, d, "--tokens", "4"], "data.jsonl:1"),
     "two files": (lambda f, d, t: ["train", f, d, d], "more data goes into --mix "),
     "modules": (lambda f, d, t: ["train", f, d, "--modules-to-save", "lm_head"], "--add-tokens trains the rows of"),
-    "nothing to resume": (lambda f, d, t: ["train", "--resume", "--out", str(t / "empty")], "is empty, so there is no run"),
+    "nothing to resume": (lambda f, d, t: ["train", "--resume", "--out", str(t / "empty")], "is empty, so there"),
     "out exists": (lambda f, d, t: ["train", f, d, "--out", f], "exists"),
     "shape": (lambda f, d, t: ["init", "lama-2-7b", str(t / "new")], "llama-2-7b"),
     "seed": (lambda f, d, t: ["train", f, d, "--seed", "99999999999999999999"], "seed is 99999999999999999999"),
