@@ -194,6 +194,8 @@ class Training:
     evaluate_every: int | None = None
     """Evaluate the validation data and ask the sample questions every so many steps, and before and after training; by
     default the data about ten times in the run, the questions only before and after."""
+    patience: int | None = None
+    """End the run after so many evaluations in a row that found no lower validation loss; by default never."""
     spikes: Literal["warn", "skip", "stop"] = "warn"
     """A step whose loss or gradient norm stands more than six standard deviations above the 128 before it: tell of it,
     leave it out, or leave it out and end the run, which can then be resumed."""
@@ -207,7 +209,7 @@ class Training:
         check_seed("training", self.seed)
         check_from_one("training", tokens=self.tokens, micro_batches=self.micro_batches, epochs=self.epochs,
                   max_steps=self.max_steps, log_every=self.log_every, evaluate_every=self.evaluate_every,
-                  save_every=self.save_every)
+                  save_every=self.save_every, patience=self.patience)
         check_positive("training", lr=self.lr, decay=self.decay)
         check_whole("training", "max_skipped", self.max_skipped, 0)
         check_at_least_zero("training", warmup=self.warmup or 0.0, min_lr_ratio=self.min_lr_ratio or 0.0,

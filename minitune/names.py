@@ -20,7 +20,8 @@ ELSEWHERE = {
     "batch_size": "tokens", "per_device_train_batch_size": "tokens", "micro_batch_size": "tokens",
     "learning_rate_multiplier": "lr", "val_set_size": "valid_split", "val_size": "valid_split",
     "validation_split": "valid_split", "val_file": "valid", "validation_file": "valid", "logging_steps": "log_every",
-    "eval_steps": "evaluate_every", "save_steps": "save_every", "save_interval": "save_every"}
+    "eval_steps": "evaluate_every", "save_steps": "save_every", "save_interval": "save_every",
+    "early_stopping_patience": "patience", "early_stopping": "patience"}
 """Settings as PEFT, transformers, Unsloth, LitGPT, Axolotl, LLaMA-Factory and OpenAI call them -> as they are called
 here. They are suggested, not taken: their units differ (a batch of sequences there, tokens here)."""
 

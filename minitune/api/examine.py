@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -78,16 +78,16 @@ class Examiner:
                 raise InputError(f"train: the question {short(shown(each))} cannot be asked: {error}") from None
         check_vocabulary("valid", self.valid or (), self.model)
 
-    def __call__(self, step: int, end: bool) -> EvaluationRecord | None:
+    def __call__(self, step: int, asks_at: Callable[[float | None], bool]) -> EvaluationRecord | None:
         begun = time.perf_counter()
-        asks = self.questions if end or self.always_ask else ()
-        if self.valid is None and not asks:
-            return None
         found: dict[str, Any] = {}
         if self.valid is not None:
             seen = evaluate(self.model, self.valid)
             found = {"loss": seen.loss, "perplexity": seen.perplexity, "accuracy": seen.accuracy,
                      "n_tokens": seen.n_tokens}
+        asks = self.questions if self.always_ask or asks_at(found.get("loss")) else ()
+        if self.valid is None and not asks:
+            return None
         answers = tuple(SampleAnswer(question=shown(each), answer=self._answer(each)) for each in asks)
         return EvaluationRecord(step=step, seconds=time.perf_counter() - begun, answers=answers, **found)
 

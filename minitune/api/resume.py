@@ -31,7 +31,7 @@ from minitune.training import checkpoint
 from minitune.training.checkpoint import Saved
 from minitune.training.step import Objective
 
-FREE = ("log_every", "evaluate_every", "max_skipped", "save_every", "spikes")
+FREE = ("log_every", "evaluate_every", "max_skipped", "patience", "save_every", "spikes")
 """Settings of the training with others of which a run may go on: they change no step as long as nothing goes wrong."""
 CHANGEABLE = ("lr", "schedule", "warmup", "decay", "min_lr_ratio", "weight_decay", "momentum", "clip",
               "label_smoothing", "epochs", "max_steps", "data", "base", "ask", "objective")

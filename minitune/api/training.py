@@ -70,8 +70,8 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
     validation loss); for a model loaded with train=… they are model/ and model-best/. Ctrl-C keeps what was trained,
     and a checkpoint.
     resume: go on with the run in `out` from its checkpoint, as if it had not been interrupted. Model, data and settings
-    must be the same; ``log_every``, ``evaluate_every``, ``max_skipped``, ``save_every`` and ``spikes`` may be others,
-    and from here on those that `changed` names, such as ["lr", "max_steps"]; new data is read from where the old stood.
+    must be the same, but for what changes no step (api/resume.py, FREE) and, from here on, for those that `changed`
+    names, such as ["lr", "max_steps"]; new data is read from where the old stood.
     ask: questions, texts or lists of messages, answered greedily before and after training, and at each
     evaluation where ``evaluate_every`` is set; with `out` and a path by default the data's first three prompts.
     objective: what is minimised in place of the loss of the next token, a function of (model, batch) that gives (sum of
@@ -172,6 +172,9 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
     if training.evaluate_every is not None and held_out is None and not questions:
         raise InputError(f"train: evaluate_every is {training.evaluate_every}, but there is nothing to evaluate; give "
                          "valid=… (held-out data) or ask=… (questions), or leave it out")
+    if training.patience is not None and held_out is None:
+        raise InputError(f"train: patience is {training.patience}, but there is no validation loss to watch; give "
+                         "valid=… (held-out data), or leave it out")
     if isinstance(batches, Sequence):
         check_vocabulary("data", batches, model)
         if not batches:

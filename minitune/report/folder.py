@@ -167,7 +167,7 @@ class Finished(Observer):
         self.folder = folder
 
     def on_end(self, run: Run) -> None:
-        if run.adapter is not None and run.end in ("finished", "out of data"):
+        if run.adapter is not None and run.done:
             checkpoint.remove(self.folder)
 
 

@@ -204,10 +204,9 @@ def summary(run: Run) -> str:
     if not run.records:
         return f"{run.end} before the first step; nothing is kept"
     n_steps = f"{len(run.records)} step{'' if len(run.records) == 1 else 's'}"
-    done = run.end in ("finished", "out of data")
     kept = f"what was trained is saved in {run.adapter}" if run.adapter else "what was trained is not saved"
     kept += "" if run.checkpoint is None else f", it can be resumed after step {run.checkpoint}"
-    end = f"{run.end}: {n_steps}" if done else f"{run.end} after {n_steps}, {kept}"
+    end = f"{run.end}: {n_steps}" if run.done else f"{run.end} after {n_steps}, {kept}"
     n_real = run.n_tokens - run.n_filler
     full = f", rows {n_real / run.n_tokens:.0%} full" if run.n_tokens else ""
     best = f"; best validation loss {run.best.loss:.4f} after step {run.best.step}" if run.best else ""

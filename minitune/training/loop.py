@@ -92,7 +92,8 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
         if not run.records:
             raise InputError(NOTHING)
         runner.check_weights()
-        run.end = "finished" if len(run.records) == total_steps else "out of data"
+        run.end = ("finished" if len(run.records) == total_steps else
+                   "stopped early" if runner.is_enough() else "out of data")
     return run
 
 

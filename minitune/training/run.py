@@ -83,7 +83,8 @@ class EvaluationRecord:
 class Run:
     """A training run: every step's record, every evaluation's, and how it ended.
 
-    ``end`` is "finished" when all planned steps were done, "out of data" when the data ended before, "interrupted" when
+    ``end`` is "finished" when all planned steps were done, "stopped early" when the validation loss fell no more
+    (``patience``), "out of data" when the data ended before, "interrupted" when
     Ctrl-C stopped it, "diverged" when its numbers stayed no longer finite, "failed" when another exception did.
     ``adapter`` is the folder of what was trained, if it was saved; ``best_adapter`` that of the lowest validation loss.
     ``diverging``: the step after which the loss stood far above where it began (training/hints.py), though finite.
@@ -95,7 +96,7 @@ class Run:
     info: RunInfo
     records: list[StepRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
-    end: Literal["finished", "out of data", "interrupted", "diverged", "failed"] = "failed"
+    end: Literal["finished", "stopped early", "out of data", "interrupted", "diverged", "failed"] = "failed"
     adapter: Path | None = None
     best_adapter: Path | None = None
     diverging: int | None = None
@@ -112,6 +113,11 @@ class Run:
             parts.append(f"best validation loss {self.best.loss:.4f} after step {self.best.step}")
         places = [str(place) for place in (self.adapter, self.best_adapter) if place is not None]
         return f"Run({', '.join(parts)}{'; saved in ' if places else ''}{' and '.join(places)})"
+
+    @property
+    def done(self) -> bool:
+        """Whether it came to its end, and is not to be resumed."""
+        return self.end in ("finished", "stopped early", "out of data")
 
     @property
     def skipped(self) -> int:

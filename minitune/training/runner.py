@@ -27,8 +27,9 @@ from minitune.training.shortage import Shortage, free_what_hangs_on
 from minitune.training.spikes import NONE, Limits, limits
 from minitune.training.step import Objective, gradients, update
 
-Evaluate = Callable[[int, bool], EvaluationRecord | None]
-"""(steps done, whether it is before the first or after the last of them) -> what was found, or None: nothing to do."""
+Evaluate = Callable[[int, Callable[[float | None], bool]], EvaluationRecord | None]
+"""(steps done, whether it is before the first or after the last of them, by the validation loss) -> what was found, or
+None: nothing to do."""
 EVALUATIONS = 10
 """About so many in a run whose settings do not say."""
 
@@ -91,6 +92,8 @@ class Runner:
             if self.evaluate is not None and done and done % every == 0:
                 self._drain()
                 self._pause(done, False)
+                if self.is_enough():
+                    break
                 self.before = _Mark(self.device)
             if self.checkpoints is not None and self._is_due(done, self.checkpoints):
                 self._drain()
@@ -200,11 +203,18 @@ class Runner:
         if self.evaluate is None or any(each.step == step for each in self.run.evaluations[-1:]):
             return
         self.model.train(False)
-        record = self.evaluate(step, end)
+        record = self.evaluate(step, lambda loss: end or self.is_enough(loss))
         self.model.train(True)
         if record is not None:
             tell(self.observers, "on_evaluation", record)
             self.run.evaluations.append(record)     # from here on a run that goes on does it no more
+
+    def is_enough(self, *loss: float | None) -> bool:
+        """Whether the last ``patience`` evaluations, the one that found this `loss` among them, found no lower one."""
+        patience = self.run.info.training.patience
+        seen = [each.loss for each in self.run.evaluations if each.step] + list(loss)
+        losses = [math.inf if value is None or math.isnan(value) else value for value in seen]
+        return patience is not None and len(losses) > patience and min(losses[:-patience]) <= min(losses[-patience:])
 
     def _drain(self) -> None:
         while self.waiting:

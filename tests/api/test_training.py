@@ -389,3 +389,12 @@ def test_what_is_warned_of_shows_the_line_that_called(tiny, data):
     with pytest.warns(UserWarning) as warned:
         mt.train(model(tiny), data, tokens=64, max_steps=2, warmup=100, quiet=True)
     assert {Path(each.filename) for each in warned} == {Path(__file__)}
+
+
+def test_patience_needs_a_loss_to_watch_and_ends_a_run_in_order(tiny, data, tmp_path):
+    with pytest.raises(mt.InputError, match="patience is 2, but there is no validation loss to watch; give valid"):
+        mt.train(model(tiny), data, tokens=64, patience=2)
+    run = mt.train(model(tiny), data, valid=data, tokens=64, max_steps=40, lr=1e-12, evaluate_every=1, patience=2,
+                   out=tmp_path / "run", ask=["Number 1 is"], save_every=1)
+    assert run.end == "stopped early" and len(run.records) < 40 and run.evaluations[-1].answers
+    assert (tmp_path / "run" / "adapter").is_dir() and not (tmp_path / "run" / "checkpoint").exists()

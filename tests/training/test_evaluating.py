@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
 
 from minitune.config import Training
 from minitune.training import runner
+from minitune.training.checkpoint import Checkpoints, read
 from minitune.training.loop import fit
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo
 
@@ -18,9 +20,10 @@ class Evaluating(Observer):
     def __init__(self, model, losses=()) -> None:
         self.model, self.losses, self.calls, self.heard = model, list(losses), [], []
 
-    def __call__(self, step, end):
-        self.calls.append((step, end, self.model.training))
-        return EvaluationRecord(step=step, seconds=0.1, loss=self.losses.pop(0) if self.losses else 1.0)
+    def __call__(self, step, is_last):
+        loss = self.losses.pop(0) if self.losses else 1.0
+        self.calls.append((step, is_last(loss), self.model.training))
+        return EvaluationRecord(step=step, seconds=0.1, loss=loss)
 
     def on_step(self, record):
         self.heard.append(record.step)
@@ -61,6 +64,39 @@ def test_data_that_ends_early_is_evaluated_once_more_at_its_last_step(fakes):
     evaluating = Evaluating(model)
     fit(model, iter(data(fakes)), Training(max_steps=100, evaluate_every=3), fakes.objective, evaluate=evaluating)
     assert [(step, end) for step, end, _ in evaluating.calls] == [(0, True), (3, False), (6, True)]
+
+
+@pytest.mark.parametrize(("losses", "patience", "last"), [
+    ([9, 3, 2, 2, 2.5], 2, 4), ([9, 3, 1, 2, 2, 2], 3, 5), ([1, 3, 3], 1, 2), ([9, 1, math.nan], 1, 2),
+    ([9, 6, 5, 4, 3, 2, 1], 1, 6), ([9, 1, 2, 2], 9, 6)])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_run_ends_when_the_validation_loss_falls_no_more(fakes, monkeypatch, losses, patience, last, lag):
+    """Questions are asked at that evaluation, as at any last one."""
+    if lag:
+        made = runner.Runner.__init__
+        monkeypatch.setattr(runner.Runner, "__init__", lambda self, *a: (made(self, *a), setattr(self, "lag", 1))[0])
+    model = fakes.TinyModel()
+    evaluating = Evaluating(model, losses)
+    run = fit(model, data(fakes), Training(evaluate_every=1, patience=patience, log_every=9), fakes.objective,
+              [evaluating], evaluate=evaluating)
+    assert (run.end, len(run.records), run.done) == ("finished" if last == 6 else "stopped early", last, True)
+    assert [(step, end) for step, end, _ in evaluating.calls] == [(i, i in (0, last)) for i in range(last + 1)]
+    assert set(evaluating.heard[-2:]) == {last, f"seen {last}"}
+
+
+def test_a_run_that_goes_on_counts_the_evaluations_before(fakes, tmp_path):
+    class Stop(Observer):
+        def on_evaluation(self, record):
+            if record.step == 2:
+                raise KeyboardInterrupt
+
+    how, kept = Training(evaluate_every=1, patience=3), Checkpoints(tmp_path / "c", dict, tmp_path / "adapter", None)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model := fakes.TinyModel(), data(fakes), how, fakes.objective, [Stop()],
+            evaluate=Evaluating(model, [9, 1, 2]), checkpoints=kept)
+    again = Evaluating(model := fakes.TinyModel(), [2, 2, 2])
+    run = fit(model, data(fakes), how, fakes.objective, evaluate=again, start=read(tmp_path / "c"))
+    assert run.end == "stopped early" and len(run.records) == 4 and [e.loss for e in run.evaluations] == [9, 1, 2, 2, 2]
 
 
 def test_an_evaluation_with_nothing_to_do_leaves_no_record(fakes):
