@@ -201,8 +201,12 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
 def _training(training: Training | None, settings: Mapping[str, Any]) -> Training:
     if training is not None and settings:
         raise InputError(f"train: both training and {', '.join(settings)} are given; put all of it into one of them")
-    check_names("train", settings, Training,
-                ". How data is read is said to mt.data.stream, memory and quant to mt.load")
+    for name in ("optimizer", "schedule"):
+        if name in settings and not isinstance(settings[name], str):
+            raise InputError(f"train: {name} is {short(settings[name])}; it is made here, by a name; one of torch's "
+                             "goes with mt.train_step, in a loop of your own")
+    check_names("train", settings, Training, ". Data is read by mt.data.stream; memory and quant go to mt.load, "
+                "callbacks to observers")
     return training or Training(**settings)
 
 

@@ -93,7 +93,8 @@ FIELDS: dict[str, Used | Rule] = {
     "cross_attention_hidden_size": Rule("a decoder only", (None,)),
     "pruned_heads": Rule("no head is cut", (None, {})),
     "chunk_size_feed_forward": Rule("the same sums", (None, 0)),
-    "auto_map": Rule("code beside a checkpoint is never run", (None, {})),
+    "auto_map": Rule("code beside a checkpoint is never run; remove it where the model is a plain one of its "
+                     "model_type", (None, {})),
     "per_layer_config": Rule("all layers are alike", (None, {})),
     "initializer_range": Rule("weights come from the file"),
     "use_cache": Rule("a choice of the caller"),

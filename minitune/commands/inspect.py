@@ -38,7 +38,7 @@ class Inspect:
         from minitune.data.tokenizer import load_tokenizer
         from minitune.report.folder import check_no_run
         from minitune.report.glued import with_glued
-        from minitune.report.inspect import packed, print_lengths, print_samples, refused
+        from minitune.report.inspect import LONG, packed, print_lengths, print_samples, refused
         from minitune.report.ledger import print_ledger
         from minitune.report.progress import reading
 
@@ -55,5 +55,6 @@ class Inspect:
                 ledger = refused(stream, self.tokens) if refuses else stream.ledger
                 print_ledger(with_glued(stream, ledger, tokenizer), title=title)
                 print()
-        print_lengths([length for part in parts for length in part.corpus.bounds.diff().tolist()], self.tokens)
+        lengths = [length for part in parts for length in part.corpus.bounds.diff().tolist()]
+        print_lengths(lengths, self.tokens, what=LONG[settings.long])
         print_samples(packed(train, self.n), tokenizer)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitune.arguments import short
+from minitune.arguments import answers_names, short
 from minitune.data.batch import Batch
 from minitune.data.stream import Stream
 from minitune.errors import InputError
@@ -37,6 +37,7 @@ class Evaluation:
         return math.inf if self.loss > 700 else math.exp(self.loss)
 
 
+@answers_names
 @torch.no_grad()
 def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:
     """The Evaluation of an `mt.Model` over the trained tokens of `batches`, every token counted alike: weights of

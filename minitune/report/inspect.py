@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 
 SHOWN = 512
 """Tokens of a sample that are shown at most."""
+LONG = {"refuse": "too long for a row", "split": "split into rows", "truncate": "truncated to a row"}
+"""What becomes of samples that are longer than a row, by ``Data.long``."""
 BAR = 40
 """Columns of the longest bar of a histogram."""
 
 
-def print_lengths(lengths: Sequence[int], tokens: int, stream: TextIO | None = None) -> None:
-    """Print a histogram of lengths in tokens, in powers of two; those above `tokens` are marked."""
+def print_lengths(lengths: Sequence[int], tokens: int, stream: TextIO | None = None, *,
+                  what: str = LONG["refuse"]) -> None:
+    """Print a histogram of lengths in tokens, in powers of two; those above `tokens` are marked: `what` becomes of
+    them."""
     stream = sys.stdout if stream is None else stream
     counts = Counter(max(0, (length - 1).bit_length()) for length in lengths)
     most = max(counts.values())
@@ -38,7 +42,7 @@ def print_lengths(lengths: Sequence[int], tokens: int, stream: TextIO | None = N
     for power in range(min(counts), max(counts) + 1):
         low, high, count = (2**(power - 1) + 1 if power else 1), 2**power, counts[power]
         too_long = sum(length > tokens for length in lengths) if low <= tokens < high and count else 0
-        mark = " too long for a row" if low > tokens and count else f" {too_long:,} too long" if too_long else ""
+        mark = f" {what}" if low > tokens and count else f" {too_long:,} {what}" if too_long else ""
         rows.append([f"{low:,} - {high:,}" if low < high else f"{high:,}", f"{count:,}",
                      "#" * -(-count * BAR // most) + mark])
     ordered = sorted(lengths)

@@ -10,7 +10,7 @@ from minitune.data.document import Document
 from minitune.data.ledger import Epoch, Ledger, Note, Source
 from minitune.data.tokenizer import Tokenizer, load_tokenizer
 from minitune.report import progress
-from minitune.report.inspect import SHOWN, print_lengths, print_sample, spread
+from minitune.report.inspect import LONG, SHOWN, print_lengths, print_sample, spread
 from minitune.report.ledger import print_ledger
 from minitune.report.terminal import visible
 from tests.files import BASE
@@ -96,10 +96,12 @@ def test_histogram() -> None:
     assert [line.split()[:4] for line in lines[3:]] == [
         ["1", "1", "#" * 14], ["2", "1", "#" * 14], ["3", "-", "4", "3"], ["5", "-", "8", "0"], ["9", "-", "16", "0"],
         ["17", "-", "32", "0"], ["33", "-", "64", "0"], ["65", "-", "128", "2"]]
-    assert lines[5].endswith(" " + "#" * 40) and lines[-1].endswith("# 1 too long")
+    assert lines[5].endswith(" " + "#" * 40) and lines[-1].endswith("# 1 too long for a row")
     out = io.StringIO()
     print_lengths([5, 300], 100, out)
     assert out.getvalue().rstrip().endswith("# too long for a row")
+    print_lengths([5, 300], 100, out, what=LONG["split"])
+    assert out.getvalue().rstrip().endswith("# split into rows")
 
 
 def test_ledger_table() -> None:

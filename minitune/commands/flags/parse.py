@@ -60,8 +60,8 @@ def parse(name: str, args: Sequence[str]) -> Any:
         if not ended.code:
             raise
         resumed = _how_to_resume(command, args) if "--resume" in args else ""
-        fault = _plain(said.getvalue(), settings(twin))
-        taken = _taken(args, twin) if fault.endswith(" missing") else _several_files(fault, twin)
+        fault = _with_files(_plain(said.getvalue(), settings(twin)), args, twin)
+        taken = _taken(args, twin) if fault.endswith(" missing") else ""
         raise InputError(f"{name}: {fault}{taken}{resumed} ({_see(name)})") from None
     sys.stderr.write(said.getvalue())
     found = own(made, command)
@@ -190,12 +190,15 @@ def _taken(args: Sequence[str], command: type[Any]) -> str:
     return ""
 
 
-def _several_files(fault: str, command: type[Any]) -> str:
-    """What is done here with files beside DATA."""
+def _with_files(fault: str, args: Sequence[str], command: type[Any]) -> str:
+    """`fault`, with what is done here with files beside DATA, where it is those that are not understood. tyro may have
+    broken their names at the end of a line."""
     said, _, left = fault.partition("not understood: ")
-    if said or ("samples", "mix") not in settings(command) or not all(map(os.path.exists, left.split())):
-        return ""
-    return f"; more data goes into --mix {' '.join(f'{name}=1' for name in left.split())}" if left else ""
+    whole = left.replace(" ", "")
+    files = [arg for arg in dict.fromkeys(args) if os.path.exists(arg) and arg in whole]
+    if said or not files or "".join(files) != whole or ("samples", "mix") not in settings(command):
+        return fault
+    return f"not understood: {' '.join(files)}; more data goes into --mix {' '.join(f'{name}=1' for name in files)}"
 
 
 def _instead(name: str, flag: str, every: set[str], places: Collection[tuple[str, ...]]) -> str:
