@@ -34,12 +34,12 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 HEADERS = ["setup.py", *(f"csrc/{name}.h" for name in (
     "nf4", "nf4_cpu", "bindings", "checks", "checks_rows", "cpu_isa", "rows", "rows_kernels", "adamw_8bit_kernels",
-    "attention", "attention_amx", "tiles"))]
+    "attention", "attention_parts", "attention_forward", "attention_backward", "tiles", "tiles_amx", "tiles_avx512"))]
 
 CPU = Extension(
     "minitune._C", [f"csrc/{name}.cpp" for name in (
         "bindings", "cpu_isa", "nf4_cpu", "nf4_cpu_avx2", "nf4_cpu_avx512", "bindings_rows", "rows_portable",
-        "rows_avx2", "rows_avx512", "bindings_attention", "attention_amx_forward", "attention_amx_backward",
+        "rows_avx2", "rows_avx512", "bindings_attention", "attention_amx", "attention_avx512",
         "bindings_products", "bindings_adamw_8bit")],
     depends=HEADERS, extra_compile_args=FLAGS, libraries=["torch_cpu"], py_limited_api=True, language="c++")
 CUDA = Extension(
@@ -113,7 +113,7 @@ def _prepare(extension):
         raise NotBuilt(f"torch cannot be imported ({error}); install it first, then minitune with "
                        "--no-build-isolation") from None
     if extension is CPU and _takes_tiles():
-        extension.define_macros = [*extension.define_macros, ("MINITUNE_AMX", None)]
+        extension.define_macros = [*extension.define_macros, ("MINITUNE_TILES", None)]
     home = Path(torch.__file__).parent
     extension.include_dirs = [str(home / "include")]
     extension.library_dirs = [str(home / "lib")]
@@ -131,7 +131,7 @@ def _prepare(extension):
 
 
 def _takes_tiles():
-    """Whether the compiler, and the assembler behind it, know AMX; only then attention in tiles is built."""
+    """Whether the compiler, and the assembler behind it, know AMX, the youngest set that attention is built for."""
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()
     try:
         return not subprocess.run([*compiler, "-x", "c++", "-c", "-", "-o", os.devnull], input=TILES, text=True,

@@ -1,9 +1,10 @@
-// attention.h: attention of a CPU with a matrix unit for bf16 (Intel AMX): packed documents, causal, grouped heads, and
-// optionally a sliding window.
+// attention.h: attention of a CPU that multiplies bf16 (Intel AMX, or AVX-512 with bf16): packed documents, causal,
+// grouped heads, and optionally a sliding window.
 //
 // Values are bf16 in memory; scores, probabilities and sums are fp32, and probabilities and their gradients are rounded
 // to bf16 where they are multiplied. A task is a document's key head and the query heads that read it, of the forward
 // perhaps a part of them; one thread does it from left to right, so results do not depend on the number of threads.
+// The same code is compiled for both units (attention_amx.cpp, attention_avx512.cpp); their sums differ in order.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -26,15 +27,17 @@ struct Work {
   Heads dout, dq, dk, dv;             // the backward's alone
 };
 
-// Whether what follows is built: setup.py asks the compiler. It is for the instruction set AMX (cpu_isa.h) alone.
-extern const bool kBuilt;
+// Both halves for one unit.
+struct Path {
+  // Bytes that a thread needs to work on the longest document, aligned to 64.
+  size_t (*room_forward)(const Work&);
+  size_t (*room_backward)(const Work&);
+  // A task of documents · kv_heads · splits, in this order.
+  void (*forward)(const Work&, int64_t task, void* room);
+  void (*backward)(const Work&, int64_t task, void* room);
+};
 
-// Bytes that a thread needs to work on the longest document, aligned to 64.
-size_t room_forward(const Work& work);
-size_t room_backward(const Work& work);
-
-// A task of documents · kv_heads · splits, in this order.
-void forward(const Work& work, int64_t task, void* room);
-void backward(const Work& work, int64_t task, void* room);
+// Built where the compiler knows AMX (setup.py asks it, and defines MINITUNE_TILES).
+extern const Path kAmx, kAvx512Bf16;
 
 }  // namespace attention

@@ -104,7 +104,8 @@ PyObject* isa_name(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"cpu_isa", isa_name, METH_NOARGS, "The instruction set that the CPU ops take now: portable, avx2, avx512 or amx."},
+    {"cpu_isa", isa_name, METH_NOARGS, "The instruction set that the CPU ops take now: portable, avx2, avx512, "
+                                      "avx512_bf16 or amx."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 }  // namespace

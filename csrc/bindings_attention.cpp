@@ -11,14 +11,15 @@
 
 namespace {
 using attention::Heads;
+using attention::Path;
 using attention::Work;
 
 Heads heads_of(const Rows& rows) { return {static_cast<uint16_t*>(rows.data), rows.pitch}; }
 
 // Shapes and documents; q, k and v.
 Work operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, int64_t window) {
-  if (cpu_isa() != ISA_AMX)
-    fail(op, ": no AMX here: the CPU, its kernel or the compiler has none, or MINITUNE_CPU_ISA lowers it");
+  if (cpu_isa() < ISA_AVX512_BF16)
+    fail(op, ": no products of bf16 here: the CPU, its kernel or the compiler has none, or MINITUNE_CPU_ISA lowers it");
   Work work{};
   const Shape queries = shape_of(op, "q", q), keys = shape_of(op, "k", k);
   if (queries.dtype != BF16 || keys.dtype != BF16)
@@ -50,6 +51,15 @@ Work operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   return work;
 }
 
+const Path& path() {
+#if defined(MINITUNE_TILES)
+  return cpu_isa() == ISA_AMX ? attention::kAmx : attention::kAvx512Bf16;
+#else
+  static const Path none{};       // `operands` has thrown
+  return none;
+#endif
+}
+
 // Every task, the longest documents first. Whichever thread is free takes the next one, which changes no result.
 void run(const Work& work, size_t (*room_of)(const Work&), void (*function)(const Work&, int64_t, void*),
          const Tensor& beside) {
@@ -71,22 +81,22 @@ void run(const Work& work, size_t (*room_of)(const Work&), void (*function)(cons
   });
 }
 
-void attention_amx(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, int64_t window,
+void attention_tiles(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, int64_t window,
                    const Tensor& out, const Tensor& lse) {
-  const char* op = "attention_amx";
+  const char* op = "attention_tiles";
   Work work = operands(op, q, k, v, starts, window);
   work.out = heads_of(written(op, "out", out, shape_of(op, "q", q)));
   vector_of<float>(op, "lse", lse, ScalarType::Float, work.heads * work.tokens);
   work.lse = static_cast<float*>(lse.mutable_data_ptr());
   const int64_t pairs = std::max(int64_t(1), work.documents * work.kv_heads);
   work.splits = std::min(work.heads / work.kv_heads, ceil_div(int64_t(torch::stable::get_num_threads()), pairs));
-  run(work, attention::room_forward, attention::forward, q);
+  run(work, path().room_forward, path().forward, q);
 }
 
-void attention_amx_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+void attention_tiles_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                             const Tensor& lse, const Tensor& starts, int64_t window, const Tensor& dq, const Tensor& dk,
                             const Tensor& dv) {
-  const char* op = "attention_amx_backward";
+  const char* op = "attention_tiles_backward";
   Work work = operands(op, q, k, v, starts, window);
   const Shape queries = shape_of(op, "q", q), keys = shape_of(op, "k", k);
   work.dout = heads_of(rows_of(op, "dout", dout, queries));
@@ -95,18 +105,18 @@ void attention_amx_backward(const Tensor& dout, const Tensor& q, const Tensor& k
   work.dq = heads_of(written(op, "dq", dq, queries));
   work.dk = heads_of(written(op, "dk", dk, keys));
   work.dv = heads_of(written(op, "dv", dv, keys));
-  run(work, attention::room_backward, attention::backward, q);
+  run(work, path().room_backward, path().backward, q);
 }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minitune, library) {
-  library.def("attention_amx(Tensor q, Tensor k, Tensor v, Tensor starts, int window, Tensor(a!) out, Tensor(b!) lse)"
+  library.def("attention_tiles(Tensor q, Tensor k, Tensor v, Tensor starts, int window, Tensor(a!) out, Tensor(b!) lse)"
               " -> ()");
-  library.def("attention_amx_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts,"
+  library.def("attention_tiles_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts,"
               " int window, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minitune, CPU, library) {
-  library.impl("attention_amx", TORCH_BOX(&attention_amx));
-  library.impl("attention_amx_backward", TORCH_BOX(&attention_amx_backward));
+  library.impl("attention_tiles", TORCH_BOX(&attention_tiles));
+  library.impl("attention_tiles_backward", TORCH_BOX(&attention_tiles_backward));
 }

@@ -5,7 +5,7 @@
 namespace rows {
 const Path& path_of(int isa) {
 #if defined(__x86_64__)
-  static const Path* const paths[4] = {&kPortable, &kAvx2, &kAvx512, &kAvx512};
+  static const Path* const paths[5] = {&kPortable, &kAvx2, &kAvx512, &kAvx512, &kAvx512};
   return *paths[isa];
 #else
   return kPortable;

@@ -2,7 +2,8 @@
 // it to.
 #pragma once
 
-enum CpuIsa : int { ISA_PORTABLE, ISA_AVX2, ISA_AVX512, ISA_AMX };      // each has all that those before it have
+// Each has all that those before it have. The last two: where MINITUNE_TILES is built.
+enum CpuIsa : int { ISA_PORTABLE, ISA_AVX2, ISA_AVX512, ISA_AVX512_BF16, ISA_AMX };
 
 // -1 where MINITUNE_CPU_ISA cannot be met, and then *error says why, until the next call on this thread.
 int cpu_isa(const char** error);

@@ -71,9 +71,9 @@ constexpr void (*kEncodeLast[3])(const Nf4Quantize&, const float*) = {encode_las
 constexpr int64_t kBytes[3] = {4, 2, 2};
 
 #if defined(__x86_64__)
-const Path* const kPaths[4] = {&kPortable, &kAvx2, &kAvx512, &kAvx512};
+const Path* const kPaths[5] = {&kPortable, &kAvx2, &kAvx512, &kAvx512, &kAvx512};
 #else
-const Path* const kPaths[4] = {&kPortable, &kPortable, &kPortable, &kPortable};
+const Path* const kPaths[5] = {&kPortable, &kPortable, &kPortable, &kPortable, &kPortable};
 #endif
 
 // Values [first, last) of one row, or of the whole where it has no gaps, to out.

@@ -1,4 +1,4 @@
-// tiles.h: matrix products in the tile registers of Intel AMX, and how their operands are laid out.
+// tiles.h: how the operands of a product of tiles are laid out. tiles_amx.h and tiles_avx512.h multiply them.
 //
 // A tile is 16 rows of 64 bytes: 16 x 32 bf16 of a left operand; 16 pairs of rows x 16 columns of a right one, a pair's
 // two values of a column side by side; or 16 x 16 fp32 of a result. Rows are packed by slabs of 32. Operands lie in
@@ -8,62 +8,6 @@
 constexpr int64_t kSlab = 32;         // rows or columns of a product: two tiles by two
 constexpr int64_t kTile = 512;        // bf16 values of a tile
 constexpr int64_t kSquare = 1024;     // fp32 values of a slab of sums, [32, 32]
-
-// Gives all eight registers their full size, for as long as it lives.
-struct Tiles {
-  struct alignas(64) Config {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  };
-  Tiles() {
-    const Config config;
-    asm volatile("" : : "r"(&config) : "memory");     // gcc's intrinsics do not say all that they read
-    _tile_loadconfig(&config);
-    asm volatile("" : : "r"(&config) : "memory");
-  }
-  ~Tiles() { _tile_release(); }
-};
-
-// Registers 0 to 3 hold 32 x 32 sums.
-inline void zero_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-inline void load_sums(const float* sums) {
-  asm volatile("" : : : "memory");
-  _tile_loadd(0, sums, 128);
-  _tile_loadd(1, sums + 16, 128);
-  _tile_loadd(2, sums + 512, 128);
-  _tile_loadd(3, sums + 528, 128);
-}
-
-inline void store_sums(float* sums) {
-  _tile_stored(0, sums, 128);
-  _tile_stored(1, sums + 16, 128);
-  _tile_stored(2, sums + 512, 128);
-  _tile_stored(3, sums + 528, 128);
-  asm volatile("" : : : "memory");
-}
-
-// Adds two panels of `left` times two of `right`, over `steps` tiles; panels of one operand are so many values apart.
-inline void multiply(const uint16_t* left, int64_t left_panel, const uint16_t* right, int64_t right_panel,
-                     int64_t steps) {
-  asm volatile("" : : : "memory");
-  for (int64_t step = 0; step < steps; ++step, left += kTile, right += kTile) {
-    _tile_loadd(4, left, 64);
-    _tile_loadd(6, right, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + right_panel, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, left + left_panel, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-}
 
 // rows[i] becomes column i: 16 x 16 values of 32 bits.
 inline void transpose(__m512i rows[16]) {

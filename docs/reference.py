@@ -36,8 +36,8 @@ torch's. \
 All of these repeat to the bit. |
 | `MINITUNE_TUNED` | a file | The table that `minitune tune` writes and ops choose by; unset, one for each kind of GPU \
 and torch in the user's cache folder. |
-| `MINITUNE_CPU_ISA` | `amx`, `avx512`, `avx2`, `portable` | The highest instruction set that the extension uses on a \
-CPU. |
+| `MINITUNE_CPU_ISA` | `amx`, `avx512_bf16`, `avx512`, `avx2`, `portable` | The highest instruction \
+set that the extension uses on a CPU. |
 | `MINITUNE_CACHE` | a folder | Where encoded data is kept; unset, `minitune` in the user's cache folder. |
 | `MINITUNE_NATIVE` | `0` | At installation: without the C++ and CUDA extension. |
 | `MINITUNE_CUDA` | `0`, `1`, `auto` | At installation: without the extension's CUDA half, or with it whatever this \

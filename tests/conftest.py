@@ -30,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         items.sort(key=lambda item: "gpu" not in item.keywords)     # a run that is cut off has lost the others alone
         return
+    items.sort(key=lambda item: item.name != "test_kernels_interpreted")       # the longest: begun last, one core waits
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))

@@ -1,6 +1,6 @@
 """attention: causal, grouped-query, within each document of a flat packed stream, optionally in a sliding window.
 
-On a CPU in tiles of its matrix unit, or by matrix products over blocks of queries (`attention_cpu`). On a GPU torch's
+On a CPU in tiles, or by matrix products over blocks of queries (`attention_cpu`). On a GPU torch's
 own kernels (`attention_library`) or our Triton kernel, for the forward and for the backward whichever was measured to
 be the fastest; what goes from one to the other is the log-sum-exp. `reference` is what all must equal.
 

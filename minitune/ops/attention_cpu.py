@@ -1,5 +1,5 @@
-"""attention_cpu: attention on a CPU: in tiles, where it has a matrix unit for bf16 (csrc/attention.h); else forward
-torch's own kernel, and backward, as forward where a window hides something, products over blocks of queries.
+"""attention_cpu: attention on a CPU: in tiles, where it multiplies bf16 (csrc/attention.h); else forward torch's own
+kernel, and backward, as forward where a window hides something, products over blocks of queries.
 
 Documents of about one length are one pass of blocks; in tiles each is a task of its own.
 """
@@ -31,7 +31,7 @@ def forward_tiles(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window:
     log-sum-exp fp32 [heads, T])."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if place is None else place
     lse = q.new_empty(q.shape[1], len(q), dtype=torch.float32)
-    torch.ops.minitune.attention_amx(*map(_in_rows, (q, k, v)), documents.cu_seqlens, window or 0, out, lse)
+    torch.ops.minitune.attention_tiles(*map(_in_rows, (q, k, v)), documents.cu_seqlens, window or 0, out, lse)
     return out, lse
 
 
@@ -39,7 +39,7 @@ def forward_tiles(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window:
 def backward_tiles(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, documents: Documents,
                    window: int | None, gradients: Sequence[Tensor]) -> None:
     """dout [T, heads, head_dim], operands, result and log-sum-exp of a forward -> dq, dk, dv, into `gradients`."""
-    torch.ops.minitune.attention_amx_backward(*map(_in_rows, (dout, q, k, v, out)), lse, documents.cu_seqlens,
+    torch.ops.minitune.attention_tiles_backward(*map(_in_rows, (dout, q, k, v, out)), lse, documents.cu_seqlens,
                                               window or 0, *gradients)
 
 

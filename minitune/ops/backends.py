@@ -3,8 +3,8 @@
 MINITUNE_BACKEND=reference (or native, triton, cudnn), or `with backends.use("reference")`, overrides the choice for
 every op that has this backend; asking for one that is not available is an error, not a silent change. cudnn is
 attention's alone, forward and backward: fast where the documents are long and equally so, not repeatable to the bit.
-MINITUNE_CPU_ISA=portable (or avx2, avx512) lowers the instruction set of the native backend on a CPU; attention and
-products have a native half for amx alone.
+MINITUNE_CPU_ISA=portable (or avx2, avx512, avx512_bf16) lowers the instruction set of the native backend on a CPU;
+attention has a native half from avx512_bf16 on, products for amx alone.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ OPS: dict[str, tuple[str, ...]] = {
 ROWS = ("rms_norm", "swiglu", "rope", "linear_cross_entropy", "softmax", "few_rows", "adamw_8bit")
 """Whose native half is for a CPU alone, and for ROWS_DTYPES (csrc/rows.h)."""
 ROWS_DTYPES = (torch.float32, torch.bfloat16)
-TILES = ("attention", "products")
-"""Whose native half is for a CPU with tiles of bf16 alone."""
+TILES = {"attention": ("avx512_bf16", "amx"), "products": ("amx",)}
+"""Whose native half is for CPUs that multiply bf16 alone, with the instruction sets that it is for."""
 MEASURED = ("attention", "lora_matmul")
 """Where the library is strong: another way is taken only at shapes where it was measured to be faster (`ops/tuned`). Of
 attention on a CPU with tiles nothing is measured: the native half is taken."""
@@ -120,7 +120,7 @@ def _has(op: str, name: str, device: torch.device, dtype: torch.dtype | None) ->
     if name == "native" and op in ROWS:
         return device.type == "cpu" and (dtype is None or dtype in ROWS_DTYPES)
     if name == "native" and op in TILES:
-        return device.type == "cpu" and dtype in (None, torch.bfloat16) and _may_have_tiles()
+        return device.type == "cpu" and dtype in (None, torch.bfloat16) and _may_have(TILES[op])
     return name in OPS[op] and not (name == "triton" and dtype == torch.float64)
 
 
@@ -164,15 +164,15 @@ def missing(name: str, device: torch.device) -> str | None:
     return _no_triton()
 
 
-def _may_have_tiles() -> bool:
-    """Whether the extension takes this CPU's matrix unit for bf16; True where it is not there to be asked."""
+def _may_have(isas: tuple[str, ...]) -> bool:
+    """Whether the extension takes one of these instruction sets; True where it is not there to be asked."""
     if _native("cpu") is not None:
         return True
     try:
         taken: str = importlib.import_module("minitune._C").cpu_isa()
     except RuntimeError as error:
         raise InputError(str(error)) from None
-    return taken == "amx"
+    return taken in isas
 
 
 def _no_cudnn(device: torch.device) -> str | None:

@@ -15,5 +15,5 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-for _name in (*(f"rows_{name}" for name in NAMES), "attention_amx", "attention_amx_backward", "product_apart"):
+for _name in (*(f"rows_{name}" for name in NAMES), "attention_tiles", "attention_tiles_backward", "product_apart"):
     torch.library.register_fake(f"minitune::{_name}", _nothing)

@@ -173,11 +173,12 @@ def quantize_absmax() -> bool:
 
 
 def attention() -> bool:
-    """Forward or backward in tiles, where the CPU has them. NaN lies beside what is written, and has to stay there:
-    a sanitizer does not see the stores of tiles."""
-    if BEST != "amx":
+    """Forward or backward in tiles, where the CPU multiplies bf16. NaN lies beside what is written, and has to stay
+    there: a sanitizer does not see the stores of tiles."""
+    units = ["avx512_bf16", "amx"]
+    if BEST not in units:
         return product()
-    os.environ["MINITUNE_CPU_ISA"] = "amx"
+    os.environ["MINITUNE_CPU_ISA"] = random.choice(units[: units.index(BEST) + 1])
     heads, kv_heads = random.choice([(1, 1), (2, 1), (4, 2), (3, 3)])
     lengths = [random.choice([0, 1, 31, 32, 33, random.randint(2, 90)]) for _ in range(random.randint(1, 3))]
     tokens, d, window = sum(lengths), random.choice([1, 16, 20, 64, 80]), random.choice([0, 0, 1, 5, 40, 10**12])
@@ -204,7 +205,7 @@ def attention() -> bool:
             given[at] = torch.randint(-5, tokens + 5, (len(bounds),)).to(torch.int32)
         else:
             given[at] = spoil(given[at])
-    op = torch.ops.minitune.attention_amx_backward if backward else torch.ops.minitune.attention_amx
+    op = torch.ops.minitune.attention_tiles_backward if backward else torch.ops.minitune.attention_tiles
     try:
         op(*given)
     except (RuntimeError, TypeError):
@@ -229,7 +230,7 @@ def main() -> None:
     extension = importlib.util.module_from_spec(importlib.util.spec_from_file_location("_C", path, loader=loader))
     loader.exec_module(extension)
     os.environ.pop("MINITUNE_CPU_ISA", None)
-    BEST, names = extension.cpu_isa(), ["portable", "avx2", "avx512", "amx"]
+    BEST, names = extension.cpu_isa(), ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
     counts = {"right": 0, "wrong, refused": 0, "wrong, harmless": 0}
     for round_ in range(rounds):
         random.seed(round_)

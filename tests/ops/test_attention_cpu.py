@@ -15,7 +15,17 @@ from tests.tolerance import check, relative
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 has_tiles = backends.backends("cpu")["attention"] == "native"
-needs_tiles = pytest.mark.skipif(not has_tiles, reason="no AMX, or no extension")
+UNITS = ("avx512_bf16", "amx")
+needs_tiles = pytest.mark.skipif(not has_tiles, reason="no CPU that multiplies bf16, or no extension")
+
+
+def _units():
+    """Those of UNITS that are here."""
+    from minitune import _C
+
+    return UNITS[: UNITS.index(_C.cpu_isa()) + 1]
+
+
 CASES = {       # lengths, heads, kv_heads, head_dim, window
     "one document": ((37,), 3, 3, 20, None),
     "one token": ((1, 1), 2, 1, 16, None),
@@ -33,12 +43,14 @@ CASES = {       # lengths, heads, kv_heads, head_dim, window
 }
 
 
-@pytest.fixture(params=["tiles", "blocks"])
+@pytest.fixture(params=[*UNITS, "blocks"])
 def way(request, monkeypatch):
     if request.param == "blocks" and has_tiles:
         monkeypatch.setenv("MINITUNE_CPU_ISA", "avx512")
-    elif request.param == "tiles" and not has_tiles:
-        pytest.skip("no AMX, or no extension")
+    elif request.param in UNITS:
+        if not has_tiles or request.param not in _units():
+            pytest.skip(f"no {request.param} here, or no extension")
+        monkeypatch.setenv("MINITUNE_CPU_ISA", request.param)
     return request.param
 
 
@@ -68,7 +80,7 @@ def _reference(q, k, v, dout, documents, window):
 def test_forward_and_backward(case, way):
     *shape, window = CASES[case]
     documents, inputs = Documents.from_lengths(shape[0]), _inputs(*shape)
-    assert attention.forward_way(*inputs[:2], documents, window) == ("native" if way == "tiles" else "blocks")
+    assert attention.forward_way(*inputs[:2], documents, window) == ("native" if way in UNITS else "blocks")
     truth = _reference(*(x.double() for x in inputs), documents, window)
     plain = _reference(*inputs, documents, window)
     found = _run(*inputs, documents, window)
@@ -157,12 +169,14 @@ def test_a_cpu_with_tiles_is_known_as_one(monkeypatch):
 
     monkeypatch.delenv("MINITUNE_CPU_ISA", raising=False)
     listed = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    known = all(f" {name} " in listed for name in ("amx_tile", "amx_bf16", "avx512_bf16"))
-    gcc = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True).stdout if known else "0"
-    if known and int(gcc.split(".")[0]) < 11:
+    vectors = all(f" {name} " in listed for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"))
+    known = vectors and all(f" {name} " in listed for name in ("amx_tile", "amx_bf16"))
+    gcc = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True).stdout if vectors else "0"
+    if vectors and int(gcc.split(".")[0]) < 11:
         pytest.skip("a compiler that cannot build them")
     permits = ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0 if known else False       # arch_prctl of x86-64
     assert (_C.cpu_isa() == "amx") == (known and permits)
+    assert (_C.cpu_isa() in UNITS) == vectors == has_tiles
 
 
 def test_when_tiles_are_taken(monkeypatch):
@@ -221,7 +235,7 @@ WRONG = [
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_wrong_arguments_are_refused(wrong, message, backward):
-    op = torch.ops.minitune.attention_amx_backward if backward else torch.ops.minitune.attention_amx
+    op = torch.ops.minitune.attention_tiles_backward if backward else torch.ops.minitune.attention_tiles
     op(**_arguments(backward))
     with pytest.raises(RuntimeError, match=message):
         op(**(_arguments(backward) | wrong))
@@ -231,14 +245,14 @@ def test_wrong_arguments_are_refused(wrong, message, backward):
 def test_gradients_of_a_wrong_shape_are_refused():
     arguments = _arguments(backward=True) | {"dk": torch.zeros(13, 4, 16, dtype=BF16)}
     with pytest.raises(RuntimeError, match="dk is 13 x 4 x 16 of BFloat16; it must be 13 x 2 x 16"):
-        torch.ops.minitune.attention_amx_backward(**arguments)
+        torch.ops.minitune.attention_tiles_backward(**arguments)
 
 
 @needs_tiles
 def test_a_lower_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("MINITUNE_CPU_ISA", "avx512")
-    with pytest.raises(RuntimeError, match=r"no AMX here: .* or MINITUNE_CPU_ISA lowers it"):
-        torch.ops.minitune.attention_amx(**_arguments())
+    with pytest.raises(RuntimeError, match=r"no products of bf16 here: .* or MINITUNE_CPU_ISA lowers it"):
+        torch.ops.minitune.attention_tiles(**_arguments())
 
 
 @needs_tiles
@@ -253,7 +267,7 @@ def test_nothing_to_do(lengths):
 @needs_tiles
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_as_torch_sees_it(backward):
-    op = torch.ops.minitune.attention_amx_backward if backward else torch.ops.minitune.attention_amx
+    op = torch.ops.minitune.attention_tiles_backward if backward else torch.ops.minitune.attention_tiles
     torch.library.opcheck(op.default, tuple(_arguments(backward).values()))
 
 

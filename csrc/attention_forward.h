@@ -1,19 +1,6 @@
-// attention_amx_forward.cpp: attention.h's forward in tiles, FlashAttention's (Dao et al., arXiv 2205.14135, alg. 1).
+// attention_forward.h: attention.h's forward in tiles, FlashAttention's (Dao et al., arXiv 2205.14135, alg. 1).
 // Scores are formed transposed, keys x queries: all that a softmax does over the keys is done lane by lane, and the
-// probabilities are the right operand of the product that follows as they come.
-#include "attention.h"
-
-#if defined(MINITUNE_AMX)
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cmath>
-
-#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
-
-namespace attention {
-namespace {
-#include "attention_amx.h"
+// probabilities are the right operand of the product that follows as they come. No include guard, as tiles.h.
 
 constexpr int64_t kChunk = 8;       // slabs of keys between two looks at the largest score of a query
 
@@ -40,10 +27,8 @@ void form_scores(const Work& work, const Part& part, const ForwardRoom& room, in
   const __m512 hidden = _mm512_set1_ps(-INFINITY);
   for (int64_t j = 0; j < count; ++j) {
     float* scores = room.scores + j * kSquare;
-    zero_sums();
     const int64_t panel = part.steps * kTile;
-    multiply(room.keys + 2 * (first + j) * panel, panel, room.query, panel, part.steps);
-    store_sums(scores);
+    multiply<false>(scores, room.keys + 2 * (first + j) * panel, panel, room.query, panel, part.steps);
     if (!hides(work, i, first + j)) continue;
     for (int64_t key = 0; key < kSlab; ++key)
       for (int64_t half = 0; half < 2; ++half) {
@@ -106,11 +91,9 @@ void forward_slab(const Work& work, const Part& part, const ForwardRoom& room, i
       if (first > begin) scale_sums(part, room.sums, half, past);
     }
     for (int64_t step = 0; step < part.steps; ++step) {
-      if (first > begin) load_sums(room.sums + step * kSquare);
-      else zero_sums();
       const uint16_t* values = room.values + (2 * step * part.slabs + first) * kTile;
-      multiply(values, part.slabs * kTile, room.p, kChunk * kTile, count);
-      store_sums(room.sums + step * kSquare);
+      (first > begin ? multiply<true> : multiply<false>)(room.sums + step * kSquare, values, part.slabs * kTile,
+                                                         room.p, kChunk * kTile, count);
     }
   }
   for (int64_t half = 0; half < 2; ++half) {
@@ -127,10 +110,6 @@ void forward_slab(const Work& work, const Part& part, const ForwardRoom& room, i
   for (int64_t step = 0; step < part.steps; ++step)
     write_transposed(work, part, work.out, head, i, 32 * step, room.sums + step * kSquare, 1.0f);
 }
-}  // namespace
-
-const bool kBuilt = true;
-
 size_t room_forward(const Work& work) {
   size_t used = 0;
   ForwardRoom(longest_part(work), {nullptr}, &used);
@@ -138,7 +117,7 @@ size_t room_forward(const Work& work) {
 }
 
 void forward(const Work& work, int64_t task, void* memory) {
-  const Tiles tiles;
+  const Unit unit;
   const Part part = part_of(work, task);
   const ForwardRoom room(part, {static_cast<uint8_t*>(memory)});
   for (int64_t i = 0; i < part.slabs; ++i) {
@@ -150,12 +129,3 @@ void forward(const Work& work, int64_t task, void* memory) {
   for (int64_t head = part.first_head; head < part.end_head; ++head)
     for (int64_t i = 0; i < part.slabs; ++i) forward_slab(work, part, room, head, i);
 }
-
-}  // namespace attention
-#else
-namespace attention {
-const bool kBuilt = false;
-size_t room_forward(const Work&) { return 0; }
-void forward(const Work&, int64_t, void*) {}
-}  // namespace attention
-#endif

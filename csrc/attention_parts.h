@@ -1,6 +1,5 @@
-// attention_amx.h: what attention.h's forward and backward in tiles share: a task, its memory, rows in and out, and
-// what is done lane by lane. No include guard, as tiles.h.
-#include "tiles.h"
+// attention_parts.h: what attention.h's forward and backward share: a task, its memory, rows in and out, and what is
+// done lane by lane. No include guard, as tiles.h.
 
 // ---- what a task works on -----------------------------------------------------------------------------------------
 struct Part {

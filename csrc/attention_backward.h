@@ -1,19 +1,6 @@
-// attention_amx_backward.cpp: attention.h's backward in tiles, FlashAttention-2's (Dao, arXiv 2307.08691, alg. 2).
+// attention_backward.h: attention.h's backward in tiles, FlashAttention-2's (Dao, arXiv 2307.08691, alg. 2).
 // With s = scale · k·q, keys x queries: p = exp(s - lse), dv = Σ p do, dp = v·do, ds = p (dp - do·o),
-// dq = scale Σ ds k, dk = scale Σ ds q.
-#include "attention.h"
-
-#if defined(MINITUNE_AMX)
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstring>
-
-#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
-
-namespace attention {
-namespace {
-#include "attention_amx.h"
+// dq = scale Σ ds k, dk = scale Σ ds q. No include guard, as tiles.h.
 
 constexpr int64_t kBlock = 4;       // slabs of keys and of queries whose probabilities are kept to be multiplied
 
@@ -95,39 +82,30 @@ void form_gradients(const Work& work, const BackwardRoom& room, int64_t i, int64
 void backward_block(const Work& work, const Part& part, const BackwardRoom& room, int64_t i0, int64_t j0) {
   const int64_t i1 = std::min(i0 + kBlock, part.slabs), j1 = std::min(j0 + kBlock, part.slabs);
   const int64_t head_panel = part.steps * kTile, slab_panel = part.slabs * kTile, block_panel = kBlock * kTile;
-  const auto add = [](float* sums, const uint16_t* left, int64_t left_panel, const uint16_t* right,
-                      int64_t right_panel, int64_t steps) {
-    load_sums(sums);
-    multiply(left, left_panel, right, right_panel, steps);
-    store_sums(sums);
-  };
   for (int64_t j = j0; j < j1; ++j) {
     const int64_t first = std::max(i0, j), end = std::min(i1, part.last_seeing(work, j) + 1);
     for (int64_t i = first; i < end; ++i) {
-      zero_sums();
-      multiply(room.keys + 2 * j * head_panel, head_panel, room.query + 2 * i * head_panel, head_panel, part.steps);
-      store_sums(room.scores);
-      zero_sums();
-      multiply(room.values + 2 * j * head_panel, head_panel, room.dout + 2 * i * head_panel, head_panel, part.steps);
-      store_sums(room.dp);
+      const int64_t keys = 2 * j * head_panel, queries = 2 * i * head_panel;
+      multiply<false>(room.scores, room.keys + keys, head_panel, room.query + queries, head_panel, part.steps);
+      multiply<false>(room.dp, room.values + keys, head_panel, room.dout + queries, head_panel, part.steps);
       (hides(work, i, j) ? form_gradients<true> : form_gradients<false>)(work, room, i, j, i - i0, j - j0);
     }
     if (first >= end) continue;
     const int64_t tile = 2 * (j - j0) * block_panel + (first - i0) * kTile;
     for (int64_t step = 0; step < part.steps; ++step) {
       const int64_t from = 2 * step * slab_panel + first * kTile, to = (j * part.steps + step) * kSquare;
-      add(room.dv + to, room.p + tile, block_panel, room.dout_across + from, slab_panel, end - first);
-      add(room.dk + to, room.ds + tile, block_panel, room.query_across + from, slab_panel, end - first);
+      multiply<true>(room.dv + to, room.p + tile, block_panel, room.dout_across + from, slab_panel, end - first);
+      multiply<true>(room.dk + to, room.ds + tile, block_panel, room.query_across + from, slab_panel, end - first);
     }
   }
   for (int64_t i = i0; i < i1; ++i) {
     const int64_t first = std::max(j0, part.first_seen(work, i)), end = std::min(j1, i + 1);
     for (int64_t step = 0; step < part.steps && first < end; ++step)
-      add(room.dq + (i * part.steps + step) * kSquare, room.keys_across + 2 * step * slab_panel + first * kTile,
-          slab_panel, room.ds_across + 2 * (i - i0) * block_panel + (first - j0) * kTile, block_panel, end - first);
+      multiply<true>(room.dq + (i * part.steps + step) * kSquare,
+                     room.keys_across + 2 * step * slab_panel + first * kTile, slab_panel,
+                     room.ds_across + 2 * (i - i0) * block_panel + (first - j0) * kTile, block_panel, end - first);
   }
 }
-}  // namespace
 
 size_t room_backward(const Work& work) {
   size_t used = 0;
@@ -136,7 +114,7 @@ size_t room_backward(const Work& work) {
 }
 
 void backward(const Work& work, int64_t task, void* memory) {
-  const Tiles tiles;
+  const Unit unit;
   const Part part = part_of(work, task);
   const BackwardRoom room(part, {static_cast<uint8_t*>(memory)});
   const size_t sums = size_t(part.slabs * part.steps * kSquare) * sizeof(float);
@@ -168,11 +146,3 @@ void backward(const Work& work, int64_t task, void* memory) {
       write_square(work, part, work.dv, part.kv_head, i, 32 * step, room.dv + square, 1.0f);
     }
 }
-
-}  // namespace attention
-#else
-namespace attention {
-size_t room_backward(const Work&) { return 0; }
-void backward(const Work&, int64_t, void*) {}
-}  // namespace attention
-#endif
