@@ -21,7 +21,7 @@ from benchmarks.tables_gpu import gpu_tables
 from benchmarks.tables_memory import memory_table
 from benchmarks.tables_nf4 import nf4_kernels_table, nf4_table, readme_nf4
 from benchmarks.tables_peers import peers_table, readme_peers
-from benchmarks.tables_text import markdown, ratio, spread, verdict, where
+from benchmarks.tables_text import UNMEASURED, markdown, ratio, spread, verdict, where
 
 Raw = dict[str, Any]
 PAGE, KERNELS, README = ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "KERNELS.md", ROOT / "README.md"
@@ -149,7 +149,7 @@ def readme_train(raws: dict[str, Raw]) -> str:
     columns = [(raw["size"], shape, found["sides"]) for _, raw in sorted(raws.items())
                for shape, found in raw["layouts"].items()]
     if not columns:
-        return "not measured yet"
+        return UNMEASURED
     rows = []
     for name in ("eager", "compiled", "ours", "products"):
         cells = []
@@ -161,6 +161,15 @@ def readme_train(raws: dict[str, Raw]) -> str:
     head = ["tokens/s", *(f"{size}, {shape}" for size, shape, _ in columns)]
     places = sorted({where(raw) for raw in raws.values()})
     return "\n".join([*markdown(head, rows), "", *places])
+
+
+def by_machine(table: Callable[[dict[str, Raw]], str], raws: dict[str, Raw]) -> str:
+    """README's table of each kind of machine, the one that has measured most first: a row never mixes two."""
+    machines: dict[str, dict[str, Raw]] = {}
+    for name, raw in raws.items():
+        machines.setdefault(raw["machine"]["cpu"], {})[name] = raw
+    tables = [table(found) for found in sorted(machines.values(), key=len, reverse=True)]
+    return "\n\n".join([each for each in tables if each != UNMEASURED] or [UNMEASURED])
 
 
 def fill(text: str, kind: str, table: str) -> str:
@@ -182,7 +191,7 @@ def documents(results: Path = RESULTS, page: Path = PAGE, kernels: Path = KERNEL
     if readme.exists():
         text = readme.read_text()
         for kind, table in {"train": readme_train, "peers": readme_peers, "nf4": readme_nf4}.items():
-            text = fill(text, kind, table(raws))
+            text = fill(text, kind, by_machine(table, everywhere))
         found[readme] = text
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.tables_text import markdown, ratio, spread, verdict, where
+from benchmarks.tables_text import UNMEASURED, markdown, ratio, spread, verdict, where
 
 Raw = dict[str, Any]
 KERNELS = {"dequantize": 5.0, "dequantize_fresh": 1.5, "quantize": 3.0}
@@ -160,7 +160,7 @@ def readme_nf4(raws: dict[str, Raw]) -> str:
     """README's short table of QLoRA: a row a side, two columns a size and layout."""
     found = [raw for _, raw in sorted(raws.items()) if raw["kind"] == "nf4"]
     if not found:
-        return "not measured yet"
+        return UNMEASURED
     columns = [(raw["size"], shape, sides["sides"]) for raw in found for shape, sides in raw["layouts"].items()]
     head = ["QLoRA, NF4 double quantised", *(f"{size}, {shape}: {what}" for size, shape, _ in columns
                                              for what in ("tokens/s", "peak GB"))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.tables_text import Raw, markdown, ratio, spread, where
+from benchmarks.tables_text import UNMEASURED, Raw, markdown, ratio, spread, where
 
 NAMES = {"ours": "minitune", "litgpt": "LitGPT", "torchtune": "torchtune"}
 
@@ -41,7 +41,7 @@ def readme_peers(raws: dict[str, Raw]) -> str:
     """README's short table: each peer at its fastest, a column a size and layout."""
     found = [raw for _, raw in sorted(raws.items()) if raw["kind"] == "peers"]
     if not found:
-        return "not measured yet"
+        return UNMEASURED
     columns = [(raw["size"], shape, sides["sides"]) for raw in found for shape, sides in raw["layouts"].items()]
     rows = []
     for peer in ("litgpt", "torchtune", "ours"):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 Raw = dict[str, Any]
+UNMEASURED = "not measured yet"
+"""README's table where there is no raw file."""
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -93,6 +93,16 @@ def test_the_readme_keeps_everything_outside_the_markers(raw: dict[str, Any]) ->
     assert tables.fill(before, "gpu", table) == before
 
 
+def test_two_machines_have_a_readme_table_each(raw: dict[str, Any]) -> None:
+    other = copy.deepcopy(raw)
+    other["machine"]["cpu"] = "another"
+    tiny = raw | {"name": "train-2x64", "size": "2x64"}
+    text = tables.by_machine(tables.readme_train, {"a": other, "b": raw, "c": tiny})
+    alone = [tables.readme_train({"b": raw, "c": tiny}), tables.readme_train({"a": other})]
+    assert text == "\n\n".join(alone) and alone[0] != alone[1]
+    assert tables.by_machine(tables.readme_nf4, {"a": other}) == tables.by_machine(tables.readme_nf4, {}) != ""
+
+
 def test_a_gpu_page_shows_parts_that_failed(raw: dict[str, Any]) -> None:
     gpu = {"kind": "gpu", "name": "gpu", "when": raw["when"], "machine": raw["machine"], "device": "cuda", "parts": {
         "tests": {"status": "failed", "seconds": 9.0, "rows": [{"what": "tests", "summary": "1 failed, 2 passed"}]},
