@@ -46,7 +46,8 @@ def bench(size: str, told: argparse.Namespace) -> Path:
     """Everything about one size, into one raw file; the path of that file."""
     raw: dict[str, Any] = {
         "kind": "full", "size": size, "model": asdict(SIZES[size]), "parameters": SIZES[size].parameters(),
-        "settings": {"lr": LR, "seed": SEED, "void_share": told.void_share, "attempts": told.attempts,
+        "settings": {"freed_memory": "kept",
+                     "lr": LR, "seed": SEED, "void_share": told.void_share, "attempts": told.attempts,
                      "warmup": told.warmup, "rounds": told.rounds, "steps_a_turn": told.steps},
         "machine": machine(), "layouts": {}}
     with tempfile.TemporaryDirectory() as place:

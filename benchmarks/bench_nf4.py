@@ -104,7 +104,8 @@ def bench(size: str, told: argparse.Namespace) -> Path:
     """Loading and training of one size, into one raw file."""
     raw: dict[str, Any] = {"kind": "nf4", "size": size, "model": asdict(SIZES[size]),
                            "parameters": SIZES[size].parameters(), "machine": machine(), "layouts": {},
-                           "settings": {"rank": RANK, "alpha": ALPHA, "lr": LR, "seed": SEED, "quant": QUANT,
+                           "settings": {"freed_memory": "kept",
+                                        "rank": RANK, "alpha": ALPHA, "lr": LR, "seed": SEED, "quant": QUANT,
                                         "void_share": told.void_share, "rounds": told.rounds,
                                         "steps_a_turn": told.steps, "warmup": told.warmup, "starts": told.starts}}
     with tempfile.TemporaryDirectory() as place:

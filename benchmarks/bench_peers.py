@@ -46,7 +46,8 @@ def bench(size: str, told: argparse.Namespace) -> Path:
     """Everything about one size, into one raw file; the path of that file."""
     raw: dict[str, Any] = {
         "kind": "peers", "size": size, "model": asdict(SIZES[size]), "parameters": SIZES[size].parameters(),
-        "settings": {"rank": RANK, "alpha": ALPHA, "lr": LR, "seed": SEED, "void_share": told.void_share,
+        "settings": {"freed_memory": "kept",
+                     "rank": RANK, "alpha": ALPHA, "lr": LR, "seed": SEED, "void_share": told.void_share,
                      "attempts": told.attempts, "warmup": told.warmup, "rounds": told.rounds,
                      "steps_a_turn": told.steps},
         "machine": machine(), "layouts": {}}
@@ -60,8 +61,8 @@ def bench(size: str, told: argparse.Namespace) -> Path:
             curves = {name: side for name, side in sides.items() if "losses" in side}
             raw["layouts"][shape] = {
                 "n_tokens": sum(layout(shape)), "sides": sides,
-                "losses": {peer: compare_losses({"ours": curves["ours"], "eager": curves[peer]})
-                           for peer in PEERS if peer in curves and "ours" in curves}}
+                "losses": {name: compare_losses({"ours": curves["ours"], "eager": curves[name]})
+                           for name in curves if name != "ours" and "ours" in curves}}
     return save(f"peers-{size}", raw, told.out)
 
 

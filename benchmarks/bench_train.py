@@ -130,7 +130,8 @@ def bench(size: str, told: argparse.Namespace) -> Path:
     """Everything about one size, into one raw file; the path of that file."""
     raw: dict[str, Any] = {
         "kind": "train", "size": size, "model": asdict(SIZES[size]), "parameters": SIZES[size].parameters(),
-        "settings": {"rank": RANK, "alpha": ALPHA, "lr": LR, "seed": SEED, "prompt": PROMPT, "new_tokens": NEW_TOKENS,
+        "settings": {"freed_memory": "kept",
+                     "rank": RANK, "alpha": ALPHA, "lr": LR, "seed": SEED, "prompt": PROMPT, "new_tokens": NEW_TOKENS,
                      "void_share": told.void_share, "attempts": told.attempts, "warmup": told.warmup,
                      "rounds": told.rounds, "steps_a_turn": told.steps, "starts": told.starts},
         "machine": machine(), "layouts": {}}

@@ -11,7 +11,8 @@ def peers_table(raw: Raw) -> list[str]:
     """The figures of one size: a row for each way to run a peer, and minitune's speed and memory over it."""
     lines = [f"### {raw['size']}, {raw['parameters'] / 1e6:,.3g} M parameters, LoRA r {raw['settings']['rank']}", "",
              where(raw), "", "All in bf16 with torch's fused AdamW, nothing padded, no activation checkpointing. The "
-             "peers' adapters are bf16, minitune's fp32.", ""]
+             "peers' adapters are bf16, minitune's fp32. LitGPT gives its loss in bf16, in steps of 1/16 here; its "
+             "head may be whole, its cross-entropy is in chunks of 128 in every way.", ""]
     rows = []
     for shape, found in raw["layouts"].items():
         ours = found["sides"]["ours"]
@@ -29,9 +30,11 @@ def peers_table(raw: Raw) -> list[str]:
                          f"{side['memory']['resident_peak'] / 1e9:.2f}",
                          *("" if value is None else f"{value:.2f}" for value in (over, peak)),
                          str(sum(turn["void"] for turn in side["turns"] if not turn["warmup"]))))
-        for peer, losses in found["losses"].items():
-            rows.append((shape, f"loss curves, minitune and {NAMES[peer]}",
-                         f"apart by {losses['largest_difference']:.3f}", "", "", "", ""))
+        for name, losses in found["losses"].items():
+            peer, _, way = name.partition(", ")
+            course = "the same course" if losses["same_course"] else "NOT the same course"
+            rows.append((shape, f"loss curves, minitune and {NAMES[peer]}{way and f', {way}'}",
+                         f"{course}, apart by {losses['largest_difference']:.3f}", "", "", "", ""))
     head = ("layout", "side", "tokens/s", "peak GB", "minitune's tokens/s over it", "minitune's peak over it",
             "void turns")
     return [*lines, *markdown(head, rows)]

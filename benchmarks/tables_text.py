@@ -36,7 +36,9 @@ def where(raw: Raw) -> str:
     named = ("torch", "triton", "transformers", "peft", "bitsandbytes", "litgpt", "torchtune", "torchao")
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in named if machine["versions"].get(name))
     commit = (machine["commit"] or "unknown")[:10] + (" + changes" if machine["dirty"] else "")
-    return f"{raw['when'][:10]}, {device}, {versions}, commit {commit}."
+    beside = raw.get("kind") in ("train", "full", "nf4", "peers") and not raw.get("settings", {}).get("freed_memory")
+    malloc = "; the rivals, unlike minitune, gave freed memory back between steps" if beside else ""
+    return f"{raw['when'][:10]}, {device}, {versions}, commit {commit}{malloc}."
 
 
 def ratio(ours: Raw | None, theirs: Raw | None) -> float | None:

@@ -28,8 +28,12 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        told = {self.kernel.arg_names[path[0]]: value for path, value in self.constants.items()}
-        return f"{self.kernel.fn.__name__} {self.signature} {told} {self.options.num_warps} warps"
+        names = self.kernel.arg_names
+        told, known = ({names[path[0]]: value for path, value in each.items()} for each in (self.constants,
+                                                                                           self.attributes))
+        options = {name: value for name, value in vars(self.options).items()
+                   if name != "extern_libs" and value != getattr(type(self.options), name, None)}
+        return f"{self.kernel.fn.__name__} {self.signature} {told} {known} {self.options.num_warps} warps {options}"
 
     def faults(self, arch: int) -> list[str]:
         """What this generation of GPUs would refuse, or run slowly."""
@@ -57,4 +61,4 @@ class Launches:
         if not all(0 < size <= most for size, most in zip(sizes, MOST, strict=False)):
             raise ValueError(f"{kernel.fn.__name__}: its grid is {sizes}")
         launch = Launch(kernel, signature, constants, attributes, packed)
-        self.found.setdefault(f"{launch.name} {attributes}", launch)
+        self.found.setdefault(launch.name, launch)

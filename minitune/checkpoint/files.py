@@ -204,18 +204,39 @@ def replaced(folder: Path) -> Iterator[Path]:
     new = _hidden(folder, "tmp")
     try:
         with _writing(folder):
-            new.mkdir(parents=True, exist_ok=True)
+            _make(new)
             yield new
-            for path in filter(Path.is_file, new.rglob("*")):       # whoever wrote it need not have
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            if folder.is_dir():
+            for path in (new, *new.rglob("*")):       # whoever wrote it need not have
+                _sync(path)
+            old = folder.is_dir()
+            if old:
                 _exchange(new, folder)
             else:
                 os.replace(new, folder)
-            sync_folder(folder.parent)
+            try:
+                sync_folder(folder.parent)
+            except OSError:
+                if old:
+                    _exchange(new, folder)
+                raise
     finally:
         discard(new)
+
+
+def _make(folder: Path) -> None:
+    """A folder and its parents, as far as they are missing, with names that last."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_folder(each.parent)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        sync_folder(path)
+    elif path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _exchange(new: Path, folder: Path) -> None:
@@ -243,7 +264,7 @@ def staged(folder: Path) -> Iterator[Staging]:
     staging, there = Staging(folder), folder.exists()
     try:
         with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
             yield staging
             staging.commit()
     finally:
@@ -289,5 +310,5 @@ class Staging:
 
     def discard(self) -> None:
         for temporary, _ in self._written:
-            temporary.unlink(missing_ok=True)
+            discard(temporary)
         self._written.clear()

@@ -212,8 +212,12 @@ def _extension(name: str, absent: str) -> str | None:
         raise InputError(f"{spec.origin}: does not load with torch {torch.__version__} ({error}); it was built for "
                          "another torch or machine: install minitune again with --no-build-isolation, or set "
                          "MINITUNE_BACKEND=reference to do without") from None
-    importlib.import_module("minitune.ops.nf4_native")
-    importlib.import_module("minitune.ops.rows_native")
+    try:
+        importlib.import_module("minitune.ops.nf4_native")
+        importlib.import_module("minitune.ops.rows_native")
+    except RuntimeError as error:       # an op that the sources have by now
+        raise InputError(f"{spec.origin}: was built of older sources than these ({error}); build it anew: make "
+                         "install, or python setup.py build_ext --inplace") from None
     if name == "_C":
         try:
             module.cpu_isa()

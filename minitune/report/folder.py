@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from minitune.training import checkpoint
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo
 from minitune.training.schedule import min_lr_ratio_of, warmup_of
 
-FILES = ("config.json", "environment.json", "ledger.json", "metrics.jsonl", "answers.jsonl")
+METRICS = "metrics.jsonl"
+FILES = ("config.json", "environment.json", "ledger.json", METRICS, "answers.jsonl")
 """What the observers of `run_folder` write before anything is trained."""
 
 
@@ -68,7 +71,7 @@ def run_folder(folder: Path, save: Callable[[Path], None], sound: Callable[[], b
                config: Mapping[str, Any]) -> list[Observer]:
     """The observers that fill `folder`: see RunFolder; metrics.jsonl, answers.jsonl and loss.png beside it. Last comes
     what removes the checkpoint: a process that is killed before all is written can be resumed."""
-    return [RunFolder(folder, save, sound, what, config), MetricsFile(folder / "metrics.jsonl"),
+    return [RunFolder(folder, save, sound, what, config), MetricsFile(folder / METRICS),
             AnswersFile(folder / "answers.jsonl"), LossPlot(folder / "loss.png"),
             Finished(folder / checkpoint.FOLDER)]
 
@@ -89,6 +92,7 @@ class RunFolder(Observer):
         self._ledger: dict[str, Any] | None = None
         self._lowest = math.inf
         self._best: Path | None = None
+        self._abandoned: tuple[float, int] | None = None    # of `what`-best, where no step of this run made it
         self._begun = False
 
     def on_ledger(self, ledgers: Mapping[str, Any]) -> None:
@@ -121,6 +125,21 @@ class RunFolder(Observer):
         if run.best is not None and run.best.loss is not None:
             self._lowest, best = run.best.loss, self.folder / f"{self.what}-best"
             self._best = best if best.is_dir() else None
+        lower = [each for each in self._behind(run.records[-1].step) if each[0] < self._lowest]
+        if lower and self._best is not None:
+            self._abandoned = min(lower)
+            self._lowest = self._abandoned[0]
+
+    def _behind(self, step: int) -> list[tuple[float, int]]:
+        """Validation losses, and their steps, of what a killed process did after that step, before it is done again."""
+        found = []
+        with suppress(OSError):
+            for line in (self.folder / METRICS).read_text("utf-8", "replace").splitlines():
+                with suppress(ValueError, KeyError, TypeError):     # the last line may be half a one
+                    row = json.loads(line)
+                    if row["step"] > step:
+                        found.append((float(row["valid_loss"]), int(row["step"])))
+        return found
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         if record.step and record.loss is not None and record.loss < self._lowest and self.sound():
@@ -132,10 +151,14 @@ class RunFolder(Observer):
                 warn(f"step {record.step}: the best so far is not kept: {error}"
                      + (f"; that of before stays in {best}" if self._best else ""))
             else:
-                self._lowest, self._best = record.loss, best
+                self._lowest, self._best, self._abandoned = record.loss, best, None
 
     def on_end(self, run: Run) -> None:
         run.best_adapter = self._best
+        if self._abandoned is not None and run.best is not None and run.best.loss != self._lowest:
+            loss, step = self._abandoned
+            warn(f"{self._best}: is of step {step} of a part that was lost when the run was killed, and done again in "
+                 f"another way; its validation loss was {loss:.4f}, which nothing since was below")
         if not run.records:
             for name in FILES if self._begun else ():
                 (self.folder / name).unlink(missing_ok=True)

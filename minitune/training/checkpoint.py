@@ -87,7 +87,7 @@ class Checkpoints:
         self._about = about
 
     def write(self, position: Position, model: torch.nn.Module, optimizer: FlatOptimizer, run: Run) -> None:
-        """Keep the run as it stands, beside the last checkpoint; those before it go first, so that never more than two
+        """Keep the run as it stands, beside the last whole checkpoint; others go first, so that never more than two
         take room. InputError where it cannot be written; the last one stays."""
         content = {"format": FORMAT, "step": position.step, "micro_batches": position.micro_batches,
                    "run": self._about(), "evaluations": [_plain(each) for each in run.evaluations]}
@@ -102,10 +102,15 @@ class Checkpoints:
         self.step = position.step
 
     def _remove_others(self) -> None:
-        """Checkpoints but the last one, older or damaged, and what a killed process half wrote. What cannot be removed
-        ends no run."""
-        stay = () if self.step is None else _files(self.folder, self.step)
+        """Checkpoints but the newest whole one, and what a killed process half wrote. What cannot be removed ends no
+        run."""
         sweep(self.folder)
+        if self.step is not None and len(steps(self.folder)) > 1:
+            try:
+                self.step = read(self.folder).step      # a disk may have spoilt the last one since it was written
+            except InputError:
+                return      # as far as can be read none is whole: let a new one stand first
+        stay = () if self.step is None else _files(self.folder, self.step)
         # A checkpoint's JSON first: without it its tensors are none.
         for path in sorted(self.folder.glob("step-*"), key=lambda path: path.suffix != ".json"):
             if path not in stay:

@@ -44,8 +44,11 @@ class Shortage:
         if not self.divisible or len(longest.documents.lengths) == 1:
             return None
         self.tokens = longest.n_tokens // 2
+        changed = "no more than rounding"
+        if self.network is not None and any(each.dropout for each in self.network.adapters().values()):
+            changed = "rounding, and what dropout draws"
         return (f"memory ran out with rows of {longest.n_tokens:,} tokens; from here on their documents are computed "
-                f"{self.tokens:,} tokens at a time, in the same steps, which changes no more than rounding")
+                f"{self.tokens:,} tokens at a time, in the same steps, which changes {changed}")
 
     def least(self, batches: Sequence[Batch]) -> str:
         """What cannot be made less, and what to do."""
@@ -58,8 +61,15 @@ class Shortage:
 
 
 def free_what_hangs_on(error: BaseException, device: torch.device) -> None:
-    """Let go of the tensors in the frames that an error came through."""
-    traceback.clear_frames(error.__traceback__)
+    """Let go of the tensors in the frames that an error came through, and those that it came from."""
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is not None and each not in seen:
+            seen.append(each)
+            traceback.clear_frames(each.__traceback__)
+            waiting += [each.__context__, each.__cause__]
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

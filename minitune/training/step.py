@@ -45,10 +45,12 @@ def train_step(model: Any, micro_batches: Sequence[Batch], optimizer: torch.opti
     """Gradients of all micro-batches, clipped to the global norm `clip` (0: not clipped), then one update.
 
     The number of trained tokens of the whole step is known on the host before it begins and divides every loss, so any
-    split gives the same gradient. Nothing here asks the device. A step whose loss or gradient is not finite changes no
-    weight, as `update` says; the result's numbers tell. A group's learning rate becomes `lr` times its
-    ``lr_ratio``, where it has one; without `lr` the groups keep theirs, as a torch scheduler sets them. Works with any
-    torch optimizer; with minitune's the update is one launch for all small parameters of a group.
+    split gives the same gradient. A step whose loss or gradient is not finite changes no weight; the result's numbers
+    tell. A GPU is not asked in a step: there minitune's optimizers leave weights and moments as they are, though they
+    count the step, and another's takes one of zero gradients, by its momentum and weight decay. A group's learning rate
+    becomes `lr` times its ``lr_ratio``, where it has one; without `lr` the groups keep theirs, as a torch scheduler
+    sets them. Works with any torch optimizer; with minitune's the update is one launch for all small parameters of a
+    group.
 
     Raises InputError for what is no batch, rate or norm, and where no token of the step is trained.
     """

@@ -80,6 +80,44 @@ def test_where_the_new_one_cannot_take_its_name_the_old_one_has_its_own_again(tm
     assert found(tmp_path) == {"best/a": "1"} and os.listdir(tmp_path) == ["best"]
 
 
+def test_where_the_new_name_may_not_last_the_old_one_is_back(tmp_path, monkeypatch):
+    (tmp_path / "best").mkdir()
+    fill(tmp_path / "best", a="1")
+
+    def dying(folder):
+        if folder == tmp_path:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files, "sync_folder", dying)
+    with pytest.raises(InputError, match="Input/output error"), replaced(tmp_path / "best") as new:
+        fill(new, a="2")
+    assert found(tmp_path) == {"best/a": "1"} and os.listdir(tmp_path) == ["best"]
+
+
+def test_folders_that_are_made_last_and_so_does_what_was_put_into_them(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync_folder", lambda folder: synced.append(str(folder.relative_to(tmp_path))))
+    with staged(tmp_path / "run" / "checkpoint") as staging:
+        staging.write("a", b"1")
+    assert sorted(synced) == [".", "run", "run/checkpoint"]
+    synced.clear()
+    with replaced(tmp_path / "run" / "best") as new:
+        (new / "inner").mkdir()
+        fill(new / "inner", a="2")
+    hidden = f"run/.best.{os.getpid()}.tmp"
+    assert synced[0] == "run" and sorted(synced[1:]) == sorted(["run", hidden, f"{hidden}/inner"])
+
+
+def test_what_is_half_written_and_cannot_be_removed_hides_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    with pytest.raises(InputError, match="No space left"), staged(tmp_path) as staging:
+        staging.write("a", b"1")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path) as staging:
+        staging.write("a", b"1")
+        raise KeyboardInterrupt
+
+
 def test_what_cannot_be_written_has_the_name_that_a_user_knows(tmp_path):
     with pytest.raises(InputError) as raised, replaced(tmp_path / "best.of") as new:
         (new / "missing" / "a").write_text("")

@@ -42,8 +42,8 @@ class Heads(ctypes.Structure):
 
 
 class Work(ctypes.Structure):
-    _fields_ = [("starts", POINTER),
-                *((name, LONG) for name in ("documents", "tokens", "heads", "kv_heads", "head_dim", "splits", "window")),
+    _fields_ = [("starts", POINTER), *((name, LONG) for name in ("documents", "tokens", "heads", "kv_heads",
+                                                                 "head_dim", "splits", "window")),
                 ("scale", ctypes.c_float), *((name, Heads) for name in ("q", "k", "v", "out")), ("lse", POINTER),
                 *((name, Heads) for name in ("dout", "dq", "dk", "dv"))]
 

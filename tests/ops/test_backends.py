@@ -1,5 +1,6 @@
 """backends: what is chosen, what can be asked for, and what is said of what is missing."""
 
+import importlib
 import os
 import shutil
 import sys
@@ -82,6 +83,25 @@ def test_an_extension_that_does_not_load_is_named(tmp_path, monkeypatch):
         with pytest.raises(mt.InputError, match=r"_C.abi3.so: does not load with torch .*--no-build-isolation"):
             backends.missing("native", CPU)
         assert "does not load" in mt.backends("cpu")["native"]
+    finally:
+        backends._native.cache_clear()
+
+
+def test_an_extension_of_older_sources_is_named(monkeypatch):
+    if reason := backends.missing("native", CPU):
+        pytest.skip(reason)
+    find = importlib.import_module
+
+    def missing_op(name):
+        if name == "minitune.ops.rows_native":
+            raise RuntimeError("operator minitune::of_tomorrow does not exist")
+        return find(name)
+
+    monkeypatch.setattr(backends.importlib, "import_module", missing_op)
+    backends._native.cache_clear()
+    try:
+        with pytest.raises(mt.InputError, match=r"older sources than these \(operator .*make install"):
+            backends.missing("native", CPU)
     finally:
         backends._native.cache_clear()
 

@@ -46,6 +46,24 @@ def test_the_best_of_before_stays_until_there_is_a_better_one(tmp_path):
     assert saved == ["adapter-best"]
 
 
+@pytest.mark.parametrize(("again", "told"), [(0.7, False), (0.8, True), (0.6, False)])
+def test_a_best_of_steps_that_are_done_again_is_known_as_that(tmp_path, recwarn, again, told):
+    """Killed after the evaluation of step 6, whose loss was 0.7; resumed from step 4; step 6 gives `again`."""
+    (tmp_path / "adapter-best").mkdir()
+    lines = [{"step": 4, "valid_loss": 1.0}, {"step": 5, "loss": 0.1}, {"step": 6, "valid_loss": 0.7}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 8, "valid_l')
+    run, saved = going_on([seen(0, 3.0), seen(4, 1.0)]), []
+    folder = RunFolder(tmp_path, lambda path: saved.append(path.name.split(".")[1]), lambda: True, "adapter", {})
+    folder.on_resume(run)
+    run.evaluations.append(seen(6, again))
+    folder.on_evaluation(run.evaluations[-1])
+    assert saved == (["adapter-best"] if again < 0.7 else [])
+    folder.on_end(run)
+    said = [str(each.message) for each in recwarn if "adapter-best: is of step 6 of a part that was lost" in
+            str(each.message)]
+    assert len(said) == told and all("0.7000" in each for each in said)
+
+
 def test_what_a_killed_process_left_half_written_goes(tmp_path):
     names = [".train.toml.7.tmp", ".adapter-best.7.tmp/adapter_model.safetensors", ".adapter-best.7.old/a",
              "checkpoint/.step-2.safetensors.7.tmp", "adapter/.adapter_config.json.7.tmp", "mine/.a.7.tmp"]

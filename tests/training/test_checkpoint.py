@@ -14,6 +14,7 @@ from minitune.checkpoint.files import json_bytes
 from minitune.checkpoint.writer import write_safetensors
 from minitune.config import Training
 from minitune.errors import InputError
+from minitune.training import checkpoint
 from minitune.training.checkpoint import FORMAT, OWN, read, remove, steps
 from minitune.training.run import EvaluationRecord, SampleAnswer
 from tests.training.stopping import Stop, checkpoints, data, train
@@ -142,6 +143,30 @@ def test_where_the_newer_checkpoint_is_damaged_the_run_goes_on_from_the_older_an
         _flip(path)
     with pytest.raises(InputError, match=r"step-9\.safetensors: its SHA-256 is .*; begin anew in another folder"):
         read(folder)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_damaged_checkpoint_gives_way_and_the_whole_one_before_it_stays(fakes, tmp_path, monkeypatch, full):
+    """Also where the next one cannot be written."""
+    folder, training, damage = tmp_path / "checkpoint", Training(lr=0.05, epochs=2, save_every=2), Stop(7, ValueError)
+    written, stopped = [], damage.on_step
+
+    def on_step(record):
+        if record.step == 5:
+            _flip(folder / "step-4.safetensors")
+            if full:
+                monkeypatch.setattr(checkpoint, "write_safetensors", no_room)
+        stopped(record)
+
+    def no_room(*_):
+        written.append(steps(folder))
+        raise OSError(28, "No space left on device")
+
+    damage.on_step = on_step
+    with pytest.raises(ValueError):
+        train(fakes, fakes.TinyModel(), data(fakes), training, observers=[damage], checkpoints=checkpoints(tmp_path))
+    assert steps(folder) == ([2] if full else [7, 6]) and read(folder).step == (2 if full else 7)
+    assert written[:1] == ([[2]] if full else [])
 
 
 def test_what_somebody_else_keeps_beside_the_checkpoints_stays(fakes, tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from minitune.data.batch import Batch
 from minitune.training.checkpoint import steps
 from minitune.training.loop import fit
 from minitune.training.run import Observer
+from minitune.training.shortage import Shortage, free_what_hangs_on
 from tests.training.stopping import checkpoints, dropped, train
 
 
@@ -61,6 +65,35 @@ def test_documents_of_a_row_are_computed_one_after_the_other_in_the_same_steps(f
     assert heard.notes[1:] == [
         f"step 1: memory ran out with rows of {before} tokens; from here on their documents are computed {after} "
         "tokens at a time, in the same steps, which changes no more than rounding" for before, after in told]
+
+
+def test_what_dropout_draws_then_is_told(fakes):
+    network = SimpleNamespace(save_memory=lambda tokens: None,
+                              adapters=lambda: {"q_proj": SimpleNamespace(dropout=0.1)})
+    assert Shortage(network, True).met(rows(fakes)).endswith("which changes rounding, and what dropout draws")
+    network.adapters = lambda: {"q_proj": SimpleNamespace(dropout=0.0)}
+    assert Shortage(network, True).met(rows(fakes)).endswith("which changes no more than rounding")
+
+
+def test_an_error_that_came_from_another_holds_none_of_its_tensors_either():
+    class Large:
+        pass
+
+    def first(held):
+        large = Large()
+        held.append(weakref.ref(large))
+        raise MemoryError
+
+    held = []
+    try:
+        try:
+            first(held)
+        except MemoryError as error:
+            raise RuntimeError("out of memory") from error
+    except RuntimeError as error:
+        assert held[0]() is not None
+        free_what_hangs_on(error, torch.device("cpu"))
+        assert held[0]() is None
 
 
 def test_filler_goes_first_and_the_order_of_documents_and_their_names_stay(fakes):
