@@ -197,8 +197,9 @@ class Training:
     patience: int | None = None
     """End the run after so many evaluations in a row that found no lower validation loss; by default never."""
     spikes: Literal["warn", "skip", "stop"] = "warn"
-    """A step whose loss or gradient norm stands more than six standard deviations above the 128 before it: tell of it,
-    leave it out, or leave it out and end the run, which can then be resumed."""
+    """A step whose loss or gradient norm stands more than six standard deviations (each at least 5 % of the mean) above
+    the mean of the 128 before it: tell of it, leave it out, or leave it out and end the run, which can then be
+    resumed."""
     max_skipped: int = 3
     """A step whose loss or gradient is not finite is left out; more than so many in a row end the run."""
     save_every: int | None = None

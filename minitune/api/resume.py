@@ -72,16 +72,16 @@ def check_out(out: Path | None, resume: Any, changed: Any = ()) -> None:
         raise InputError(f"{out}: there is no run to resume; begin it without resume")
     if not (out / "config.json").is_file():
         raise InputError(f"{out}: is not the folder of a run, so there is nothing to resume; name another one")
+    trained = next((out / name for name in ("adapter", "model") if (out / name / "config.json").is_file()
+                    or (out / name / "adapter_config.json").is_file()), None)
+    if trained is not None:
+        raise InputError(f"{out}: the run has ended and left no checkpoint, there is nothing to resume; to train on, "
+                         f"begin a new one from what it has trained, {trained}")
     if _is_finished(out):
-        trained = next((f", {out / name}" for name in ("adapter", "model") if (out / name / "config.json").is_file()
-                        or (out / name / "adapter_config.json").is_file()), None)
-        if trained is None:
-            raise InputError(f"{out}: the run came to its end, but what it trained was not written, and there is no "
-                             "checkpoint; begin anew in another folder, with save_every")
-        raise InputError(f"{out}: the run is finished, there is nothing to resume; to train on, begin a new one from "
-                         f"what it has trained{trained}")
-    raise InputError(f"{out}: holds no checkpoint to resume from: the run has ended, or was killed before its first "
-                     "one (save_every keeps them on the way); begin anew in another folder")
+        raise InputError(f"{out}: the run came to its end, but what it trained was not written, and there is no "
+                         "checkpoint; begin anew in another folder, with save_every")
+    raise InputError(f"{out}: holds no checkpoint to resume from: the run was killed before its first one (save_every "
+                     "keeps them on the way), or diverged; begin anew in another folder")
 
 
 def _is_finished(out: Path) -> bool:
@@ -109,6 +109,13 @@ def about(model: Model, training: Training, data: Iterable[Batch], valid: Sequen
         "ask": list(map(as_asked, ask)), "max_new_tokens": max_new_tokens, "objective": name_of(objective),
         "now": moment_of(model)})
     return found
+
+
+def all_changed(resumed: Path | None, changed: Sequence[str]) -> list[str]:
+    """The names in `changed`, behind those that were changed when the run in the folder `resumed` went on before."""
+    config = None if resumed is None else resumed / "config.json"
+    before = read_json_object(config).get("changed") if config is not None and config.is_file() else None
+    return list(dict.fromkeys([*(before if isinstance(before, list) else ()), *changed]))
 
 
 @contextlib.contextmanager
@@ -169,8 +176,9 @@ def saved_in(out: Path, here: Mapping[str, Any], changed: Sequence[str] = ()) ->
         more = [f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else []
         dated = (f". Its chat template writes the date, for this run {here['now']}: set tokenizer.now to it before "
                  "data is read" if here.get("now") and {"data", "valid", "ask"} & {_part(name) for name in odd} else "")
-        names = list(dict.fromkeys(map(_called, odd)))
-        anew = f", or go on with the new: --changed {' '.join(names)}" if set(names) <= set(CHANGEABLE) else ""
+        names = list(dict.fromkeys([*changed, *map(_called, odd)]))
+        anew = (f", or go on with the new: --changed {' '.join(names)} (in Python changed={names})"
+                if set(names) <= set(CHANGEABLE) else "")
         raise InputError(f"{out}: cannot be resumed otherwise than it was begun: {'; '.join([*said[:SHOWN], *more])}; "
                          f"give what was given then{anew}{dated}")
     return saved
@@ -179,13 +187,16 @@ def saved_in(out: Path, here: Mapping[str, Any], changed: Sequence[str] = ()) ->
 def _called(name: str) -> str:
     """What a user calls the setting that a field belongs to."""
     of, last = _part(name), name.rpartition(".")[2]
+    if of == "base" and last != "weights":      # another shape, or another computation: no base to go on with
+        return name
     return last if of == "training" or (of == "data" and last in ("tokens", "seed", "shuffle", "long")) else of
 
 
 def _said(name: str, now: Any, before: Any) -> str:
     """A difference in the user's words: settings by their names, contents by what they are of."""
     of, last = _part(name), name.rpartition(".")[2]
-    if of == "base" or (of in ("data", "valid") and last in ("data", "valid", "sha256", "samples", "batches")):
+    content = of in ("data", "valid") and last in ("data", "valid", "sha256", "samples", "batches")
+    if name == "base.weights" or content:
         return f"the {'validation data' if of == 'valid' else of} is not what it was"
     if of == "trained_weights":
         differ = sorted(set(now or ()) ^ set(before or ()))

@@ -23,7 +23,16 @@ from minitune.api.examine import (
     validation_batches,
 )
 from minitune.api.model import Model, as_path
-from minitune.api.resume import about, check_out, check_position, moment_of, name_of, one_moment, saved_in
+from minitune.api.resume import (
+    about,
+    all_changed,
+    check_out,
+    check_position,
+    moment_of,
+    name_of,
+    one_moment,
+    saved_in,
+)
 from minitune.arguments import check_names, check_whole, short, warn
 from minitune.config import Training
 from minitune.data.account import overlap
@@ -107,10 +116,10 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
             claim.enter_context(claimed(folder))
         return _run(model, ready, training, objective, folder, observers,
                     shown=is_watched() if quiet is None else not quiet,
-                    config={"data": _name(data), "valid": None if valid is None else _name(valid),
+                    config={**(config or {}), "data": _name(data), "valid": None if valid is None else _name(valid),
                             "ask": list(map(as_asked, ready.examiner.questions)), "max_new_tokens": max_new_tokens,
-                            "objective": name_of(objective), "changed": list(changed), "now": moment_of(model),
-                            **(config or {})})
+                            "objective": name_of(objective), "now": moment_of(model),
+                            "changed": all_changed(folder if resume else None, changed)})
 
 
 def _run(model: Model, ready: Ready, training: Training, objective: Objective | None, folder: Path | None,

@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import mmap
 import os
+import re
 import sys
 import tempfile
 import time
@@ -40,6 +41,8 @@ MIN_FILE = 1_000_000
 MAX_BYTES = 20_000_000_000
 """The most that all entries together may take."""
 _ALIGNED = 64
+_MOMENT = re.compile(r"""strftime_now\b(?!\s+is\b)(?:\s*\(\s*(['"])((?:(?!\1).)*)\1\s*\))?""")
+"""A template's calls for the date, with their formats; what only asks whether there is such a function is none."""
 _ABANDONED = 86_400.0
 """Seconds after which a file that is still half written belongs to a process that was killed."""
 
@@ -61,7 +64,7 @@ def entry(path: Path, tokenizer: Tokenizer, field_map: Mapping[str, str] | None)
                       sorted(tokenizer.digests.items())],
         "templates": sorted(tokenizer.chat_templates.items())}
     if tokenizer.writes_date:
-        parts["day"] = tokenizer.clock().date().isoformat()
+        parts["written"] = _written(tokenizer)
     try:
         parts["data"] = _digest(path)
         where = folder()
@@ -69,6 +72,13 @@ def entry(path: Path, tokenizer: Tokenizer, field_map: Mapping[str, str] | None)
         return None
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
     return where / f"{key}.corpus"
+
+
+def _written(tokenizer: Tokenizer) -> list[str]:
+    """What its templates write of the moment that it is, as far as their formats are plain texts; else the moment."""
+    now = tokenizer.clock()
+    return sorted({now.strftime(call[2]) if call[2] is not None else now.isoformat()
+                   for source in tokenizer.chat_templates.values() for call in _MOMENT.finditer(source)})
 
 
 def load(path: Path, source: str, vocab_size: int) -> Corpus | None:

@@ -125,7 +125,7 @@ class RunFolder(Observer):
         if run.best is not None and run.best.loss is not None:
             self._lowest, best = run.best.loss, self.folder / f"{self.what}-best"
             self._best = best if best.is_dir() else None
-        lower = [each for each in self._behind(run.records[-1].step) if each[0] < self._lowest]
+        lower = [each for each in self._behind(len(run.records)) if each[0] < self._lowest]
         if lower and self._best is not None:
             self._abandoned = min(lower)
             self._lowest = self._abandoned[0]

@@ -101,6 +101,18 @@ class Checkpoints:
             staging.write(told.name, json_bytes({**content, OWN: _own(content)}))
         self.step = position.step
 
+    def accept(self) -> None:
+        """Let the whole checkpoints tell of the run as it goes on, where settings were changed: before the next one is
+        written, a process may be killed. InputError where that cannot be written."""
+        about = self._about()
+        for step in steps(self.folder):
+            try:
+                content = {**_content(self.folder, step), "run": about}
+            except InputError:
+                continue        # damaged: nobody goes on from it
+            with staged(self.folder) as staging:
+                staging.write(_files(self.folder, step)[1].name, json_bytes({**content, OWN: _own(content)}))
+
     def _remove_others(self) -> None:
         """Checkpoints but the newest whole one, and what a killed process half wrote. What cannot be removed ends no
         run."""
@@ -206,9 +218,9 @@ def _own(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json_bytes(content)).hexdigest()
 
 
-def _read(folder: Path, step: int) -> Saved:
-    """The checkpoint of that step. InputError where its bytes are not those that were written."""
-    tensors, path = _files(folder, step)
+def _content(folder: Path, step: int) -> dict[str, Any]:
+    """What the JSON of that step's checkpoint says. InputError where its bytes are not those that were written."""
+    path = _files(folder, step)[1]
     with readable(path) as file:
         found = parse_json(file.readall(), str(path), MOST)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -220,6 +232,12 @@ def _read(folder: Path, step: int) -> Saved:
                          f"that were written; {_ANEW}")
     if found.get("step") != step:
         raise InputError(f"{path}: step is {short(found.get('step'))}, not that of its name; {_ANEW}")
+    return found
+
+
+def _read(folder: Path, step: int) -> Saved:
+    """The checkpoint of that step. InputError where its bytes are not those that were written."""
+    found, (tensors, path) = _content(folder, step), _files(folder, step)
     micro_batches = integer(str(path), "micro_batches", found.get("micro_batches"), low=step)
     sha256 = text(str(path), "sha256", found.get("sha256"))
     about, evaluations = found.get("run"), found.get("evaluations")

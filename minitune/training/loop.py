@@ -83,6 +83,8 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     left_out = LeftOut(training.max_skipped, getattr(batches, "where", "documents[{}]".format))
     runner = Runner(model, optimizer, objective, observers, run, evaluate, Divergence(chance), left_out, shortage,
                     position, checkpoints)
+    if start is not None and checkpoints is not None:
+        checkpoints.accept()
     with _ended(runner, model, observers):
         tell_begin(observers, run)
         for note in notes:

@@ -60,7 +60,9 @@ def longest_row(batches: Iterable[Batch], device: torch.device) -> int | None:
     come."""
     if isinstance(batches, Stream):
         return batches.tokens if device.type != "cpu" else min(batches.tokens, -(-batches.n_tokens // GRAIN) * GRAIN)
-    return max((batch.n_tokens for batch in batches), default=None) if isinstance(batches, Sequence) else None
+    if not isinstance(batches, Sequence):
+        return None
+    return max(((batch.trimmed() if device.type == "cpu" else batch).n_tokens for batch in batches), default=None)
 
 
 def gigabytes(n_bytes: int) -> str:

@@ -84,8 +84,8 @@ class Run:
     """A training run: every step's record, every evaluation's, and how it ended.
 
     ``end`` is "finished" when all planned steps were done, "stopped early" when the validation loss fell no more
-    (``patience``), "out of data" when the data ended before, "interrupted" when
-    Ctrl-C stopped it, "diverged" when its numbers stayed no longer finite, "failed" when another exception did.
+    (``patience``), "out of data" when the data ended before, "interrupted" when Ctrl-C stopped it, "diverged" when its
+    numbers stayed no longer finite, or by spikes, "failed" when another exception did.
     ``adapter`` is the folder of what was trained, if it was saved; ``best_adapter`` that of the lowest validation loss.
     ``diverging``: the step after which the loss stood far above where it began (training/hints.py), though finite.
     ``checkpoint``: the step after which an interrupted run goes on when it is resumed; ``restored``: where it diverged,

@@ -24,7 +24,7 @@ from minitune.training.optimizers import FlatOptimizer
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord, tell
 from minitune.training.schedule import learning_rate, warmup_of
 from minitune.training.shortage import Shortage, free_what_hangs_on
-from minitune.training.spikes import NONE, Limits, limits
+from minitune.training.spikes import NONE, Limits, is_number, limits
 from minitune.training.step import Objective, gradients, update
 
 Evaluate = Callable[[int, Callable[[float | None], bool]], EvaluationRecord | None]
@@ -36,8 +36,7 @@ EVALUATIONS = 10
 
 class TrainingDiverged(RuntimeError):
     """The trained weights are no longer finite numbers, step after step was left out, or a spike is to end the run; the
-    message names the step and what to do. ``resumable``: the run ended before anything went wrong, and its state is
-    kept."""
+    message names the step and what to do. ``resumable``: nothing is spoilt, and the run's state is kept."""
 
     def __init__(self, message: str, resumable: bool = False) -> None:
         super().__init__(message)
@@ -161,7 +160,10 @@ class Runner:
             return
         if self.position.step and not self.torn:
             while self.waiting:
-                self._take()
+                record, launched = self._take()
+                if self.left_out.seen(record):      # told here: who goes on does not read it again
+                    spike = launched.highest.told(record.loss, record.grad_norm)
+                    error.add_note(f"{self.left_out.told(record, launched.pieces, spike)}.")
             self._save(self.checkpoints)
         elif self.torn and kept is not None:
             self._fall_back(error, self.checkpoints)
@@ -182,10 +184,14 @@ class Runner:
 
     def _is_due(self, step: int, checkpoints: Checkpoints) -> bool:
         """Whether ``save_every`` asks for a checkpoint after this step, and there is none of it yet. Where the last
-        steps were left out, the weights may be what is wrong, and those of before are kept."""
+        steps were no numbers, the weights may be what is wrong, and those of before are kept."""
         every = self.run.info.training.save_every
         return (every is not None and step > 0 and step % every == 0 and step != checkpoints.step
-                and not self.left_out.in_a_row)
+                and self._only_spikes())
+
+    def _only_spikes(self) -> bool:
+        """Whether the steps that were left out last, if any, were numbers."""
+        return all(map(is_number, self.run.records[len(self.run.records) - self.left_out.in_a_row:]))
 
     def _save(self, checkpoints: Checkpoints) -> None:
         """A checkpoint of ``position``, whose steps are all settled; none of spoilt weights. One that cannot be written
@@ -263,6 +269,9 @@ class Runner:
         told = self.left_out.told(record, pieces, spike)
         if spike and self.run.info.training.spikes == "stop":
             raise TrainingDiverged(f"{told}. It ends the run, as spikes is stop", resumable=True)
+        if self.left_out.too_many and self._only_spikes():
+            raise TrainingDiverged(f"{told}. What was trained before them is kept: look at these samples, and resume, "
+                                   "with spikes=warn to train on such steps", resumable=True)
         if self.left_out.too_many:
             gentler = ("The weights before them are kept; begin anew, without these samples or with a higher "
                        f"max_skipped, if it is they, else {_gentler(self.run.info.training)}")

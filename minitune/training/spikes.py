@@ -15,7 +15,8 @@ from minitune.training.run import StepRecord
 
 WINDOW = 128
 """As many steps before it are looked at, and as many standard deviations it may stand above their mean (SIGMAS), as in
-OLMo-core's SkipStepOptimizer; steps that were left out do not count."""
+OLMo-core's SkipStepOptimizer. Those that were left out count too, if they are numbers: where a loss has risen for good,
+the limit follows it within a few steps."""
 SIGMAS = 6.0
 LEAST = 32
 """Steps before which nothing is a spike: their spread says too little."""
@@ -35,9 +36,10 @@ class Limits:
         return (loss <= self.loss) & (grad_norm <= self.grad_norm)
 
     def told(self, loss: float, grad_norm: float) -> str:
-        """What of a step stands above its limit, and is a number; an empty text where nothing does."""
+        """What of a step stands above its limit; an empty text where nothing does, or it is not a number."""
         both = (("loss", loss, self.loss), ("gradient norm", grad_norm, self.grad_norm))
-        above = [f"{name} above {limit:.4g}" for name, value, limit in both if limit < value < math.inf]
+        above = [f"{name} above {limit:.4g}" for name, value, limit in both
+                 if value > limit and math.isfinite(loss) and math.isfinite(grad_norm)]
         return f"a spike, {' and '.join(above)}" if above else ""
 
 
@@ -47,10 +49,15 @@ NONE = Limits()
 def limits(records: Sequence[StepRecord], seen: int) -> Limits:
     """Those after the first `seen` of the records: the same ones in a run that was resumed."""
     before = (records[place] for place in reversed(range(min(seen, len(records)))))
-    last = list(islice((record for record in before if not record.left_out), WINDOW))
+    last = list(islice(filter(is_number, before), WINDOW))
     if len(last) < LEAST:
         return NONE
     return Limits(_limit([record.loss for record in last]), _limit([record.grad_norm for record in last]))
+
+
+def is_number(record: StepRecord) -> bool:
+    """Whether a step's loss and gradient were finite."""
+    return math.isfinite(record.loss) and math.isfinite(record.grad_norm)
 
 
 def _limit(values: Sequence[float]) -> float:

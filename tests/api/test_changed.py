@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -53,6 +54,38 @@ def test_what_was_changed_need_not_be_named_again(tiny, data, tmp_path):
     with pytest.raises(mt.InputError, match=r"lr is 0\.01 and was 0\.001"):
         train(tiny, data, out, resume=True)
     assert train(tiny, data, out, lr=1e-3, resume=True).end == "finished"
+
+
+def test_what_was_changed_holds_for_a_process_that_is_killed_before_its_next_checkpoint(tiny, data, tmp_path):
+    """Both checkpoints tell of it: the last one may be damaged by then."""
+    out, kept = tmp_path / "run", tmp_path / "kept"
+    train(tiny, data, out, stop=4, save_every=2)
+    assert steps(out / "checkpoint") == [4, 2]
+
+    class Killed:
+        def on_step(self, record):
+            shutil.copytree(out, kept, dirs_exist_ok=True)
+
+    train(tiny, data, out, lr=1e-3, resume=True, changed=["lr"], observers=[Killed()])
+    (kept / "checkpoint" / "step-4.safetensors").write_bytes(b"")
+    run = train(tiny, data, kept, lr=1e-3, resume=True, changed=["clip"], clip=0.5)     # from step 2, as a note says
+    assert rates(run)[2:] == [pytest.approx(rate / 10) for rate in rates(train(tiny, data, tmp_path / "a"))[2:]]
+    assert json.loads((kept / "config.json").read_text())["changed"] == ["lr", "clip"]
+
+
+def test_advice_names_what_was_named_already(tiny, data, tmp_path):
+    train(tiny, data, tmp_path / "run", stop=3)
+    with pytest.raises(mt.InputError, match=r"--changed lr max_steps \(in Python changed=\['lr', 'max_steps'\]\)$"):
+        train(tiny, data, tmp_path / "run", resume=True, changed=["lr"], lr=1e-3, max_steps=9)
+
+
+def test_a_base_of_another_shape_cannot_be_changed_to(tiny, data, tmp_path):
+    shallow = shutil.copytree(tiny, tmp_path / "shallow")
+    config = json.loads((shallow / "config.json").read_text())
+    (shallow / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    train(tiny, data, tmp_path / "run", stop=3)
+    with pytest.raises(mt.InputError, match=r"base\.norm_eps is 0\.001 and was .*; give what was given then$"):
+        train(shallow, data, tmp_path / "run", resume=True, changed=["base"])
 
 
 def test_new_data_is_read_from_where_the_old_one_stood(tiny, data, tmp_path):

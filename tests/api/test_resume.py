@@ -142,9 +142,9 @@ def test_some_settings_may_be_others(tiny, data, tmp_path):
 
 @pytest.mark.parametrize(("how", "settings", "message"), [
     ({}, {"lr": 2e-2}, r"begun: lr is 0\.02 and was 0\.01; give what was given then, or go on with the new: "
-     "--changed lr$"),
-    ({}, {"epochs": 4, "clip": 2.0}, r"begun: epochs is 4 and was 3; clip is .*; give .*: --changed epochs clip$"),
-    ({}, {"epochs": 4, "clip": 2.0, "changed": ["epochs"]}, r"begun: clip is .*--changed clip$"),
+     r"--changed lr \(in Python changed=\['lr'\]\)$"),
+    ({}, {"epochs": 4, "clip": 2.0}, r"begun: epochs is 4 and was 3; clip is .*; give .*: --changed epochs clip \(in"),
+    ({}, {"epochs": 4, "clip": 2.0, "changed": ["epochs"]}, r"begun: clip is .*--changed epochs clip \(in"),
     ({}, {"epochs": 4, "seed": 1}, r"begun: epochs is .*; seed is 1 and was 0; .*; give what was given then$"),
     ({}, {"seed": 1, "micro_batches": 2, "clip": 2.0, "weight_decay": 0.1, "min_lr_ratio": 0.1,
           "schedule": "constant"}, r"micro_batches .*min_lr_ratio is 0\.1 and was not given; .*; and [12] more; give"),
@@ -188,13 +188,12 @@ def test_where_there_is_nothing_to_resume(tiny, data, tmp_path):
     train(tiny, data, out, stop=3)
     assert refused(out).startswith(f"{out} exists already, with a run that did not end: go on with it (--resume, in")
     assert train(tiny, data, out, resume=True).end == "finished"
-    assert refused(out, resume=True).startswith(f"{out}: the run is finished, there is nothing to resume")
+    assert refused(out, resume=True).startswith(f"{out}: the run has ended and left no checkpoint")
     (out / "adapter").rename(out / "elsewhere")
     assert refused(out, resume=True).startswith(f"{out}: the run came to its end, but what it trained was not written")
-    (out / "elsewhere").rename(out / "adapter")
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(lines[:3]))
-    assert refused(out, resume=True).startswith(f"{out}: holds no checkpoint to resume from: the run has ended, or")
+    assert refused(out, resume=True).startswith(f"{out}: holds no checkpoint to resume from: the run was killed before")
 
 
 def test_an_iterator_has_no_position(tiny, data, tmp_path):

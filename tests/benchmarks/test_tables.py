@@ -177,12 +177,12 @@ def test_lora_beside_each_way_of_other_trainers(raw: dict[str, Any]) -> None:
     sides = {"ours": side(1900, 10**9), "litgpt": side(500, 2 * 10**9), "litgpt, head whole": side(950, 4 * 10**9),
              "torchtune": {"failed": "not installed"}, "torchtune, torch.compile": side(1, 10**9, void=True)}
     raw |= {"kind": "peers", "name": "peers-12x768", "layouts": {
-        "4x256": {"sides": sides, "losses": {"litgpt": {"largest_difference": 0.05}}}}}
+        "4x256": {"sides": sides, "losses": {"litgpt": {"same_course": True, "largest_difference": 0.05}}}}}
     lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in tables.peers_table(raw) if "| 4x256" in line]
     assert lines[0][:5] == ["minitune", "1,900 (1,900 to 1,900)", "1.00", "", ""]
     assert lines[1][3:5] == ["3.80", "0.50"] and lines[2][:1] + lines[2][3:5] == ["LitGPT, head whole", "2.00", "0.25"]
     assert lines[3][:2] == ["torchtune", "did not run"] and lines[4][3] == ""
-    assert lines[5][:2] == ["loss curves, minitune and LitGPT", "apart by 0.050"] and len(lines) == 6
+    assert lines[5][:2] == ["loss curves, minitune and LitGPT", "the same course, apart by 0.050"] and len(lines) == 6
     short = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.readme_peers({"": raw}).splitlines()]
     assert short[2:5] == [["LitGPT, the fastest of four ways", "950"], ["torchtune, the fastest of four ways", "-"],
                           ["**minitune**", "1,900"]]

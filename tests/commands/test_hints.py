@@ -34,9 +34,9 @@ def test_train_and_its_dry_run_say_that_the_steps_are_few(tiny, data, tmp_path, 
 
 def test_a_rate_that_wrecks_the_model_is_said_once_and_in_the_summary(data, tmp_path, capsys):
     main(["train", str(EXAMPLES / "base"), str(data), "--out", str(tmp_path / "run"), "--device", "cpu", "--tokens",
-          "32", "--epochs", "3", "--lr", "5", "--clip", "0", "--max-new-tokens", "1"])
+          "32", "--epochs", "3", "--lr", "50", "--clip", "0", "--max-new-tokens", "1"])
     said = capsys.readouterr().err
-    assert said.count("diverging: the median loss of the last ") == 1 and "with a lower lr (it is 5)" in said
+    assert said.count("diverging: the median loss of the last ") == 1 and "with a lower lr (it is 50)" in said
     assert "; diverging since step " in said.splitlines()[-1]
 
 

@@ -133,6 +133,17 @@ def test_the_tokenizer_counts_as_it_was_loaded(path: Path, tokenizer: Tokenizer,
     assert not same(stream(path, second), stream(path, first))
 
 
+@pytest.mark.parametrize(("text", "written"), [
+    ("{{ strftime_now('%d %b %Y') }}", ["02 Jan 2026"]),
+    ("{% if strftime_now is defined %}{{ strftime_now( '%R' ) }}{{ strftime_now('%d') }}{% endif %}", ["02", "09:30"]),
+    ("{{ strftime_now(form) }}", ["2026-01-02T09:30:05"]), ("{% set f = strftime_now %}", ["2026-01-02T09:30:05"])])
+def test_what_a_template_writes_of_the_moment_counts(tokenizer: Tokenizer, text: str, written: list[str]) -> None:
+    (tokenizer.folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    dated = load_tokenizer(tokenizer.folder)
+    dated.now = datetime.datetime(2026, 1, 2, 9, 30, 5)
+    assert cache._written(dated) == written
+
+
 def test_what_a_killed_process_left_is_removed(path: Path, tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True)
     left, young = folder / ".a.partial", folder / ".b.partial"

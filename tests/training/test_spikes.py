@@ -16,6 +16,7 @@ from minitune.errors import InputError
 from minitune.training.checkpoint import Checkpoints, read, steps
 from minitune.training.loop import TrainingDiverged, fit
 from minitune.training.run import Observer, StepRecord
+from minitune.training.runner import Runner
 from minitune.training.spikes import LEAST, NONE, SIGMAS, WINDOW, Limits, limits
 
 LATE = LEAST + 8
@@ -32,6 +33,17 @@ class Listener(Observer):
     def on_step(self, record):
         if record.step == self.stop:
             raise KeyboardInterrupt
+
+
+class Dying(Observer):
+    """Ends the run at a step, where the newest checkpoint must be that of `expected`."""
+
+    def __init__(self, step, folder, expected):
+        self.step, self.folder, self.expected = step, folder, expected
+
+    def on_step(self, record):
+        if record.step == self.step:
+            raise ValueError("stopped" if steps(self.folder)[0] == self.expected else f"{steps(self.folder)}")
 
 
 def data(fakes, n=LATE + 8):
@@ -79,6 +91,8 @@ def test_the_limits_are_six_standard_deviations_above_the_mean_of_the_window():
         assert value == float(torch.tensor(value))      # as the device compares
     spoilt = [*records, *(record(201 + i, 1e9, math.nan, left_out=True) for i in range(50))]
     assert limits(spoilt, 250) == limits(spoilt, 201) == found
+    risen = [*records, record(201, 9.0, 1.0, left_out=True)]        # a number counts, taken or not
+    assert limits(risen, 201).loss > found.loss == limits(risen, 200).loss
 
 
 def test_few_steps_have_no_limit_and_quiet_ones_no_low_one():
@@ -87,12 +101,24 @@ def test_few_steps_have_no_limit_and_quiet_ones_no_low_one():
 
 
 @pytest.mark.parametrize(("loss", "norm", "held"), [(1, 2, True), (1.01, 2, False), (1, 2.01, False),
-                                                    (math.nan, 1, False), (1, math.inf, False)])
+                                                    (math.nan, 1, False), (1, math.inf, False), (9, math.nan, False)])
 def test_what_is_held_and_what_is_told(loss, norm, held):
     found = Limits(1.0, 2.0)
     assert bool(found.hold(torch.tensor(loss), torch.tensor(norm))) is held
     assert bool(found.told(loss, norm)) is (not held and math.isfinite(loss + norm))
     assert found.told(5, 7) == "a spike, loss above 1 and gradient norm above 2" and not NONE.told(5, math.inf)
+
+
+def test_a_second_spike_right_behind_the_one_that_ends_the_run_is_told_too(fakes, tmp_path, monkeypatch):
+    """Where a step's numbers are read one step late, as on a GPU."""
+    for module in (minitune.training.clip, minitune.training.optimizers, minitune.training.step):
+        monkeypatch.setattr(module, "asks", lambda device: False)
+    monkeypatch.setattr(Runner, "lag", property(lambda self: 1, lambda self, value: None), raising=False)
+    kept = Checkpoints(tmp_path / "checkpoint", dict, tmp_path / "adapter", None)
+    with pytest.raises(TrainingDiverged, match=rf"step {LATE}: .*spikes is stop") as end:
+        trained(fakes, Training(spikes="stop"), spoils(LATE, LATE + 1), checkpoints=kept)
+    assert steps(tmp_path / "checkpoint") == [LATE + 1]
+    assert rf"step {LATE + 1}: loss " in end.value.__notes__[0] and f"documents[{LATE}]" in end.value.__notes__[0]
 
 
 def test_by_default_a_spike_is_told_of_with_what_it_read_and_taken(fakes):
@@ -155,9 +181,27 @@ def test_the_window_survives_resuming(fakes, tmp_path, before):
     assert same(weights, trained(fakes, how, spoils(LATE))[0])
 
 
-def test_a_loss_that_stays_high_ends_the_run(fakes):
-    with pytest.raises(TrainingDiverged, match=rf"^step {LATE + 3}: .*a spike, .*the last of 4 such steps in a row"):
-        trained(fakes, Training(spikes="skip"), spoils(*range(LATE, 99)))
+def test_a_loss_that_rises_for_good_is_followed_within_a_few_steps(fakes):
+    run = trained(fakes, Training(spikes="skip"), spoils(*range(LATE, 99)))[1]
+    assert [r.step for r in run.records if r.left_out] == [LATE, LATE + 1] and run.end == "finished"
+
+
+def test_too_many_in_a_row_end_the_run_which_can_go_on(fakes, tmp_path):
+    kept = Checkpoints(tmp_path / "checkpoint", dict, tmp_path / "adapter", None)
+    with pytest.raises(TrainingDiverged, match=rf"^step {LATE + 1}: .*a spike, .*the last of 2 such steps in a row.*"
+                                               "resume, with spikes=warn"):
+        trained(fakes, Training(spikes="skip", max_skipped=1), spoils(*range(LATE, 99)), checkpoints=kept)
+    start = read(tmp_path / "checkpoint")
+    assert start.step == LATE + 1
+    assert trained(fakes, Training(), spoils(done=LATE + 1), start=start)[1].end == "finished"
+
+
+def test_a_checkpoint_that_is_due_is_kept_behind_a_spike_but_not_behind_a_nan(fakes, tmp_path):
+    for name, by, expected in (("spike", 30.0, LATE), ("nan", math.nan, LATE - 20)):
+        kept = Checkpoints(tmp_path / name, dict, tmp_path / "adapter", None)
+        with pytest.raises(ValueError, match="stopped"):
+            trained(fakes, Training(spikes="skip", save_every=20), spoils(LATE, by=by), checkpoints=kept,
+                    observers=[Dying(LATE + 1, tmp_path / name, expected)])
 
 
 def test_a_word_that_is_none_is_refused():
