@@ -149,7 +149,7 @@ class GraphedStep:
         documents = Documents(self._batch.cu_seqlens, (n_tokens, *[0] * (n_documents - 1)), exact=False)
         loss_sum, _ = self.objective(self.model, _with(self._batch, documents=documents, max_seqlen=n_tokens))
         (loss_sum * self._factor).backward()
-        return loss_sum.detach()
+        return loss_sum.detach().float()
 
 
 def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:

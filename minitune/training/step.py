@@ -116,7 +116,8 @@ def gradients(model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim
                              "step divides by those: of a mean of your own give (mean * batch.n_trained, "
                              "batch.n_trained)")
         (loss_sum / n_step).backward()
-        total = loss_sum.detach() if total is None else total + loss_sum.detach()
+        done = loss_sum.detach().float()        # an objective may count in another dtype
+        total = done if total is None else total + done
         del loss_sum    # and with it the graph, before the next forward
     assert total is not None
     return total / n_step, n_step

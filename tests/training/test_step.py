@@ -91,6 +91,21 @@ def test_an_objective_that_miscounts_is_refused(fakes):
                    lambda m, b: (m.loss_sum(b)[0], 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [AdamW, SGD])
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_an_objective_may_count_in_another_dtype(fakes, make, dtype, clip):
+    weights, losses = [], []
+    for kind in (torch.float32, dtype):
+        model = fakes.TinyModel()
+        result = train_step(model, [fakes.make_batch(9)], make(model.param_groups(0.1), 0.1), clip=clip,
+                            objective=lambda m, b, kind=kind: (m.loss_sum(b)[0].to(kind), b.n_trained))
+        weights.append(model.B.detach().clone())
+        losses.append(result.loss)
+    torch.testing.assert_close(weights[1], weights[0])
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0)     # of the same dtype: fp32
+
+
 def test_the_models_own_loss_and_the_groups_own_rates_are_the_default(fakes):
     model, other = fakes.TinyModel(), fakes.TinyModel()
     batches = [joined(fakes, LENGTHS[:3]), joined(fakes, LENGTHS[3:])]
