@@ -102,7 +102,7 @@ def test_an_objective_may_count_in_another_dtype(fakes, make, dtype, clip):
                             objective=lambda m, b, kind=kind: (m.loss_sum(b)[0].to(kind), b.n_trained))
         weights.append(model.B.detach().clone())
         losses.append(result.loss)
-    torch.testing.assert_close(weights[1], weights[0])
+    torch.testing.assert_close(weights[1], weights[0], rtol=4e-3, atol=1e-6)        # 1 / n in bf16
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0)     # of the same dtype: fp32
 
 
