@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from minitune.arguments import (
     check_at_least_zero,
@@ -265,15 +266,17 @@ class Data:
     """File of held-out samples, to measure the loss on."""
     valid_split: float = 0.0
     """Samples to hold out of the training data: below 1 a share, else a number; 0 holds out none."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Settings of the model's chat template, as name=value: enable_thinking=false."""
     cache: bool = True
     """Keep the encoded data in the user's cache folder (MINITUNE_CACHE names another)."""
 
     def __post_init__(self) -> None:
-        for name in ("field_map", "mix"):
+        for name, example in (("field_map", "prompt=question"), ("mix", "more.jsonl=0.5"),
+                              ("chat_template_kwargs", "enable_thinking=false")):
             value = getattr(self, name)
             if not isinstance(value, tuple | list) or not all(isinstance(each, str) for each in value):
-                raise InputError(f"data: {name} is {short(value)}; it must be a list of texts such as "
-                                 f'{"prompt=question" if name == "field_map" else "more.jsonl=0.5"}')
+                raise InputError(f"data: {name} is {short(value)}; it must be a list of texts such as {example}")
             object.__setattr__(self, name, tuple(value))
         if isinstance(self.valid, os.PathLike):
             object.__setattr__(self, "valid", os.fspath(self.valid))
@@ -284,10 +287,25 @@ class Data:
             raise InputError("data: both valid and valid_split are given; name a file, or hold samples out, not both")
         self.fields()
         self.shares("")
+        self.kwargs()
 
     def fields(self) -> dict[str, str]:
         """``field_map`` as a table {our field: their field}."""
         return _pairs("field_map", self.field_map, "ours=yours, such as prompt=question", last=False)
+
+    def kwargs(self) -> dict[str, Any] | None:
+        """``chat_template_kwargs`` as a table: each value as JSON where it is that, else as a text; None without."""
+        found: dict[str, Any] = {}
+        for name, value in _pairs("chat_template_kwargs", self.chat_template_kwargs,
+                                  "name=value, such as enable_thinking=false", last=False).items():
+            try:
+                found[name] = json.loads(value)
+            except (ValueError, RecursionError):
+                if value in ("True", "False", "None"):
+                    raise InputError(f"data: chat_template_kwargs has {short(f'{name}={value}')}; write it as JSON, "
+                                     f"{ {'None': 'null'}.get(value, value.lower()) }") from None
+                found[name] = value
+        return found or None
 
     @property
     def cached(self) -> bool | None:

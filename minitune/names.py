@@ -29,7 +29,8 @@ ARGUMENTS_ELSEWHERE = {
     "load_in_4bit": "quant", "quantization_config": "quant", "torch_dtype": "dtype", "device_map": "device",
     "peft_config": "lora", "use_gradient_checkpointing": "memory", "do_sample": "temperature", "num_beams":
     "temperature", "max_length": "max_new_tokens", "max_tokens": "max_new_tokens", "max_completion_tokens":
-    "max_new_tokens", "stop_strings": "stop", "stopping_criteria": "stop", "eos_token_id": "stop", "input_ids": "ids"}
+    "max_new_tokens", "stop_strings": "stop", "stopping_criteria": "stop", "eos_token_id": "stop", "enable_thinking":
+    "chat_template_kwargs", "input_ids": "ids"}
 """The same of the arguments of loading and generating."""
 QUANTS_ELSEWHERE = {"int4": "nf4_dq", "4bit": "nf4_dq", "bnb.nf4": "nf4", "bnb.nf4_dq": "nf4_dq"}
 COMMANDS_ELSEWHERE = {

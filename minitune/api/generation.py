@@ -7,7 +7,6 @@ import contextlib
 import operator
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
@@ -96,6 +95,7 @@ class Generation(nn.Module):
         super().__init__()
         self.network, self.path = network, path
         self._tokenizer = tokenizer
+        self._framed: tuple[dict[str, Any], Turn] | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -231,9 +231,13 @@ class Generation(nn.Module):
                                  "to answer")
         return Asked(prompts, not several, text=True, turn=self._turn)
 
-    @cached_property
+    @property
     def _turn(self) -> Turn:
-        return turn_of(self.tokenizer)
+        """Found once for each setting of the chat template."""
+        settings = self.tokenizer.chat_template_kwargs
+        if self._framed is None or self._framed[0] != settings:
+            self._framed = settings, turn_of(self.tokenizer)
+        return self._framed[1]
 
     def _ending(self, asked: Asked, stop: Stop) -> Ending:
         return Ending(self.eos_ids, self._tokenizer, stop, asked.turn)

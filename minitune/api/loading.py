@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,7 +35,7 @@ from minitune.report.folder import check_no_run
 def load(path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
          quant: Quant | None = None, lora: LoRA | None = None, adapter: str | Path | None = None,
          train: str | Sequence[str] | None = None, add_tokens: Sequence[str] = (), memory: MemoryPolicy = "auto",
-         seed: int = 0) -> Model:
+         chat_template_kwargs: Mapping[str, Any] | None = None, seed: int = 0) -> Model:
     """A model from a Hugging Face folder: config.json, safetensors, and its tokenizer if it has one.
 
     device: CUDA where there is one, else the CPU. dtype: the compute dtype, bfloat16 where the device is good at it,
@@ -45,10 +45,11 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     tokenizer in it, if there is one; train: base weights to train ("full", "head", "norms", "embedding", "last:4", or a
     name pattern or several). With none of the three all is frozen. add_tokens: texts that become tokens of their own;
     with an adapter their rows of embedding and head are trained beside it. memory: what is kept for the backward
-    ("keep", "pointwise", "full", "offload"; "auto" decides by free memory). seed: for the adapters' start. On a CPU it
-    also tells malloc to keep freed memory, which saves a step's page faults, and asks Linux for huge pages under
-    weights; of a model with nothing to train it maps those that lie in the files as they are needed: such a file may be
-    replaced while the model lives, but not be written into.
+    ("keep", "pointwise", "full", "offload"; "auto" decides by free memory). chat_template_kwargs: settings of the chat
+    template, such as {"enable_thinking": False}; by default those that the adapter was saved with. seed: for the
+    adapters' start. On a CPU it also tells malloc to keep freed memory, which saves a step's page faults, and asks
+    Linux for huge pages under weights; of a model with nothing to train it maps those that lie in the files as they are
+    needed: such a file may be replaced while the model lives, but not be written into.
 
     Raises InputError for whatever is wrong with the folder or the arguments.
     """
@@ -73,12 +74,14 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     stored = None if adapted is None else read_token_rows(adapted)
     tokenizer = _tokenizer(folder, adapted, stored, network.config.vocab_size, added)
     model = Model(network, tokenizer, folder)
+    about = _about(adapted)
+    _set_template(tokenizer, folder, chat_template_kwargs, adapted, about)
     rows = _room_for_tokens(network, tokenizer, adapted, stored, added)
     if adapted is not None and found is not None:
         lora, model.adapter_path = found[0], adapted
         network.add_adapters(lora, seed)
         match_adapter(found[1], network.adapters(), adapted, folder)
-        _warn_of_precision(adapted, model.quant, is_prequantized(folder))
+        _warn_of_precision(adapted, about, model.quant, is_prequantized(folder))
     elif lora is not None:
         network.add_adapters(lora, seed)
     _train_rows(network, adapted, stored, rows)
@@ -91,10 +94,30 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     return model
 
 
-def _warn_of_precision(adapter: Path, quant: Quant | None, stored: bool) -> None:
+def _about(adapter: Path | None) -> dict[str, Any]:
+    """What an adapter that minitune wrote says of its training; nothing of another trainer's."""
+    return read_json_object(adapter / ABOUT) if adapter is not None and (adapter / ABOUT).exists() else {}
+
+
+def _set_template(tokenizer: Tokenizer | None, folder: Path, given: Mapping[str, Any] | None, adapter: Path | None,
+                  about: Mapping[str, Any]) -> None:
+    """Set the chat template as it is `given`, else as the adapter was trained with it."""
+    name = "chat_template_kwargs"
+    wanted, owner = (about.get(name), f"{adapter}/{ABOUT}") if given is None else (given, "load")
+    if wanted is None:
+        return
+    if tokenizer is None:
+        raise InputError(f"{owner}: {name} is {short(wanted)}, but {folder} holds no tokenizer; put tokenizer.json or "
+                         "tokenizer.model there")
+    try:
+        tokenizer.chat_template_kwargs = wanted
+    except InputError as error:
+        raise InputError(f"{owner}: {error}") from None
+
+
+def _warn_of_precision(adapter: Path, said: Mapping[str, Any], quant: Quant | None, stored: bool) -> None:
     """Warn where an adapter that minitune wrote was trained on a base in 4 bits, and this one is not, or otherwise.
     InputError for a file of ours that says what we never write."""
-    said = read_json_object(adapter / ABOUT) if (adapter / ABOUT).exists() else {}
     if "quant" not in said:         # trained in 16 bits, or by another trainer, who does not tell
         return
     trained = said["quant"]

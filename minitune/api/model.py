@@ -22,7 +22,8 @@ from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import save_weights
 from minitune.config import LINEAR_NAMES, LoRA, Quant
 from minitune.data.batch import IGNORED, Batch
-from minitune.data.tokenizer import Tokenizer, save_tokenizer
+from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenizer_writer import save_tokenizer
 from minitune.devices import DTYPES
 from minitune.errors import InputError
 from minitune.model.adapter import HEAD
@@ -263,7 +264,8 @@ class Model(Generation):
     def save_adapter(self, folder: str | Path) -> None:
         """A PEFT adapter folder (adapter_config.json, adapter_model.safetensors); peft, vLLM, transformers load it.
         Where tokens were added, the tokenizer goes with it; minitune.json has the SHA-256 of the tensors' file, which
-        is checked when it is loaded here, and where the base lies in 4 bits how: {"sha256": …, "quant": "nf4-dq"}."""
+        is checked when it is loaded here, where the base lies in 4 bits how, and settings of the chat template:
+        {"sha256": …, "quant": "nf4-dq", "chat_template_kwargs": {"enable_thinking": false}}."""
         if self.lora is None:
             raise InputError("save_adapter: the model has no adapter; load it with lora=mt.LoRA(…) or adapter=…")
         added = [*self.network.adapters().values(), *filter(None, [self.network.output.rows])]
@@ -272,7 +274,10 @@ class Model(Generation):
                              "begin anew with a lower lr")
         base = None if self.path is None else str(self.path)
         target, rows = as_path("save_adapter", "folder", folder), self.network.output.rows
-        write_adapter(target, self.network.adapters(), self.lora, base, self.network.linears(), rows, self.quant)
+        about: dict[str, Any] = {} if self.quant is None else {"quant": self.quant}
+        if self._tokenizer is not None and self._tokenizer.chat_template_kwargs:
+            about["chat_template_kwargs"] = self._tokenizer.chat_template_kwargs
+        write_adapter(target, self.network.adapters(), self.lora, base, self.network.linears(), rows, about)
         if rows is not None and self._tokenizer is not None:
             save_tokenizer(self._tokenizer, target)
 

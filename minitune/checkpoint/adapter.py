@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from minitune.checkpoint.folders import WEIGHTS as TENSORS
 from minitune.checkpoint.patterns import compress, short_name
 from minitune.checkpoint.weights import EMBEDDING
 from minitune.checkpoint.writer import Summed, write_safetensors
-from minitune.config import LoRA, Quant
+from minitune.config import LoRA
 from minitune.errors import InputError
 from minitune.model.adapter import Adapter
 from minitune.model.llama import Llama
@@ -38,10 +39,10 @@ def write_adapter(
     base: str | None,
     linears: Collection[str],
     rows: TokenRows | None = None,
-    quant: Quant | None = None,
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write PEFT's two files, fp32, under temporary names and then renamed; peft, transformers and vLLM load them. And
-    ABOUT: the sum of the tensors' file, and how the base lay in 4 bits (`quant`), for which PEFT has no field.
+    ABOUT: the sum of the tensors' file, and `about`, for which PEFT has no fields.
 
     ``adapters``: Hugging Face module path ("model.layers.0.self_attn.q_proj") -> adapter. ``linears``: the paths of
     all of the network's linears; ``target_modules`` holds short names where these select exactly the adapted ones.
@@ -88,7 +89,7 @@ def write_adapter(
         with staging.open(TENSORS) as file:
             summed = Summed(file)
             write_safetensors(summed, tensors)
-        staging.write(ABOUT, json_bytes({"sha256": summed.sha256} | ({} if quant is None else {"quant": quant})))
+        staging.write(ABOUT, json_bytes({"sha256": summed.sha256, **about}))
         staging.write(CONFIG, json_bytes(config))
         staging.remove_first(CONFIG)  # an old alpha over new tensors would go unseen
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from minitune.commands.flags.groups import Sampling
-from minitune.config import Quant
+from minitune.config import Data, Quant
 from minitune.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class Chat:
     """System message, before the first turn."""
     tools: Path | None = None
     """JSON file with the tools that the model may call: a list, as a sample's field "tools" has it."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Settings of the model's chat template, as name=value: enable_thinking=false; by default the adapter's."""
     max_new_tokens: int = 512
     """Longest answer, in tokens."""
     device: str | None = None
@@ -56,7 +58,9 @@ class Chat:
     def run(self) -> None:
         from minitune.api import load
 
-        model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
+        kwargs = Data(chat_template_kwargs=self.chat_template_kwargs).kwargs()
+        model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter,
+                     chat_template_kwargs=kwargs)
         sampling = asdict(self.sampling) | ({"tools": self._tools()} if self.tools else {})
         Conversation(model, self.system, self.max_new_tokens, sampling).run()
 

@@ -36,7 +36,8 @@ class Evaluate(Reading):
         from minitune.report.tables import print_table
 
         fields = self.fields()
-        model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
+        model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter,
+                     chat_template_kwargs=self.kwargs())
         batches = stream(self.data, model.tokenizer, tokens=self.tokens, shuffle=False, field_map=fields,
                          long=self.long, progress=reading())
         with model.adapter_disabled():

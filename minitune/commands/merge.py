@@ -55,7 +55,9 @@ class Merge(Reading):
                              "leave them out")
         self.fields()
         check_free(self.out)
-        model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter)
+        model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter,
+                     chat_template_kwargs=self.kwargs())
+        kwargs = model.tokenizer.chat_template_kwargs if self.data is not None else None
         if self.data is not None:
             with model.adapter_disabled():
                 self._say("the base without the adapter", model)
@@ -69,9 +71,11 @@ class Merge(Reading):
         if in_4bit and not is_prequantized(self.base):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")     # that it was trained on another base is what the line says
-                model = load(self.base, device=self.device, dtype=self.dtype, adapter=self.adapter)
+                model = load(self.base, device=self.device, dtype=self.dtype, adapter=self.adapter,
+                             chat_template_kwargs=kwargs)
             self._say("the adapter on the 16-bit base", model)
-        self._say("the merged model", load(self.out, device=self.device, dtype=self.dtype))
+        self._say("the merged model", load(self.out, device=self.device, dtype=self.dtype,
+                                           chat_template_kwargs=kwargs))
 
     def _say(self, what: str, model: Model) -> None:
         from minitune.data.stream import stream

@@ -2,7 +2,7 @@
 
     rows, jsonl, samples          a file's rows, or a list's
     fields, formats, conversations    which fields a row has -> Sample: segments of text, or a chat
-    tokenizer, tokenizer_files, tokenizer_backends      texts to ids
+    tokenizer, tokenizer_files, tokenizer_backends, tokenizer_writer    texts to ids
     chat, template, template_process, template_child, spans, mask   a chat rendered, and what of it is trained
     segments, encode              Sample -> ids with flags, in chunks
     read, corpus, cache           a whole file of them as flat arrays, kept for the next run

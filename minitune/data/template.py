@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
+from difflib import get_close_matches
 from typing import Any
 
 from minitune.arguments import short
@@ -22,6 +23,9 @@ Conversation = tuple[Sequence[Mapping[str, Any]], Sequence[Any] | None, str]
 
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
+"""What a template is given from the conversation and the tokenizer: no settings of the user's."""
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
 MAX_SPELLED = 1000
 """Different control strings that one conversation may spell: there are marks for so many."""
@@ -64,16 +68,41 @@ class Rendered:
         return text
 
 
+def checked_kwargs(given: Any, sources: Iterable[str]) -> dict[str, Any]:
+    """`given`, values for names that one of the templates `sources` reads, such as {"enable_thinking": False}.
+    InputError for what is no such table; a name that none reads would change nothing, unsaid."""
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise InputError(f'chat_template_kwargs is {short(given)}; give a table such as {{"enable_thinking": False}}')
+    known = sorted({name for source in sources for name in _NAME.findall(_COMMENT.sub("", source))})
+    for name, value in given.items():
+        if name in _GIVEN:
+            raise InputError(f"chat_template_kwargs: {name} is no setting, it comes from the conversation or the "
+                             "tokenizer; leave it out")
+        if not known:
+            raise InputError(f"chat_template_kwargs: has {short(name)}, but the tokenizer has no chat template; leave "
+                             "it out, or put a chat_template.jinja into the model's folder")
+        if name not in known:
+            close = get_close_matches(name[:40], known, n=1)
+            raise InputError(f"chat_template_kwargs: the chat template does not read {short(name)}"
+                             + (f"; did you mean {close[0]!r}?" if close else "; leave it out"))
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise InputError(f"chat_template_kwargs: {name} is {short(value)}; it must be JSON: true, false, null, a "
+                             "number, a text, a list or a table of these") from None
+    return dict(given)
+
+
 class ChatTemplate:
     """A chat template, as Jinja source, of a tokenizer whose control tokens are spelled ``control``.
 
     ``name`` stands in errors ("folder/chat_template.jinja"). ``variables``: what the template sees beside messages,
-    tools and add_generation_prompt, such as bos_token. Jinja is set up as in transformers, and each conversation is
-    rendered in bounded time and memory in a process apart (`minitune.data.template_child`). A template that calls
-    strftime_now writes what `clock` tells, as in transformers: what is trained on then depends on the day.
+    tools and add_generation_prompt, such as bos_token, all of it JSON. Jinja is set up as in transformers, and each
+    conversation is rendered in bounded time and memory in a process apart (`minitune.data.template_child`). A template
+    that calls strftime_now writes what `clock` tells, as in transformers: what is trained on then depends on the day.
     """
 
-    def __init__(self, name: str, source: str, variables: Mapping[str, str], control: Sequence[str],
+    def __init__(self, name: str, source: str, variables: Mapping[str, Any], control: Sequence[str],
                  clock: Callable[[], datetime] = datetime.now) -> None:
         self.name, self.source, self.variables, self.clock = name, source, variables, clock
         self.marks_answers = _GENERATION.search(_COMMENT.sub("", source)) is not None

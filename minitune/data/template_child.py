@@ -114,7 +114,7 @@ def _allowance(size: int, renders: int) -> float:
     return SECONDS + renders * (0.001 + size * 1e-6)
 
 
-def _render(template: Any, variables: dict[str, str], request: dict[str, Any], size: int) -> dict[str, Any]:
+def _render(template: Any, variables: dict[str, Any], request: dict[str, Any], size: int) -> dict[str, Any]:
     messages, tools = request["messages"], request["tools"]
 
     def write(messages: list[dict[str, Any]], prompt: bool) -> str:

@@ -32,7 +32,7 @@ class TemplateProcess:
     def _unlock(self) -> None:
         self._lock = threading.Lock()
 
-    def render(self, source: str, variables: Mapping[str, str], now: datetime,
+    def render(self, source: str, variables: Mapping[str, Any], now: datetime,
                requests: Sequence[bytes]) -> list[dict[str, Any]]:
         """The answers to `requests` (template_child.py tells both) under the template `source`; `now` is what it writes
         where it calls strftime_now.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -14,15 +12,12 @@ from typing import Any
 
 from minitune.arguments import short
 from minitune.data import chat
-from minitune.data.template import ChatTemplate
-from minitune.data.tokenizer_backends import Backend, Contradiction, SentencePieceBackend, TokenizersBackend
+from minitune.data.template import ChatTemplate, checked_kwargs
+from minitune.data.tokenizer_backends import Backend, Contradiction, SentencePieceBackend, TokenizersBackend, extended
 from minitune.data.tokenizer_files import (
-    NAMED_TEMPLATES,
-    TOKENIZER_FILES,
     TokenizerFiles,
     added_in_fast_file,
     digests_of,
-    read_json,
     read_tokenizer_files,
 )
 from minitune.errors import InputError
@@ -41,7 +36,8 @@ class Tokenizer:
     "tool_use"), ``kind`` ("sentencepiece" or "tokenizers"), ``folder``, ``backend`` (the library behind it), ``added``
     (the tokens that `load_tokenizer` was asked to add to the folder's), ``new`` (those of them that the folder had
     not), ``digests`` ({file name: sha256} of the files as they were read). ``now`` may be set: the moment (datetime)
-    that a chat template writes where it calls strftime_now; None is the clock's.
+    that a chat template writes where it calls strftime_now; None is the clock's. ``chat_template_kwargs`` may be set
+    too: what the template reads beside the conversation, such as {"enable_thinking": False}.
     """
 
     def __init__(self, files: TokenizerFiles, backend: Backend, added: Sequence[str], new: Sequence[str],
@@ -54,6 +50,7 @@ class Tokenizer:
         self.chat_templates = files.chat_templates
         self.chat_template = files.chat_templates.get("default")
         self.now: datetime | None = None
+        self._kwargs: dict[str, Any] = {}
         named = {number for token in files.control if (number := backend.id_of(token)) is not None}
         control = frozenset(backend.control | named)
         self.bos_id = self._role("bos", files, control)
@@ -182,6 +179,16 @@ class Tokenizer:
         return chat.render_chat(messages, self, tools, add_generation_prompt)
 
     @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        return dict(self._kwargs)
+
+    @chat_template_kwargs.setter
+    def chat_template_kwargs(self, given: Mapping[str, Any]) -> None:
+        self._kwargs = checked_kwargs(given, self.chat_templates.values())
+        self._templates.clear()
+        self.__dict__.pop("turn_end", None)
+
+    @property
     def writes_date(self) -> bool:
         """Whether a chat template calls strftime_now, so that what is trained on depends on the day."""
         return any("strftime_now" in source for source in self.chat_templates.values())
@@ -202,6 +209,7 @@ class Tokenizer:
         if use not in self._templates:
             roles = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
             variables = {f"{role}_token": self.token(number) for role, number in roles.items() if number is not None}
+            variables |= self._kwargs
             name = str(self._template_file) if use == "default" else f"{self._template_file} ({use})"
             control = [self.token(number) for number in self.control_ids]
             self._templates[use] = ChatTemplate(name, self.chat_templates[use], variables, control, self.clock)
@@ -287,70 +295,10 @@ def load_tokenizer(folder: str | Path, add: Sequence[str] = ()) -> Tokenizer:
     new = [token for token in dict.fromkeys(add) if backend.id_of(token) is None]
     backend.add(new)
     if new and files.fast is not None and isinstance(backend, SentencePieceBackend):
-        _extended(files.fast, new, {token: backend.id_of(token) for token in new})
+        extended(files.fast, new, {token: backend.id_of(token) for token in new})
     if digests_of(folder) != digests:
         raise InputError(f"{folder}: the tokenizer's files changed while they were read; load it again")
     return Tokenizer(files, backend, tuple(dict.fromkeys(add)), new, digests)
-
-
-def _extended(path: Path, new: Sequence[str], ids: Mapping[str, int | None]) -> TokenizersBackend:
-    """The tokenizer.json at `path` with the tokens `new`; InputError unless they get `ids` there as well."""
-    backend = TokenizersBackend(path)
-    backend.add([token for token in new if backend.id_of(token) is None])
-    other = next((token for token in new if backend.id_of(token) != ids[token]), None)
-    if other is not None:
-        raise InputError(f"{path.parent}: the added token {other!r} has the id {ids[other]} in tokenizer.model but "
-                         f"{backend.id_of(other)} in tokenizer.json; remove the file that is not used")
-    return backend
-
-
-def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copies the tokenizer's own files from one checkpoint folder to another; config.json is not one of them."""
-    source, target = Path(source), Path(target)
-    if source.resolve() == target.resolve():
-        return
-    uses = [str(path.relative_to(source)) for path in (source / NAMED_TEMPLATES).glob("*.jinja")]
-    for name in (*TOKENIZER_FILES, *uses):
-        if (source / name).is_file():
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, target / name)
-
-
-def save_tokenizer(tokenizer: Tokenizer, target: str | Path) -> None:
-    """Copies a tokenizer's files to another folder, what was added to it included.
-
-    An added token is written wherever the folder's files list such: in tokenizer.json, in added_tokens.json beside a
-    tokenizer.model, and in tokenizer_config.json where that has added_tokens_decoder, from which transformers reads
-    them alone then.
-    """
-    target = Path(target)
-    copy_tokenizer(tokenizer.folder, target)
-    if not (target / "tokenizer.json").is_file() and not (target / "tokenizer_config.json").is_file():
-        _write_json(target / "tokenizer_config.json", _llama_config(tokenizer))
-    if not tokenizer.new:
-        return
-    ids = {token: tokenizer.id_of(token) for token in tokenizer.new}
-    if (target / "tokenizer.json").is_file():
-        _extended(target / "tokenizer.json", tokenizer.new, ids).save(target / "tokenizer.json")
-    if (target / "tokenizer.model").is_file():
-        _write_json(target / "added_tokens.json", {**read_json(target / "added_tokens.json"), **ids})
-    path = target / "tokenizer_config.json"
-    config = read_json(path)
-    if config.get("added_tokens_decoder"):
-        listed = {str(number): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
-                                "single_word": False, "special": False} for token, number in ids.items()}
-        _write_json(path, {**config, "added_tokens_decoder": {**config["added_tokens_decoder"], **listed}})
-
-
-def _llama_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What transformers has to know of a bare tokenizer.model, to read it as sentencepiece does."""
-    roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
-    return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": tokenizer.adds_bos, "add_eos_token": False,
-            **{role: tokenizer.token(number) for role, number in roles.items() if number is not None}}
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _open_backend(files: TokenizerFiles) -> Backend:
@@ -388,4 +336,4 @@ def _check_texts(texts: Sequence[str]) -> None:
                              "repair the text's encoding") from error
 
 
-__all__ = ["Tokenizer", "copy_tokenizer", "load_tokenizer", "save_tokenizer"]
+__all__ = ["Tokenizer", "load_tokenizer"]

@@ -287,4 +287,15 @@ def _without_blank(spec: Any) -> Any:
     return spec
 
 
-__all__ = ["Backend", "Contradiction", "SentencePieceBackend", "TokenizersBackend", "any_of"]
+def extended(path: Path, new: Sequence[str], ids: Mapping[str, int | None]) -> TokenizersBackend:
+    """The tokenizer.json at `path` with the tokens `new`; InputError unless they get `ids` there as well."""
+    backend = TokenizersBackend(path)
+    backend.add([token for token in new if backend.id_of(token) is None])
+    other = next((token for token in new if backend.id_of(token) != ids[token]), None)
+    if other is not None:
+        raise InputError(f"{path.parent}: the added token {other!r} has the id {ids[other]} in tokenizer.model but "
+                         f"{backend.id_of(other)} in tokenizer.json; remove the file that is not used")
+    return backend
+
+
+__all__ = ["Backend", "Contradiction", "SentencePieceBackend", "TokenizersBackend", "any_of", "extended"]

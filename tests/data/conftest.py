@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from minitune.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.chat_templates import KINDS
+
 TEXT = """The quick brown fox jumps over the lazy dog. Why did it jump? Because the dog was asleep, and foxes jump.
 def add(a, b):
     return a + b  # the sum of a and b
@@ -130,3 +133,25 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return write_folder(folder, **({"tokenizer_config": config} | files))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def qwen_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tokenizer]:
+    """A byte-level tokenizer with Qwen3's control tokens and the given template."""
+    tk = pytest.importorskip("tokenizers")
+    made = tk.Tokenizer(tk.models.BPE())
+    made.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tk.decoders.ByteLevel()
+    kind = KINDS["qwen-3"]
+    made.train_from_iterator(["the dog said yes"], tk.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", *kind.control], show_progress=False,
+        initial_alphabet=tk.pre_tokenizers.ByteLevel.alphabet()))
+    made.add_tokens([tk.AddedToken(token, special=False, normalized=False) for token in kind.added])
+
+    def load(source: str) -> Tokenizer:
+        folder = tmp_path_factory.mktemp("qwen")
+        made.save(str(folder / "tokenizer.json"))
+        write_folder(folder, tokenizer_config={"bos_token": None, "eos_token": "<|im_end|>", "chat_template": source})
+        return load_tokenizer(folder)
+
+    return load

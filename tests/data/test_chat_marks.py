@@ -5,18 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minitune.data.chat import encode_conversations
 from minitune.data.mask import trained_spans
-from minitune.data.tokenizer import Tokenizer, load_tokenizer
+from minitune.data.tokenizer import Tokenizer
 from minitune.errors import InputError
-from tests.data.chat_templates import KINDS, QWEN_3
+from tests.data.chat_templates import QWEN_3
 
-Make = Callable[..., Path]
 Chat = list[dict[str, Any]]
 THOUGHT = "<think>\n\n</think>\n\n"
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
@@ -27,30 +25,8 @@ LAST_ALONE = (
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory, write_folder: Make) -> Callable[[str], Tokenizer]:
-    """A byte-level tokenizer with Qwen3's control tokens and the given template."""
-    tk = pytest.importorskip("tokenizers")
-    made = tk.Tokenizer(tk.models.BPE())
-    made.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tk.decoders.ByteLevel()
-    kind = KINDS["qwen-3"]
-    made.train_from_iterator(["the dog said yes"], tk.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<unk>", *kind.control], show_progress=False,
-        initial_alphabet=tk.pre_tokenizers.ByteLevel.alphabet()))
-    made.add_tokens([tk.AddedToken(token, special=False, normalized=False) for token in kind.added])
-
-    def load(source: str) -> Tokenizer:
-        folder = tmp_path_factory.mktemp("marks")
-        made.save(str(folder / "tokenizer.json"))
-        write_folder(folder, tokenizer_config={"bos_token": None, "eos_token": "<|im_end|>", "chat_template": source})
-        return load_tokenizer(folder)
-
-    return load
-
-
-@pytest.fixture(scope="module")
-def qwen(make: Callable[[str], Tokenizer]) -> Tokenizer:
-    return make(QWEN_3)
+def qwen(qwen_with: Callable[[str], Tokenizer]) -> Tokenizer:
+    return qwen_with(QWEN_3)
 
 
 def chat_of(*answers: str | dict[str, Any]) -> Chat:
@@ -133,21 +109,21 @@ def test_where_prefixes_hold_marks_are_not_asked(qwen: Tokenizer) -> None:
     assert cut.text[slice(*last)] == f"{THOUGHT}two<|im_end|>"
 
 
-def test_contents_that_a_template_trims(make: Callable[[str], Tokenizer]) -> None:
+def test_contents_that_a_template_trims(qwen_with: Callable[[str], Tokenizer]) -> None:
     for content in ("m.content.strip()", "m.content | trim", "m.content.lstrip('\n')", "m.content"):
-        tokenizer = make(LAST_ALONE.replace("CONTENT", content))
+        tokenizer = qwen_with(LAST_ALONE.replace("CONTENT", content))
         trims = "strip()" in content or "trim" in content
         assert said(tokenizer, chat_of("  one\n ", "two")) == ["one<|im_end|>" if trims else "  one\n <|im_end|>",
                                                                "#two<|im_end|>"]
 
 
-def test_an_answer_before_any_question(make: Callable[[str], Tokenizer]) -> None:
+def test_an_answer_before_any_question(qwen_with: Callable[[str], Tokenizer]) -> None:
     """Nothing renders without a message, so no prompt can be told from this answer; the marks tell it."""
-    tokenizer = make("{{ messages[0].content[:0] }}" + LAST_ALONE.replace("CONTENT", "m.content"))
+    tokenizer = qwen_with("{{ messages[0].content[:0] }}" + LAST_ALONE.replace("CONTENT", "m.content"))
     assert said(tokenizer, [{"role": "assistant", "content": "one"}, *chat_of("two")]) == [
         "one<|im_end|>", "#two<|im_end|>"]
-    thinking = make("{{ messages[0].content[:0] }}"
-                    + LAST_ALONE.replace("CONTENT", "'<think>' + (m.thinking or '') + '</think>' + m.content"))
+    thinking = qwen_with("{{ messages[0].content[:0] }}"
+                         + LAST_ALONE.replace("CONTENT", "'<think>' + (m.thinking or '') + '</think>' + m.content"))
     with pytest.raises(InputError, match=r"messages\[0\]: .*does not render the conversation up to here \(.*begin w"):
         encode_conversations([([{"role": "assistant", "content": "one", "thinking": "Hm."}, *chat_of("two")], None,
                                "f:1")], thinking)
@@ -162,16 +138,16 @@ STILL_REFUSED = {
 
 
 @pytest.mark.parametrize("name", STILL_REFUSED)
-def test_what_marks_do_not_tell_is_refused(make: Callable[[str], Tokenizer], name: str) -> None:
-    tokenizer = make(LAST_ALONE.replace("CONTENT", STILL_REFUSED[name]))
+def test_what_marks_do_not_tell_is_refused(qwen_with: Callable[[str], Tokenizer], name: str) -> None:
+    tokenizer = qwen_with(LAST_ALONE.replace("CONTENT", STILL_REFUSED[name]))
     with pytest.raises(InputError, match=r"^f:1: messages\[1\]: "):
         encode_conversations([(chat_of("one", "two"), None, "f:1")], tokenizer)
 
 
-def test_a_turn_that_nothing_ends_is_refused(make: Callable[[str], Tokenizer]) -> None:
+def test_a_turn_that_nothing_ends_is_refused(qwen_with: Callable[[str], Tokenizer]) -> None:
     """A stop of the next message is not this turn's."""
     source = ("{% for m in messages %}{{ m.role + '\n' }}{{ '#' if loop.last }}{{ m.content }}"
               "{{ '<|im_end|>' if loop.last or m.role == 'user' }}{% endfor %}"
               "{{ 'assistant\n' if add_generation_prompt }}")
     with pytest.raises(InputError, match=r"^f:1: messages\[1\]: .* otherwise once more follows"):
-        encode_conversations([(chat_of("one", "two"), None, "f:1")], make(source))
+        encode_conversations([(chat_of("one", "two"), None, "f:1")], qwen_with(source))

@@ -19,7 +19,8 @@ import pytest
 from minitune.data import template_child
 from minitune.data.template import ChatTemplate
 from minitune.data.template_process import PROCESS, TemplateProcess
-from minitune.data.tokenizer import copy_tokenizer, load_tokenizer
+from minitune.data.tokenizer import load_tokenizer
+from minitune.data.tokenizer_writer import copy_tokenizer
 from minitune.errors import InputError
 from tests.data.hostile_templates import HOSTILE
 

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minitune.data import tokenizer_backends
-from minitune.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
+from minitune.data.tokenizer import Tokenizer, load_tokenizer
+from minitune.data.tokenizer_writer import copy_tokenizer
 from minitune.errors import InputError
 
 Make = Callable[..., Path]

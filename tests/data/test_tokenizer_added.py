@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import minitune as mt
-from minitune.data.tokenizer import load_tokenizer, save_tokenizer
+from minitune.data.tokenizer import load_tokenizer
+from minitune.data.tokenizer_writer import save_tokenizer
 from minitune.errors import InputError
 
 Make = Callable[..., Path]

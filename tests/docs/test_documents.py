@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from tests.docs.blocks import Block, Runner, blocks_of, check_output, commands_of, matches
-from tests.docs.provoked import messages, prepare
 from tests.files import ROOT
 
 pytest.importorskip("tyro")
+pytest.importorskip("pyarrow")
 import minitune as mt
 from minitune.commands import COMMANDS
 from minitune.commands.flags.declared import settings
 from minitune.commands.flags.parse import load_command
 from minitune.report import plot
+from tests.docs.provoked import messages, prepare
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from minitune.config import Data, Long
 
@@ -17,6 +18,12 @@ class Reading:
     """A sample longer than --tokens: refuse it, split it (no context across pieces) or truncate it."""
     field_map: tuple[str, ...] = ()
     """Your names of fields, as ours=yours: prompt=question completion=answer."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Settings of the model's chat template, as name=value: enable_thinking=false; by default the adapter's."""
+
+    def kwargs(self) -> dict[str, Any] | None:
+        """``chat_template_kwargs`` as `mt.load` takes them."""
+        return Data(chat_template_kwargs=self.chat_template_kwargs).kwargs()
 
     def fields(self) -> dict[str, str]:
         """``field_map`` as a table {our field: their field}."""

@@ -116,7 +116,7 @@ def test_flags_of_lora_are_refused_beside_an_adapter_even_at_their_defaults(othe
 
 
 def test_merge_reads_its_data_as_evaluate_does(tmp_path):
-    flags = ["--long", "split", "--field-map", "prompt=q", "--tokens", "64"]
+    flags = ["--long", "split", "--field-map", "prompt=q", "--tokens", "64", "--chat-template-kwargs", "style=brief"]
     merge, evaluate = parse("merge", ["a", "b", "c", "--data", "d", *flags]), parse("evaluate", ["a", "b", *flags])
     for name in Reading.__dataclass_fields__:
         assert getattr(merge, name) == getattr(evaluate, name) != getattr(Reading(), name)
