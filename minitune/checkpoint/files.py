@@ -218,6 +218,8 @@ def replaced(folder: Path) -> Iterator[Path]:
             except OSError:
                 if old:
                     _exchange(new, folder)
+                else:
+                    os.replace(folder, new)
                 raise
     finally:
         discard(new)

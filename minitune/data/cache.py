@@ -65,6 +65,8 @@ def entry(path: Path, tokenizer: Tokenizer, field_map: Mapping[str, str] | None)
         "templates": sorted(tokenizer.chat_templates.items()), "kwargs": tokenizer.chat_template_kwargs}
     if tokenizer.writes_date:
         parts["written"] = _written(tokenizer)
+        if parts["written"] is None:
+            return None
     try:
         parts["data"] = _digest(path)
         where = folder()
@@ -74,11 +76,13 @@ def entry(path: Path, tokenizer: Tokenizer, field_map: Mapping[str, str] | None)
     return where / f"{key}.corpus"
 
 
-def _written(tokenizer: Tokenizer) -> list[str]:
-    """What its templates write of the moment that it is, as far as their formats are plain texts; else the moment."""
-    now = tokenizer.clock()
-    return sorted({now.strftime(call[2]) if call[2] is not None else now.isoformat()
-                   for source in tokenizer.chat_templates.values() for call in _MOMENT.finditer(source)})
+def _written(tokenizer: Tokenizer) -> list[str] | None:
+    """What its templates write of the moment that it is; None where a format is no plain text, so that it may be any
+    part of the moment, which never comes again."""
+    calls = [call for source in tokenizer.chat_templates.values() for call in _MOMENT.finditer(source)]
+    if any(call[2] is None for call in calls):
+        return None
+    return sorted({tokenizer.clock().strftime(call[2]) for call in calls})
 
 
 def load(path: Path, source: str, vocab_size: int) -> Corpus | None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,10 @@ from minitune.training.schedule import min_lr_ratio_of, warmup_of
 METRICS = "metrics.jsonl"
 FILES = ("config.json", "environment.json", "ledger.json", METRICS, "answers.jsonl")
 """What the observers of `run_folder` write before anything is trained."""
+
+
+EVALUATION = "evaluation.json"
+"""In `what`-best: the step and the validation loss of what lies there."""
 
 
 def check_free(folder: Path) -> None:
@@ -76,6 +78,15 @@ def run_folder(folder: Path, save: Callable[[Path], None], sound: Callable[[], b
             Finished(folder / checkpoint.FOLDER)]
 
 
+def _evaluation_of(best: Path) -> tuple[float, int] | None:
+    """(validation loss, step) of the best so far; None where its folder does not tell."""
+    try:
+        found = read_json_object(best / EVALUATION)
+        return float(found["valid_loss"]), int(found["step"])
+    except (InputError, KeyError, TypeError, ValueError):
+        return None
+
+
 class RunFolder(Observer):
     """Writes config.json (`config` with the training as it was resolved), environment.json and ledger.json when the run
     starts; `what`-best at each evaluation whose loss is the lowest so far; `what` (adapter, or model) when it ends.
@@ -90,9 +101,9 @@ class RunFolder(Observer):
                  config: Mapping[str, Any]) -> None:
         self.folder, self.save, self.sound, self.what, self.config = Path(folder), save, sound, what, config
         self._ledger: dict[str, Any] | None = None
-        self._lowest = math.inf
         self._best: Path | None = None
-        self._abandoned: tuple[float, int] | None = None    # of `what`-best, where no step of this run made it
+        self._kept = (math.inf, 0)      # validation loss and step of what lies there
+        self._abandoned = False         # whether no step of this run made it
         self._begun = False
 
     def on_ledger(self, ledgers: Mapping[str, Any]) -> None:
@@ -122,43 +133,36 @@ class RunFolder(Observer):
             sweep(self.folder / name)
         if self.config.get("changed"):
             self._write_settings(run.info)
-        if run.best is not None and run.best.loss is not None:
-            self._lowest, best = run.best.loss, self.folder / f"{self.what}-best"
-            self._best = best if best.is_dir() else None
-        lower = [each for each in self._behind(len(run.records)) if each[0] < self._lowest]
-        if lower and self._best is not None:
-            self._abandoned = min(lower)
-            self._lowest = self._abandoned[0]
-
-    def _behind(self, step: int) -> list[tuple[float, int]]:
-        """Validation losses, and their steps, of what a killed process did after that step, before it is done again."""
-        found = []
-        with suppress(OSError):
-            for line in (self.folder / METRICS).read_text("utf-8", "replace").splitlines():
-                with suppress(ValueError, KeyError, TypeError):     # the last line may be half a one
-                    row = json.loads(line)
-                    if row["step"] > step:
-                        found.append((float(row["valid_loss"]), int(row["step"])))
-        return found
+        best = self.folder / f"{self.what}-best"
+        if best.is_dir():
+            self._best, found = best, _evaluation_of(best)
+            if found is None and run.best is not None and run.best.loss is not None:
+                found = run.best.loss, run.best.step        # of an earlier version, which did not write it
+            if found is not None:
+                self._kept, self._abandoned = found, found[1] > len(run.records)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        if record.step and record.loss is not None and record.loss < self._lowest and self.sound():
+        if record.step and record.loss is not None and record.loss < self._kept[0] and self.sound():
             best = self.folder / f"{self.what}-best"
             try:
                 with replaced(best) as new:
                     self.save(new)
+                    (new / EVALUATION).write_bytes(json_bytes({"step": record.step, "valid_loss": record.loss}))
             except InputError as error:     # a full disk ends no run that may have days behind it
                 warn(f"step {record.step}: the best so far is not kept: {error}"
                      + (f"; that of before stays in {best}" if self._best else ""))
             else:
-                self._lowest, self._best, self._abandoned = record.loss, best, None
+                self._kept, self._best, self._abandoned = (record.loss, record.step), best, False
 
     def on_end(self, run: Run) -> None:
         run.best_adapter = self._best
-        if self._abandoned is not None and run.best is not None and run.best.loss != self._lowest:
-            loss, step = self._abandoned
-            warn(f"{self._best}: is of step {step} of a part that was lost when the run was killed, and done again in "
-                 f"another way; its validation loss was {loss:.4f}, which nothing since was below")
+        if self._best is not None and run.best is not None and run.best.loss != self._kept[0]:
+            loss, step = self._kept
+            why = (f"of a part that was lost when the run was killed, and done again in another way; its validation "
+                   f"loss was {loss:.4f}, which nothing since was below" if self._abandoned else
+                   f"whose validation loss was {loss:.4f}; that of step {run.best.step}, {run.best.loss:.4f}, was not "
+                   "kept")
+            warn(f"{self._best}: is of step {step} {why}")
         if not run.records:
             for name in FILES if self._begun else ():
                 (self.folder / name).unlink(missing_ok=True)

@@ -3,18 +3,20 @@
 A checkpoint is two files. step-N.json has the micro-batches that are done, what the run is made of (`about`), the
 evaluations, and two SHA-256: of step-N.safetensors, and of itself without that one. The other file has the trained
 weights as the optimizer moves them (fp32), its state, the states of torch's generators, and the records of the steps.
-The JSON comes when the tensors are written and synced: without it there is no checkpoint. The last two stay: where
-bytes of the newer one are not those that were written, a run goes on from the older one.
+The JSON comes when the tensors are written and synced: without it there is no checkpoint. The last two stay (and both
+until the next one stands, if there is room for three): where bytes of the newer one are not those that were written, a
+run goes on from the older one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -87,42 +89,63 @@ class Checkpoints:
         self._about = about
 
     def write(self, position: Position, model: torch.nn.Module, optimizer: FlatOptimizer, run: Run) -> None:
-        """Keep the run as it stands, beside the last whole checkpoint; others go first, so that never more than two
-        take room. InputError where it cannot be written; the last one stays."""
+        """Keep the run as it stands, and the one before it; the one before that goes when this one stands. InputError
+        where it cannot be written; the last one stays."""
         content = {"format": FORMAT, "step": position.step, "micro_batches": position.micro_batches,
                    "run": self._about(), "evaluations": [_plain(each) for each in run.evaluations]}
         tensors, told = _files(self.folder, position.step)
-        self._remove_others()
-        with staged(self.folder) as staging:
-            with staging.open(tensors.name) as file:    # takes its name before the JSON that stands for it
-                summed = Summed(file)
-                write_safetensors(summed, _tensors(position, model, optimizer, run))
-            content["sha256"] = summed.sha256
-            staging.write(told.name, json_bytes({**content, OWN: _own(content)}))
+
+        def put() -> None:
+            with staged(self.folder) as staging:
+                with staging.open(tensors.name) as file:    # takes its name before the JSON that stands for it
+                    summed = Summed(file)
+                    write_safetensors(summed, _tensors(position, model, optimizer, run))
+                whole = {**content, "sha256": summed.sha256}
+                staging.write(told.name, json_bytes({**whole, OWN: _own(whole)}))
+
+        sweep(self.folder)
+        self._keep(self._own_steps())
+        try:
+            put()
+        except InputError as error:
+            if not _is_full(error) or not self._make_room():
+                raise
+            put()
         self.step = position.step
+        self._keep(steps(self.folder)[:2])
 
     def accept(self) -> None:
         """Let the whole checkpoints tell of the run as it goes on, where settings were changed: before the next one is
         written, a process may be killed. InputError where that cannot be written."""
         about = self._about()
-        for step in steps(self.folder):
+        for step in self._own_steps():
             try:
-                content = {**_content(self.folder, step), "run": about}
+                content = _content(self.folder, step)
             except InputError:
                 continue        # damaged: nobody goes on from it
-            with staged(self.folder) as staging:
-                staging.write(_files(self.folder, step)[1].name, json_bytes({**content, OWN: _own(content)}))
+            if json_bytes({"run": content["run"]}) != json_bytes({"run": about}):
+                content["run"] = about
+                with staged(self.folder) as staging:
+                    staging.write(_files(self.folder, step)[1].name, json_bytes({**content, OWN: _own(content)}))
 
-    def _remove_others(self) -> None:
-        """Checkpoints but the newest whole one, and what a killed process half wrote. What cannot be removed ends no
-        run."""
-        sweep(self.folder)
-        if self.step is not None and len(steps(self.folder)) > 1:
-            try:
-                self.step = read(self.folder).step      # a disk may have spoilt the last one since it was written
-            except InputError:
-                return      # as far as can be read none is whole: let a new one stand first
-        stay = () if self.step is None else _files(self.folder, self.step)
+    def _own_steps(self) -> list[int]:
+        """The steps of this run's checkpoints, the newest first. One that is newer than the run, which could not be
+        read when it went on from an older one, is none."""
+        return [step for step in steps(self.folder) if self.step is not None and step <= self.step]
+
+    def _make_room(self) -> bool:
+        """Remove all but the newest whole checkpoint, on a disk that has no room for three; whether any was."""
+        try:
+            self.step = read(self.folder).step      # a disk may have spoilt the last one since it was written
+        except InputError:
+            return False        # as far as can be read none is whole: all stay
+        before = steps(self.folder)
+        self._keep([self.step])
+        return steps(self.folder) != before
+
+    def _keep(self, kept: Sequence[int]) -> None:
+        """Remove what belongs to other steps than these. What cannot be removed ends no run."""
+        stay = [path for step in kept for path in _files(self.folder, step)]
         # A checkpoint's JSON first: without it its tensors are none.
         for path in sorted(self.folder.glob("step-*"), key=lambda path: path.suffix != ".json"):
             if path not in stay:
@@ -166,7 +189,7 @@ class Saved:
         with Checkpoint.open_file(self.tensors) as source:
             left = set(source.names()) - _read_weights(source, model, optimizer)
             left -= _read_state(source, model, optimizer)
-            states = {name.partition("/")[2]: source.read(name, torch.uint8) for name in left
+            states = {name.partition("/")[2]: source.read(name, torch.uint8) for name in sorted(left)
                       if name.startswith("generators/")}
             odd = {RECORDS, "generators/cpu"} - left or left - {RECORDS, *(f"generators/{name}" for name in states)}
             if odd:
@@ -212,6 +235,11 @@ def read(folder: Path) -> Saved:
         what = str(fault).removesuffix(f"; {_ANEW}")
         return dataclasses.replace(saved, note=f"{what}; the run goes on from the checkpoint before it, of step {step}")
     raise fault or InputError(f"{folder}: holds no checkpoint; begin anew in another folder")
+
+
+def _is_full(error: InputError) -> bool:
+    """Whether a disk, or the user's share of it, is full."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _own(content: Mapping[str, Any]) -> str:

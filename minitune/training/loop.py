@@ -83,10 +83,10 @@ def fit(model: Any, batches: Iterable[Batch], training: Training, objective: Obj
     left_out = LeftOut(training.max_skipped, getattr(batches, "where", "documents[{}]".format))
     runner = Runner(model, optimizer, objective, observers, run, evaluate, Divergence(chance), left_out, shortage,
                     position, checkpoints)
-    if start is not None and checkpoints is not None:
-        checkpoints.accept()
     with _ended(runner, model, observers):
         tell_begin(observers, run)
+        if start is not None and checkpoints is not None:
+            checkpoints.accept()        # last: whoever is killed before it asks for what was changed once more
         for note in notes:
             tell(observers, "on_note", note)
         drawn = _drawn(batches, position.micro_batches, None if training.max_steps else training.epochs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ from minitune.training.optimizers import FlatOptimizer
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord, tell
 from minitune.training.schedule import learning_rate, warmup_of
 from minitune.training.shortage import Shortage, free_what_hangs_on
-from minitune.training.spikes import NONE, Limits, is_number, limits
+from minitune.training.spikes import NONE, Limits, Window, is_number
 from minitune.training.step import Objective, gradients, update
 
 Evaluate = Callable[[int, Callable[[float | None], bool]], EvaluationRecord | None]
@@ -74,6 +75,7 @@ class Runner:
         self.lag = 0 if self.device.type == "cpu" else 1
         self.skips = run.info.training.spikes != "warn"
         self.waiting: deque[_Launched] = deque()
+        self.window = Window()
         for record in run.records:      # of a run that goes on
             self._watch(record)
         left_out.resume(run.records)
@@ -113,7 +115,7 @@ class Runner:
         info = self.run.info
         done = self.position.step
         lr = learning_rate(done, info.total_steps, info.training)
-        highest = limits(self.run.records, done - self.lag)
+        highest = self.window.limits(self.run.records, done - self.lag)
         loss, n_trained = self._gradients(group)
         with unbroken():
             self.torn = True
@@ -124,7 +126,7 @@ class Runner:
 
     def _gradients(self, group: Group) -> tuple[Tensor, int]:
         """Those of a step -> (loss, trained tokens). Where memory runs out it is begun again with less, if it can."""
-        batches = group.batches
+        batches, handled = group.batches, sys.exception()
         while True:
             try:
                 return gradients(self.model, batches, self.optimizer, self.objective)
@@ -132,7 +134,7 @@ class Runner:
                 if out_of_memory(error) is None:
                     raise
                 self.optimizer.zero_grad(set_to_none=True)
-                free_what_hangs_on(error, self.device)
+                free_what_hangs_on(error, self.device, handled)
                 told = self.shortage.met(batches)
                 if told is None:
                     error.add_note(f"step {self.position.step + 1}: memory ran out with {self.shortage.least(batches)}")
@@ -195,8 +197,8 @@ class Runner:
 
     def _save(self, checkpoints: Checkpoints) -> None:
         """A checkpoint of ``position``, whose steps are all settled; none of spoilt weights. One that cannot be written
-        is told of, and ends no run."""
-        if not self._is_sound():
+        is told of, and ends no run. Where there is one already, nothing was done since."""
+        if self.position.step == checkpoints.step or not self._is_sound():
             return
         try:
             checkpoints.write(self.position, self.model, self.optimizer, self.run)

@@ -60,16 +60,24 @@ class Shortage:
                 "much of what a step takes")
 
 
-def free_what_hangs_on(error: BaseException, device: torch.device) -> None:
-    """Let go of the tensors in the frames that an error came through, and those that it came from."""
-    seen: list[BaseException] = []
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        each = waiting.pop()
-        if each is not None and each not in seen:
-            seen.append(each)
-            traceback.clear_frames(each.__traceback__)
-            waiting += [each.__context__, each.__cause__]
+def free_what_hangs_on(error: BaseException, device: torch.device, handled: BaseException | None = None) -> None:
+    """Let go of the tensors in the frames that an error came through, and those that it came from. An exception that
+    was `handled` when the work began, by who asked for it, keeps its own."""
+    spared = _came_from(handled, [])
+    for each in _came_from(error, spared):
+        traceback.clear_frames(each.__traceback__)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _came_from(error: BaseException | None, spared: Sequence[BaseException]) -> list[BaseException]:
+    """The error and all behind it, but for those `spared`."""
+    found: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is not None and each not in (*found, *spared):
+            found.append(each)
+            waiting += [each.__context__, each.__cause__]
+    return found

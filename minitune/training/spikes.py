@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from minitune.training.run import StepRecord
 
 WINDOW = 128
 """As many steps before it are looked at, and as many standard deviations it may stand above their mean (SIGMAS), as in
-OLMo-core's SkipStepOptimizer. Those that were left out count too, if they are numbers: where a loss has risen for good,
-the limit follows it within a few steps."""
+OLMo-core's SkipStepOptimizer. There a step that was left out counts in full, and one that is high enough hides all that
+follow for a whole window; here it counts as the limit that it was above: steps of a higher kind that keep coming raise
+the limit, by about an eighth each, one alone hides nothing."""
 SIGMAS = 6.0
 LEAST = 32
 """Steps before which nothing is a spike: their spread says too little."""
@@ -46,13 +47,27 @@ class Limits:
 NONE = Limits()
 
 
-def limits(records: Sequence[StepRecord], seen: int) -> Limits:
-    """Those after the first `seen` of the records: the same ones in a run that was resumed."""
-    before = (records[place] for place in reversed(range(min(seen, len(records)))))
-    last = list(islice(filter(is_number, before), WINDOW))
-    if len(last) < LEAST:
-        return NONE
-    return Limits(_limit([record.loss for record in last]), _limit([record.grad_norm for record in last]))
+class Window:
+    """The last steps of a run that were numbers, as they count."""
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._norms: deque[float] = deque(maxlen=WINDOW)
+        self._seen = 0
+
+    def limits(self, records: Sequence[StepRecord], seen: int) -> Limits:
+        """Those after the first `seen` of the run's records, never fewer than before: the same ones in a run that was
+        resumed."""
+        for record in records[self._seen:max(seen, 0)]:
+            self._seen += 1
+            if is_number(record):
+                highest = self._limits() if record.left_out else NONE
+                self._losses.append(min(record.loss, highest.loss))
+                self._norms.append(min(record.grad_norm, highest.grad_norm))
+        return self._limits()
+
+    def _limits(self) -> Limits:
+        return NONE if len(self._losses) < LEAST else Limits(_limit(self._losses), _limit(self._norms))
 
 
 def is_number(record: StepRecord) -> bool:

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 import minitune as mt
+from minitune.report.folder import RunFolder
 from minitune.training.checkpoint import steps
 from tests.api.test_resume import LORA, left_behind, train
 from tests.files import records, write_numbers
@@ -71,6 +72,27 @@ def test_what_was_changed_holds_for_a_process_that_is_killed_before_its_next_che
     run = train(tiny, data, kept, lr=1e-3, resume=True, changed=["clip"], clip=0.5)     # from step 2, as a note says
     assert rates(run)[2:] == [pytest.approx(rate / 10) for rate in rates(train(tiny, data, tmp_path / "a"))[2:]]
     assert json.loads((kept / "config.json").read_text())["changed"] == ["lr", "clip"]
+
+
+def test_a_process_that_is_killed_before_its_files_tell_of_it_is_asked_once_more(tiny, data, tmp_path, monkeypatch):
+    """Whatever it is given then is what its files say in the end."""
+    def killed(*_):
+        shutil.copytree(out, kept)
+        raise KeyboardInterrupt
+
+    for rate, changed in ((1e-3, ["lr"]), (1e-2, [])):
+        out, kept = tmp_path / f"run-{rate}", tmp_path / f"kept-{rate}"
+        train(tiny, data, out, stop=4)
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "_write_settings", killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(tiny, data, out, lr=1e-3, resume=True, changed=["lr"])
+        if changed:
+            with pytest.raises(mt.InputError, match=r"lr is 0\.001 and was 0\.01"):
+                train(tiny, data, kept, lr=rate, resume=True)
+        train(tiny, data, kept, lr=rate, resume=True, changed=changed)
+        config = json.loads((kept / "config.json").read_text())
+        assert config["training"]["lr"] == rate and config["changed"] == changed
 
 
 def test_advice_names_what_was_named_already(tiny, data, tmp_path):

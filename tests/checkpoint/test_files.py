@@ -80,18 +80,20 @@ def test_where_the_new_one_cannot_take_its_name_the_old_one_has_its_own_again(tm
     assert found(tmp_path) == {"best/a": "1"} and os.listdir(tmp_path) == ["best"]
 
 
-def test_where_the_new_name_may_not_last_the_old_one_is_back(tmp_path, monkeypatch):
-    (tmp_path / "best").mkdir()
-    fill(tmp_path / "best", a="1")
+@pytest.mark.parametrize("old", [True, False])
+def test_where_the_new_name_may_not_last_all_is_as_before(tmp_path, monkeypatch, old):
+    if old:
+        (tmp_path / "best").mkdir()
+        fill(tmp_path / "best", a="1")
 
     def dying(folder):
-        if folder == tmp_path:
+        if folder == tmp_path and (tmp_path / "best" / "a").exists() and (tmp_path / "best" / "a").read_text() == "2":
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(files, "sync_folder", dying)
     with pytest.raises(InputError, match="Input/output error"), replaced(tmp_path / "best") as new:
         fill(new, a="2")
-    assert found(tmp_path) == {"best/a": "1"} and os.listdir(tmp_path) == ["best"]
+    assert found(tmp_path) == ({"best/a": "1"} if old else {}) and os.listdir(tmp_path) == ["best"] * old
 
 
 def test_folders_that_are_made_last_and_so_does_what_was_put_into_them(tmp_path, monkeypatch):

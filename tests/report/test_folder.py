@@ -128,11 +128,12 @@ def test_a_better_one_takes_the_place_of_the_best_whole_or_not_at_all(tmp_path):
     folder.save = full
     with pytest.warns(UserWarning, match="step 2: the best so far is not kept: .*No space left.*; that of before"):
         folder.on_evaluation(seen(2, 2.0))
-    assert {path.name for path in best.iterdir()} == {"weights", "model-00002-of-00002.safetensors"}
+    assert {path.name for path in best.iterdir()} == {"weights", "model-00002-of-00002.safetensors", "evaluation.json"}
     folder.save = saver
     folder.on_evaluation(seen(3, 2.5))
     assert [path.name for path in tmp_path.iterdir()] == ["model-best"]
-    assert [(path.name, path.read_text()) for path in best.iterdir()] == [("weights", "3")]
+    assert {path.name for path in best.iterdir()} == {"weights", "evaluation.json"}
+    assert (best / "weights").read_text() == "3"
 
 
 @pytest.mark.parametrize(("records", "end", "saved"), [

@@ -9,7 +9,7 @@ import math
 import pytest
 
 from minitune.config import Training
-from minitune.report.folder import RunFolder, run_folder
+from minitune.report.folder import EVALUATION, RunFolder, run_folder
 from minitune.report.metrics import AnswersFile, MetricsFile
 from minitune.report.progress import ProgressBar, ProgressLines, summary
 from minitune.training.run import EvaluationRecord, Run, RunInfo, SampleAnswer, StepRecord
@@ -29,39 +29,66 @@ def going_on(evaluations, n_steps=4, **training):
     return Run(info=info, records=[step(i + 1) for i in range(n_steps)], evaluations=evaluations)
 
 
-def test_the_best_of_before_stays_until_there_is_a_better_one(tmp_path):
+def keeping(folder):
+    """(the observer, the names of what it has saved)"""
     saved = []
-    for is_there in (False, True):
-        folder = RunFolder(tmp_path, lambda path: saved.append(path.name.split(".")[1]), lambda: True, "adapter", {})
-        if is_there:
-            (tmp_path / "adapter-best").mkdir()
-        run = going_on([seen(0, 0.1), seen(2, 1.0), seen(4, 1.5)])
-        folder.on_resume(run)
-        folder.on_evaluation(seen(6, 1.2))
-        assert saved == []
-        folder.on_end(run)
-        assert run.best_adapter == (tmp_path / "adapter-best" if is_there else None)
-        saved.clear()
+    return RunFolder(folder, lambda path: saved.append(path.name.split(".")[1]), lambda: True, "adapter", {}), saved
+
+
+def best_of(folder, number, loss):
+    (folder / "adapter-best").mkdir(parents=True)
+    (folder / "adapter-best" / EVALUATION).write_text(json.dumps({"step": number, "valid_loss": loss}))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_best_of_before_stays_until_there_is_a_better_one(tmp_path, told):
+    """Told by its folder, or, where an earlier version wrote that, by the run."""
+    best_of(tmp_path, 2, 1.0)
+    if not told:
+        (tmp_path / "adapter-best" / EVALUATION).unlink()
+    folder, saved = keeping(tmp_path)
+    run = going_on([seen(0, 0.1), seen(2, 1.0), seen(4, 1.5)])
+    folder.on_resume(run)
+    folder.on_evaluation(seen(6, 1.2))
+    assert saved == []
+    folder.on_end(run)
+    assert run.best_adapter == tmp_path / "adapter-best"
+    saved.clear()
     folder.on_evaluation(seen(8, 0.9))
+    assert saved == ["adapter-best"]
+    assert json.loads((tmp_path / "adapter-best" / EVALUATION).read_text()) == {"step": 8, "valid_loss": 0.9}
+
+
+def test_a_best_that_could_not_be_kept_is_not_taken_for_what_lies_there(tmp_path):
+    """The disk was full at step 6: what lies there is step 4's."""
+    best_of(tmp_path, 4, 1.0)
+    folder, saved = keeping(tmp_path)
+    run = going_on([seen(4, 1.0), seen(6, 0.7)], n_steps=7)
+    folder.on_resume(run)
+    with pytest.warns(UserWarning, match=r"adapter-best: is of step 4 whose validation loss was 1\.0000; that of "
+                                         r"step 6, 0\.7000, was not kept"):
+        folder.on_end(run)
+    saved.clear()
+    folder.on_evaluation(seen(8, 0.75))
     assert saved == ["adapter-best"]
 
 
 @pytest.mark.parametrize(("again", "told"), [(0.7, False), (0.8, True), (0.6, False)])
-def test_a_best_of_steps_that_are_done_again_is_known_as_that(tmp_path, recwarn, again, told):
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_best_of_steps_that_are_done_again_is_known_as_that(tmp_path, recwarn, again, told, kills):
     """Killed after the evaluation of step 6, whose loss was 0.7; resumed from step 4; step 6 gives `again`."""
-    (tmp_path / "adapter-best").mkdir()
-    lines = [{"step": 4, "valid_loss": 1.0}, {"step": 5, "loss": 0.1}, {"step": 6, "valid_loss": 0.7}]
-    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 8, "valid_l')
-    run, saved = going_on([seen(0, 3.0), seen(4, 1.0)]), []
-    folder = RunFolder(tmp_path, lambda path: saved.append(path.name.split(".")[1]), lambda: True, "adapter", {})
-    folder.on_resume(run)
+    best_of(tmp_path, 6, 0.7)
+    for _ in range(kills):
+        folder, saved = keeping(tmp_path)
+        run = going_on([seen(0, 3.0), seen(4, 1.0)])
+        folder.on_resume(run)
     run.evaluations.append(seen(6, again))
     folder.on_evaluation(run.evaluations[-1])
     assert saved == (["adapter-best"] if again < 0.7 else [])
     folder.on_end(run)
     said = [str(each.message) for each in recwarn if "adapter-best: is of step 6 of a part that was lost" in
             str(each.message)]
-    assert len(said) == told and all("0.7000" in each for each in said)
+    assert len(said) == told == bool(len(recwarn)) and all("0.7000" in each for each in said)
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path):

@@ -166,7 +166,63 @@ def test_a_damaged_checkpoint_gives_way_and_the_whole_one_before_it_stays(fakes,
     with pytest.raises(ValueError):
         train(fakes, fakes.TinyModel(), data(fakes), training, observers=[damage], checkpoints=checkpoints(tmp_path))
     assert steps(folder) == ([2] if full else [7, 6]) and read(folder).step == (2 if full else 7)
-    assert written[:1] == ([[2]] if full else [])
+    assert written[:2] == ([[4, 2], [2]] if full else [])
+
+
+def test_on_a_disk_without_room_for_three_the_older_one_goes_first(fakes, tmp_path, monkeypatch):
+    folder, write = tmp_path / "checkpoint", write_safetensors
+    tried = []
+
+    def narrow(*given):
+        tried.append(steps(folder))
+        if len(tried[-1]) > 1:
+            raise OSError(28, "No space left on device")
+        return write(*given)
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", narrow)
+    train(fakes, fakes.TinyModel(), data(fakes), Training(save_every=1), checkpoints=checkpoints(tmp_path))
+    assert tried == [[], [1], [2, 1], [2], [3, 2], [3]] and steps(folder) == [4, 3] and read(folder).step == 4
+
+
+def test_one_that_could_not_be_read_once_does_not_come_back(fakes, tmp_path):
+    """The run went on from the older one: the newer one is of steps that are done again, perhaps otherwise."""
+    folder, how = tmp_path / "checkpoint", Training(save_every=3, epochs=2)
+    with pytest.raises(ValueError):
+        train(fakes, fakes.TinyModel(), data(fakes), how, observers=[Stop(6, ValueError)],
+              checkpoints=checkpoints(tmp_path))
+    assert steps(folder) == [6, 3]
+    (folder / "step-6.json").rename(tmp_path / "away")
+    saved = read(folder)
+    (tmp_path / "away").rename(folder / "step-6.json")
+    newer, kept = (folder / "step-6.json").read_bytes(), checkpoints(tmp_path, saved.step)
+    kept._about = lambda: {"purpose": "another"}
+    kept.accept()
+    assert (folder / "step-6.json").read_bytes() == newer and read(folder).about == {"purpose": "a test"}
+    with pytest.raises(ValueError):
+        train(fakes, fakes.TinyModel(), data(fakes), how, start=saved, observers=[Stop(4, ValueError)],
+              checkpoints=kept)
+    assert steps(folder) == [4, 3] and {read(folder).step} == {4}
+    assert {path.stem for path in folder.iterdir()} == {"step-4", "step-3"}
+
+
+def test_nothing_is_written_where_nothing_changed(fakes, tmp_path):
+    """Not by Ctrl-C before the first step of a run that goes on, and not since it goes on."""
+    folder, how = tmp_path / "checkpoint", Training(save_every=2, epochs=2)
+    with pytest.raises(ValueError):
+        train(fakes, fakes.TinyModel(), data(fakes), how, observers=[Stop(4, ValueError)],
+              checkpoints=checkpoints(tmp_path))
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+    heard = Stop(99)
+
+    def on_resume(run):
+        raise KeyboardInterrupt
+
+    for heard.on_resume in (on_resume, lambda run: checkpoints(tmp_path, 4).accept() or on_resume(run)):
+        with pytest.raises(KeyboardInterrupt):
+            train(fakes, fakes.TinyModel(), data(fakes), how, start=read(folder), observers=[heard],
+                  checkpoints=checkpoints(tmp_path, 4))
+        assert heard.run.checkpoint == 4 and steps(folder) == [4, 2]
+        assert before == {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
 def test_what_somebody_else_keeps_beside_the_checkpoints_stays(fakes, tmp_path):

@@ -96,6 +96,22 @@ def test_an_error_that_came_from_another_holds_none_of_its_tensors_either():
         assert held[0]() is None
 
 
+def test_what_the_caller_handles_keeps_its_frames():
+    def fails(value):
+        raise ValueError("the caller's")
+
+    try:
+        fails("kept")
+    except ValueError as handled:
+        try:
+            fails("freed")
+        except ValueError as error:
+            assert error.__context__ is handled
+            free_what_hangs_on(error, torch.device("cpu"), handled)
+            frames = [traceback.tb_next.tb_frame.f_locals for traceback in (handled.__traceback__, error.__traceback__)]
+            assert frames == [{"value": "kept"}, {}]
+
+
 def test_filler_goes_first_and_the_order_of_documents_and_their_names_stay(fakes):
     batch = fakes.make_batch(4, 5, 6)
     filled = Batch(tokens=batch.tokens, labels=torch.cat([batch.labels[:9], torch.full((6,), -100)]), n_filler=6,

@@ -17,7 +17,7 @@ from minitune.training.checkpoint import Checkpoints, read, steps
 from minitune.training.loop import TrainingDiverged, fit
 from minitune.training.run import Observer, StepRecord
 from minitune.training.runner import Runner
-from minitune.training.spikes import LEAST, NONE, SIGMAS, WINDOW, Limits, limits
+from minitune.training.spikes import LEAST, NONE, SIGMAS, WINDOW, Limits, Window
 
 LATE = LEAST + 8
 """The step that is spoilt."""
@@ -81,6 +81,10 @@ def record(step, loss=1.0, grad_norm=1.0, left_out=False):
                       left_out=left_out)
 
 
+def limits(records, seen):
+    return Window().limits(records, seen)
+
+
 def test_the_limits_are_six_standard_deviations_above_the_mean_of_the_window():
     losses = [3 + 0.7 * math.sin(i * i) for i in range(200)]
     norms = [1 + 0.3 * math.cos(i * i) for i in range(200)]
@@ -91,8 +95,36 @@ def test_the_limits_are_six_standard_deviations_above_the_mean_of_the_window():
         assert value == float(torch.tensor(value))      # as the device compares
     spoilt = [*records, *(record(201 + i, 1e9, math.nan, left_out=True) for i in range(50))]
     assert limits(spoilt, 250) == limits(spoilt, 201) == found
-    risen = [*records, record(201, 9.0, 1.0, left_out=True)]        # a number counts, taken or not
-    assert limits(risen, 201).loss > found.loss == limits(risen, 200).loss
+    taken, left_out = ([*records, record(201, 9.0, 1.0, left_out=each)] for each in (False, True))
+    assert limits(taken, 201).loss > limits(left_out, 201).loss > found.loss == limits(left_out, 200).loss
+
+
+def test_a_step_that_was_left_out_counts_as_the_limit_that_it_was_above():
+    """However high: it hides no step behind it. Steps that keep coming raise the limit, each anew."""
+    calm = [record(i + 1, 2 + 0.1 * math.sin(i * i), 1 + 0.1 * math.cos(i * i)) for i in range(WINDOW)]
+    first = limits(calm, WINDOW)
+    for height in (1.01 * first.loss, 1e30):
+        found = limits([*calm, record(WINDOW + 1, height, 1.0, left_out=True)], WINDOW + 1)
+        as_limit = limits([*calm, record(WINDOW + 1, first.loss, 1.0)], WINDOW + 1)
+        assert found == as_limit and first.loss < found.loss < 1.1 * first.loss
+    window, records, needed = Window(), list(calm), 0
+    while window.limits(records, len(records)).loss < 3 * first.loss:
+        records.append(record(len(records) + 1, 1e30, 1.0, left_out=True))
+        needed += 1
+    assert 10 < needed < 40 and window.limits(records, len(records)) == limits(records, len(records))
+
+
+def test_after_a_huge_spike_a_smaller_one_is_still_left_out(fakes):
+    heights = {LATE: 1e5, LATE + 3: 30.0}
+    calls = []
+
+    def objective(model, batch):
+        calls.append(batch)
+        loss, n = model.loss_sum(batch)
+        return loss * heights.get(len(calls), 1.0), n
+
+    run = trained(fakes, Training(spikes="skip"), objective)[1]
+    assert [r.step for r in run.records if r.left_out] == [LATE, LATE + 3]
 
 
 def test_few_steps_have_no_limit_and_quiet_ones_no_low_one():
@@ -181,9 +213,17 @@ def test_the_window_survives_resuming(fakes, tmp_path, before):
     assert same(weights, trained(fakes, how, spoils(LATE))[0])
 
 
-def test_a_loss_that_rises_for_good_is_followed_within_a_few_steps(fakes):
-    run = trained(fakes, Training(spikes="skip"), spoils(*range(LATE, 99)))[1]
-    assert [r.step for r in run.records if r.left_out] == [LATE, LATE + 1] and run.end == "finished"
+@pytest.mark.parametrize("most", [3, 40])
+def test_a_loss_that_rises_for_good_ends_the_run_or_is_followed(fakes, most):
+    """By default it ends; where more steps may be left out in a row, the limit has followed before all were."""
+    how, objective = Training(spikes="skip", max_skipped=most), spoils(*range(LATE, 999))
+    model = fakes.TinyModel()
+    if most == 3:
+        with pytest.raises(TrainingDiverged, match=rf"^step {LATE + 3}: .*the last of 4 such steps in a row"):
+            fit(model, data(fakes, 100), how, objective)
+        return
+    run = fit(model, data(fakes, 100), how, objective)
+    assert run.end == "finished" and 4 < run.skipped < 40 and not any(r.left_out for r in run.records[-10:])
 
 
 def test_too_many_in_a_row_end_the_run_which_can_go_on(fakes, tmp_path):
