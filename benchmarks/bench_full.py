@@ -20,7 +20,7 @@ from benchmarks import tables
 from benchmarks.bench_train import LAYOUTS, SIDES, arguments
 from benchmarks.harness import ROOT, VOID_SHARE, machine, save
 from benchmarks.shapes import LR, SEED, SIZES, layout
-from benchmarks.turns import compare_losses, say, take_turns
+from benchmarks.turns import SETTINGS, compare_losses, say, take_turns
 
 
 def variants(compiled: bool) -> dict[str, dict[str, Any]]:
@@ -46,7 +46,7 @@ def bench(size: str, told: argparse.Namespace) -> Path:
     """Everything about one size, into one raw file; the path of that file."""
     raw: dict[str, Any] = {
         "kind": "full", "size": size, "model": asdict(SIZES[size]), "parameters": SIZES[size].parameters(),
-        "settings": {"freed_memory": "kept",
+        "settings": {**SETTINGS,
                      "lr": LR, "seed": SEED, "void_share": told.void_share, "attempts": told.attempts,
                      "warmup": told.warmup, "rounds": told.rounds, "steps_a_turn": told.steps},
         "machine": machine(), "layouts": {}}

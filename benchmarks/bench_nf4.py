@@ -20,7 +20,7 @@ from benchmarks.bench_train import SIDES, arguments
 from benchmarks.harness import ROOT, VOID_SHARE, Worker, ask_quietly, machine, save, summary
 from benchmarks.nf4_sides import SHAPES
 from benchmarks.shapes import ALPHA, LR, RANK, SEED, SIZES, layout
-from benchmarks.turns import Record, all_ran, say, take_turns
+from benchmarks.turns import SETTINGS, Record, all_ran, say, take_turns
 
 QUANT = "nf4-dq"
 
@@ -104,7 +104,7 @@ def bench(size: str, told: argparse.Namespace) -> Path:
     """Loading and training of one size, into one raw file."""
     raw: dict[str, Any] = {"kind": "nf4", "size": size, "model": asdict(SIZES[size]),
                            "parameters": SIZES[size].parameters(), "machine": machine(), "layouts": {},
-                           "settings": {"freed_memory": "kept",
+                           "settings": {**SETTINGS,
                                         "rank": RANK, "alpha": ALPHA, "lr": LR, "seed": SEED, "quant": QUANT,
                                         "void_share": told.void_share, "rounds": told.rounds,
                                         "steps_a_turn": told.steps, "warmup": told.warmup, "starts": told.starts}}

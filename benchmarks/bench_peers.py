@@ -22,7 +22,7 @@ from benchmarks import tables
 from benchmarks.bench_train import LAYOUTS, SIDES, arguments
 from benchmarks.harness import ROOT, VOID_SHARE, machine, save
 from benchmarks.shapes import ALPHA, LR, RANK, SEED, SIZES, layout
-from benchmarks.turns import compare_losses, say, take_turns
+from benchmarks.turns import SETTINGS, compare_losses, say, take_turns
 
 PEER_SIDES = "benchmarks.peer_sides"
 PEERS = ("litgpt", "torchtune")
@@ -46,7 +46,7 @@ def bench(size: str, told: argparse.Namespace) -> Path:
     """Everything about one size, into one raw file; the path of that file."""
     raw: dict[str, Any] = {
         "kind": "peers", "size": size, "model": asdict(SIZES[size]), "parameters": SIZES[size].parameters(),
-        "settings": {"freed_memory": "kept",
+        "settings": {**SETTINGS,
                      "rank": RANK, "alpha": ALPHA, "lr": LR, "seed": SEED, "void_share": told.void_share,
                      "attempts": told.attempts, "warmup": told.warmup, "rounds": told.rounds,
                      "steps_a_turn": told.steps},

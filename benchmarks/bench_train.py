@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.harness import ROOT, VOID_SHARE, Worker, WorkerError, ask_quietly, machine, save, summary
 from benchmarks.shapes import ALPHA, LR, NEW_TOKENS, PROMPT, RANK, SEED, SIZES, layout
-from benchmarks.turns import Record, all_ran, compare_losses, say, take_turns
+from benchmarks.turns import SETTINGS, Record, all_ran, compare_losses, say, take_turns
 
 SIDES = "benchmarks.train_sides"
 LAYOUTS = ("4x256", "1x1024")
@@ -130,7 +130,7 @@ def bench(size: str, told: argparse.Namespace) -> Path:
     """Everything about one size, into one raw file; the path of that file."""
     raw: dict[str, Any] = {
         "kind": "train", "size": size, "model": asdict(SIZES[size]), "parameters": SIZES[size].parameters(),
-        "settings": {"freed_memory": "kept",
+        "settings": {**SETTINGS,
                      "rank": RANK, "alpha": ALPHA, "lr": LR, "seed": SEED, "prompt": PROMPT, "new_tokens": NEW_TOKENS,
                      "void_share": told.void_share, "attempts": told.attempts, "warmup": told.warmup,
                      "rounds": told.rounds, "steps_a_turn": told.steps, "starts": told.starts},

@@ -36,8 +36,11 @@ def where(raw: Raw) -> str:
     named = ("torch", "triton", "transformers", "peft", "bitsandbytes", "litgpt", "torchtune", "torchao")
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in named if machine["versions"].get(name))
     commit = (machine["commit"] or "unknown")[:10] + (" + changes" if machine["dirty"] else "")
-    beside = raw.get("kind") in ("train", "full", "nf4", "peers") and not raw.get("settings", {}).get("freed_memory")
-    malloc = "; the rivals, unlike minitune, gave freed memory back between steps" if beside else ""
+    malloc, settings = "", raw.get("settings", {})
+    if raw.get("kind") in ("train", "full", "nf4", "peers") and "rivals_peaks" not in settings:
+        malloc = ("; the rivals' peaks are higher than malloc's own settings make them, since they kept freed memory"
+                  if "freed_memory" in settings else
+                  "; the rivals, unlike minitune, gave freed memory back between steps")
     return f"{raw['when'][:10]}, {device}, {versions}, commit {commit}{malloc}."
 
 

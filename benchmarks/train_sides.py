@@ -40,13 +40,15 @@ class Trainer(ABC):
         self.optimizer.step()
         return float(loss.detach())
 
-    def steps(self, n: int) -> dict[str, Any]:
-        """Run `n` steps; seconds and loss of each, and the gradient's norm after the last."""
+    def steps(self, n: int, keep: bool = True) -> dict[str, Any]:
+        """Run `n` steps; seconds and loss of each, and the gradient's norm after the last. keep: freed memory, as
+        `mt.load` has it, so that no side pays for its pages anew in every step; else malloc is as it comes."""
         import torch
 
         from minitune.model.memory import reuse_freed_memory
 
-        reuse_freed_memory()        # as `mt.load` has it: no side shall pay for its pages anew in every step
+        if keep:
+            reuse_freed_memory()
         seconds, losses = [], []
         for _ in range(n):
             begun = time.perf_counter()

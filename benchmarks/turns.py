@@ -15,6 +15,9 @@ from benchmarks.harness import Answer, Worker, WorkerError, ask_quietly, summary
 MUST_FALL = 0.02
 """Nats that the loss of the one repeated batch must fall by in the whole run; less is standing still."""
 
+SETTINGS = {"freed_memory": "kept", "rivals_peaks": "freed memory given back"}
+"""Of a raw file: all are timed alike, and a rival's peak of memory is that of a process as its users run it."""
+
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
@@ -65,8 +68,8 @@ def take_turns(sides: Mapping[str, list[str]], n_tokens: int, told: argparse.Nam
                profiled: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """All sides by turns, `told.rounds` times, steps of `n_tokens`; `sides`: name -> module and arguments of a Worker.
 
-    Gives each side's record, or {"failed": why} of one whose first steps did not run, and a profile of those that are
-    `profiled`.
+    A rival's peak of memory is measured behind them, in a process of its own (SETTINGS). Gives each side's record, or
+    {"failed": why} of one whose first steps did not run, and a profile of those that are `profiled`.
     """
     records = {name: Record(name, n_tokens) for name in sides}
     failed: dict[str, Any] = {}
@@ -89,7 +92,18 @@ def take_turns(sides: Mapping[str, list[str]], n_tokens: int, told: argparse.Nam
     finally:
         for worker in workers.values():
             worker.close()
-    return failed | {name: records[name].as_dict() for name in workers}, profiles
+    found = {name: records[name].as_dict() for name in workers}
+    for name in found:
+        if name != "products" and not name.startswith("ours"):
+            found[name] |= {"memory_kept": found[name]["memory"], "memory": _peak_as_it_comes(sides[name])}
+    return failed | found, profiles
+
+
+def _peak_as_it_comes(words: list[str]) -> dict[str, int]:
+    """The memory of a few steps of a rival whose malloc gives freed memory back, as it does unless told otherwise."""
+    with Worker(*words) as worker:
+        answer = worker.ask("steps", n=3, keep=False)
+    return {**answer.value["memory"], "anonymous_peak": answer.anonymous_peak}
 
 
 def all_ran(found: dict[str, Any]) -> dict[str, Any]:
