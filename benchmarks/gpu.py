@@ -1,10 +1,11 @@
 """What `make gpu` runs on a GPU machine: the build, the tests there, then the timings part by part; raw JSON out.
 
 ``PARTS="build tests tune products attention ops layer step nf4" python -m benchmarks.gpu``; PARTS="tune peers"
-measures whole 7B steps beside the others' and takes 5 minutes more, PARTS="sanitizer" watches every kernel by
-compute-sanitizer. Each part is a process of its own with its own time limit; one that fails or is cut off loses only
-what it had not printed yet. Without PARTS the whole stays under 8 minutes. What "tune" measured decides which ways the
-parts after it take, as `minitune tune` does for a user.
+measures whole 7B steps beside the others' and takes 5 minutes more, PARTS="configs" every Triton kernel in other tiles,
+warps and stages than its own, PARTS="sanitizer" watches every kernel by compute-sanitizer. Each part is a process of
+its own with its own time limit; one that fails or is cut off loses only what it had not printed yet. Without PARTS the
+whole stays under 8 minutes. What "tune" measured decides which ways the parts after it take, as `minitune tune` does
+for a user.
 
 Nothing is installed and no network is needed: the extension is built in place with the compiler, nvcc and setuptools
 that are there. A rival that is not installed (bitsandbytes, Liger, Unsloth) is named as not measured; bring its wheel
@@ -40,9 +41,9 @@ from benchmarks.harness import RESULTS, ROOT, machine, rewrite, save
 from minitune.errors import InputError
 
 LIMITS = {"build": 50, "tests": 105, "tune": 45, "products": 50, "attention": 45, "ops": 35, "layer": 25, "step": 40,
-          "nf4": 65, "peers": 300, "sanitizer": 500}
+          "nf4": 65, "peers": 300, "configs": 300, "sanitizer": 500}
 """Seconds of each part; 460 in all without those that have to be asked for."""
-ASKED = ("peers", "sanitizer")
+ASKED = ("peers", "configs", "sanitizer")
 """Parts that run only where PARTS names them."""
 TUNED = ROOT / "build" / "gpu-tuned.json"
 """The table of the part "tune", for the parts after it; a user's own is left alone."""

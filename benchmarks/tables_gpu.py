@@ -108,6 +108,26 @@ def _gpu_tune(rows: list[Raw]) -> list[str]:
     return [*markdown(("op", "shape", "fastest", "ms of each way"), shown), ""]
 
 
+def _gpu_configs(rows: list[Raw]) -> list[str]:
+    """Of each kernel its own configuration beside the fastest that is right."""
+    shown = []
+    for name in dict.fromkeys(row["kernel"] for row in rows if row.get("what") == "config"):
+        mine = [row for row in rows if row.get("kernel") == name]
+        ran = [row for row in mine if "ms" in row and row.get("right")]
+        own = next(row for row in mine if row["own"])
+        best = min(ran, key=lambda row: row["ms"]["median"], default=own)
+        gain = f"{own['ms']['median'] / best['ms']['median']:.2f}" if "ms" in own and "ms" in best else ""
+        shown.append((name, _config(own), _ms(own), _config(best), _ms(best), gain, f"{len(ran)} of {len(mine)}",
+                      _word(all(row.get("right", True) for row in mine))))
+    head = ("kernel", "its configuration", "ms", "the fastest", "ms", "times as fast", "ran", "right")
+    return [*markdown(head, shown), ""]
+
+
+def _config(row: Raw) -> str:
+    tiles = ", ".join(f"{name} {size}" for name, size in row["tiles"].items())
+    return f"{tiles}, {row['num_warps']} warps, {row['num_stages']} stages"
+
+
 def _gpu_layer(rows: list[Raw]) -> list[str]:
     shown = [(row["case"], _ms({**row, "ms": row.get("forward_ms")}), _ms(row),
               f"{row['share_of_rate']:.1%}" if "share_of_rate" in row else "", _word(row.get("right")))
@@ -215,4 +235,4 @@ def _whole_steps(rows: list[Raw], peers: list[Raw]) -> Iterable[Row]:
 
 _GPU_PARTS: dict[str, Callable[[list[Raw]], list[str]]] = {
     "build": _gpu_words, "tests": _gpu_words, "sanitizer": _gpu_words, "tune": _gpu_tune, "products": _gpu_products,
-    "attention": _gpu_attention, "ops": _gpu_ops, "layer": _gpu_layer, "nf4": gpu_nf4_tables}
+    "attention": _gpu_attention, "ops": _gpu_ops, "layer": _gpu_layer, "configs": _gpu_configs, "nf4": gpu_nf4_tables}
