@@ -102,27 +102,6 @@ def test_products_and_attention_run_tiny(tmp_path: Path) -> None:
     assert absent and all(row["unavailable"] for row in absent)
 
 
-def test_configs_run_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setenv("KERNELS", "dkdv product adapters norm swiglu rope adamw losses")
-    part = gpu.run_part("configs", "cpu", 120)
-    assert part["status"] == "passed", part
-    kernels: dict[str, list[Any]] = {}
-    for row in part["rows"]:
-        kernels.setdefault(row["kernel"], []).append(row)
-    assert len(kernels) == 13
-    for rows in kernels.values():
-        assert [row["own"] for row in rows] == [True, False] and all(row["right"] and "ms" in row for row in rows)
-        assert {name: rows[0][name] for name in ("tiles", "num_warps", "num_stages")} != {
-            name: rows[1][name] for name in ("tiles", "num_warps", "num_stages")}
-    fails = {**part["rows"][1], "error": "OutOfResources: shared memory"}
-    del fails["ms"], fails["right"]
-    text = flat(tables_gpu.gpu_tables({"device": "cpu", "when": "2026-01-02", "machine": harness.machine(), "parts": {
-        "configs": {**part, "rows": [{**part["rows"][0], "ms": {"median": 3.0}},
-                                     {**part["rows"][1], "ms": {"median": 2.0}}, fails]}}}))
-    assert "| 3.000 | BLOCK_M 32, BLOCK_N 32, STAGES 2, 4 warps, 2 stages | 2.000 | 1.50 | 2 of 3 | yes |" in text, text
-
-
 def test_nf4_runs_tiny() -> None:
     part = gpu.run_part("nf4", "cpu", 60)
     assert part["status"] == "passed", part
