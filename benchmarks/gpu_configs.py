@@ -3,7 +3,8 @@
 ``PARTS=configs python -m benchmarks.gpu`` runs it; KERNELS="dkdv product" measures only those whose names hold one of
 the words. It prints a row of JSON a configuration: what its kernel's CONFIGS may hold for this generation. What does
 not compile, or finds no room, is a row with the reason. All of a kernel's are compiled side by side, then timed one by
-one, at shapes of Llama-2-7B with 16k tokens, bf16; each result is held to that of the kernel's own configuration.
+one, at shapes of Llama-2-7B with 16k tokens, bf16; each result is held to that of the kernel's own configuration. Of
+attention's dq and dkdv the whole backward is timed, the other one in its own configuration.
 ``--device cpu`` runs two of each, tiny, under Triton's interpreter.
 """
 
