@@ -23,7 +23,7 @@ from minitune.model.mlp_half import MlpHalf
 from minitune.model.offload import Parking
 from minitune.model.token_rows import TokenRows
 from minitune.model.train_patterns import train_patterns
-from minitune.model.turn import Turn
+from minitune.model.turn import Turn, in_turn
 from minitune.ops import few_rows, huge_pages, rope
 from minitune.ops.documents import Documents
 from minitune.ops.lora_images import Images
@@ -78,17 +78,17 @@ class Llama(nn.Module):
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
+    @in_turn
     def forward(self, tokens: Tensor, positions: Tensor, documents: Documents) -> Tensor:
         """tokens and positions int64 [T] on the network's device -> hidden [T, d_model] after the final norm."""
-        with self.turn:
-            self.refresh_images()
-            cos, sin = rope.tables(self.config, positions, documents)
-            policy = self._policy(len(tokens))
-            context = half.Context(cos, sin, documents, policy, self._parking if policy == "offload" else None)
-            x, branch = self.embed(tokens), None
-            for layer in self.layers:
-                x, branch = layer(x, branch, context)
-            return rms_norm(x, self.norm, self.config.norm_eps, branch)
+        self.refresh_images()
+        cos, sin = rope.tables(self.config, positions, documents)
+        policy = self._policy(len(tokens))
+        context = half.Context(cos, sin, documents, policy, self._parking if policy == "offload" else None)
+        x, branch = self.embed(tokens), None
+        for layer in self.layers:
+            x, branch = layer(x, branch, context)
+        return rms_norm(x, self.norm, self.config.norm_eps, branch)
 
     def check_length(self, length: int) -> None:
         """Warn, once for each place in the code, of documents longer than the model was made for."""
@@ -131,10 +131,10 @@ class Llama(nn.Module):
         x = F.embedding(tokens, self.embedding).to(self.dtype)
         return x if self.output.rows is None or not self.output.enabled else self.output.rows.embed(x, tokens)
 
+    @in_turn
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, d_model] -> fp32 [n, vocab_size]."""
-        with self.turn:
-            return self.output.logits(hidden, self.head_weight)
+        return self.output.logits(hidden, self.head_weight)
 
     @contextlib.contextmanager
     def weights_at_hand(self, rows: int) -> Iterator[None]:
@@ -157,10 +157,10 @@ class Llama(nn.Module):
                     projection.packed, projection.decoded = None, projection.decoded if self._at_hand else None
                 self.output.packed = None
 
+    @in_turn
     def losses_at(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """hidden [n, d_model] and labels int64 [n] -> negative log-likelihood fp32 [n]; logits are never whole."""
-        with self.turn:
-            return self.output.losses_at(hidden, self.head_weight, labels, label_smoothing)
+        return self.output.losses_at(hidden, self.head_weight, labels, label_smoothing)
 
     @property
     def device(self) -> torch.device:

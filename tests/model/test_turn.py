@@ -81,3 +81,31 @@ def test_several_answers_are_made_as_ever_beside_an_open_stream(model, monkeypat
     found += pieces
     assert found == wanted and network._at_hand == 0
     assert several == model.generate([[5, 6, 7], [9, 8]], MANY)
+
+
+def test_a_compiled_program_runs_the_model_as_it_is(model):
+    """Rows of several lengths, forward and backward; what is compiled is what stands around the model."""
+    seen = set()
+
+    def as_written(graph, _):
+        seen.update(getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes
+                    if node.op.startswith("call"))
+        return graph.forward
+
+    def own(batch):
+        hidden = model.hidden(batch)[batch.trained]
+        return model.losses_at(hidden, batch.labels[batch.trained]).square().mean()
+
+    torch.compiler.reset()
+    compiled = torch.compile(own, backend=as_written)
+    for length in (30, 50, 70):
+        batch = mt.data.pack([list(range(5, 5 + length))], tokens=length)[0]
+        found = []
+        for function in (own, compiled):
+            loss = function(batch)
+            loss.backward()
+            found.append([loss.detach(), *(each.grad for each in model.trainable_parameters())])
+            model.zero_grad(set_to_none=True)
+        for plain, other in zip(*found, strict=True):
+            torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-6)
+    assert {"square", "mean"} <= seen and not seen & {"mm", "matmul", "linear", "addmm", "embedding", "_Half"}, seen
