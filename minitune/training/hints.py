@@ -14,6 +14,7 @@ import torch
 
 from minitune.config import Training
 from minitune.training.needs import LESS, gigabytes, longest_row, needs_of
+from minitune.training.schedule import warmup_steps
 
 FEW_STEPS = 10
 """With fewer optimizer steps a learning rate hardly gets to work, whatever the data."""
@@ -54,8 +55,8 @@ def hints(batches: Iterable[Any], training: Training, total_steps: int, device: 
                      f"learned; {' or '.join(ways)} make{'' if len(ways) > 1 else 's'} more (tokens is "
                      f"{training.tokens:,}, epochs {training.epochs})")
     if training.warmup is not None and training.warmup >= max(1, total_steps) and total_steps > 1:
-        found.append(f"warmup is {training.warmup:g} steps, and the run has {total_steps}; the rate rises to lr by the "
-                     "last one")
+        found.append(f"warmup is {training.warmup:g} steps, and the run has {total_steps}; the rate reaches lr in step "
+                     f"{warmup_steps(total_steps, training) + 1}")
     if device.type != "cpu" and isinstance(batches, Filled) and batches.n_filler > batches.n_tokens:
         share = batches.n_filler / (batches.n_filler + batches.n_tokens)
         found.append(f"{share:.0%} of the rows is filler, which is computed for nothing; take fewer tokens a row "

@@ -20,7 +20,7 @@ from minitune.training.checkpoint import Checkpoints, Position
 from minitune.training.hints import NO_GRADIENT, Divergence
 from minitune.training.interrupt import unbroken
 from minitune.training.left_out import NO_UPDATE_YET, LeftOut, numbers
-from minitune.training.machine import peak_memory
+from minitune.training.machine import Company, peak_memory
 from minitune.training.optimizers import FlatOptimizer
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord, tell
 from minitune.training.schedule import learning_rate, warmup_of
@@ -75,7 +75,7 @@ class Runner:
         self.lag = 0 if self.device.type == "cpu" else 1
         self.skips = run.info.training.spikes != "warn"
         self.waiting: deque[_Launched] = deque()
-        self.window = Window()
+        self.window, self.company = Window(), Company(self.device)
         for record in run.records:      # of a run that goes on
             self._watch(record)
         left_out.resume(run.records)
@@ -245,6 +245,8 @@ class Runner:
                  f"step {record.step}: diverging: the median loss of the last {self.divergence.steps} steps is "
                  f"{self.divergence.median:.2f}, the first one was {self.divergence.first:.2f}; begin anew, "
                  f"{_gentler(self.run.info.training)}")
+        if told := self.company.told():
+            tell(self.observers, "on_note", f"step {record.step}: {told}")
 
     def _take(self) -> tuple[StepRecord, _Launched]:
         """Read the oldest step's numbers, and record it: a step that was done is never without its record."""

@@ -13,6 +13,7 @@ from minitune.model.llama import Llama
 from minitune.training.hints import EARLY, NO_GRADIENT, WINDOW, Divergence, hints
 from minitune.training.loop import fit
 from minitune.training.run import Observer
+from minitune.training.schedule import learning_rate
 
 CPU = torch.device("cpu")
 
@@ -26,8 +27,12 @@ class Rows:
 
 def test_a_warmup_as_long_as_the_run_is_told() -> None:
     settings = {"tokens": 64, "max_steps": 5}
-    (found,) = hints(Rows(10, 0), Training(warmup=100, **settings), 5, CPU)
-    assert found == "warmup is 100 steps, and the run has 5; the rate rises to lr by the last one"
+    for schedule, highest in (("cosine", 4), ("constant", 5)):
+        training = Training(warmup=100, schedule=schedule, **settings)
+        (found,) = hints(Rows(10, 0), training, 5, CPU)
+        assert found == f"warmup is 100 steps, and the run has 5; the rate reaches lr in step {highest}"
+        rates = [learning_rate(step, 5, training) for step in range(5)]
+        assert rates.index(training.lr) == highest - 1
     assert not hints(Rows(10, 0), Training(warmup=4, **settings), 5, CPU)
     assert not hints(Rows(10, 0), Training(warmup=0.5, **settings), 5, CPU)
 
