@@ -281,6 +281,8 @@ class Data:
         if isinstance(self.valid, os.PathLike):
             object.__setattr__(self, "valid", os.fspath(self.valid))
         check_types("data", self)
+        if self.valid == "":
+            raise InputError("data: valid is empty; give a file of samples, or leave it out")
         check_at_least_zero("data", valid_split=self.valid_split)
         check_share_or_number("data", "valid_split", self.valid_split, "samples")
         if self.valid is not None and self.valid_split:

@@ -72,8 +72,7 @@ def check_out(out: Path | None, resume: Any, changed: Any = ()) -> None:
         raise InputError(f"{out}: there is no run to resume; begin it without resume")
     if not (out / "config.json").is_file():
         raise InputError(f"{out}: is not the folder of a run, so there is nothing to resume; name another one")
-    trained = next((out / name for name in ("adapter", "model") if (out / name / "config.json").is_file()
-                    or (out / name / "adapter_config.json").is_file()), None)
+    trained = _trained_in(out)
     if trained is not None:
         raise InputError(f"{out}: the run has ended and left no checkpoint, there is nothing to resume; to train on, "
                          f"begin a new one from what it has trained, {trained}")
@@ -82,6 +81,12 @@ def check_out(out: Path | None, resume: Any, changed: Any = ()) -> None:
                          "checkpoint; begin anew in another folder, with save_every")
     raise InputError(f"{out}: holds no checkpoint to resume from: the run was killed before its first one (save_every "
                      "keeps them on the way), or diverged; begin anew in another folder")
+
+
+def _trained_in(out: Path) -> Path | None:
+    """What a run has left of the weights that it trained: an adapter, or a model."""
+    return next((out / name for name in ("adapter", "model") if (out / name / "config.json").is_file()
+                 or (out / name / "adapter_config.json").is_file()), None)
 
 
 def _is_finished(out: Path) -> bool:
@@ -163,7 +168,14 @@ def check_position(data: Iterable[Batch], owner: str) -> None:
 def saved_in(out: Path, here: Mapping[str, Any], changed: Sequence[str] = ()) -> Saved:
     """The checkpoint in the run's folder. InputError where it is damaged, or where `here`, what `about` says of the run
     that is to go on, is not what it was, but for what is `changed`; it names the fields and both values."""
-    saved = checkpoint.read(out / checkpoint.FOLDER)
+    try:
+        saved = checkpoint.read(out / checkpoint.FOLDER)
+    except InputError as fault:
+        trained = _trained_in(out)
+        if trained is None or not str(fault).endswith(checkpoint.ANEW):
+            raise
+        how = "--adapter" if trained.name == "adapter" else "its BASE"
+        raise InputError(f"{fault}; {trained} has what was trained before, and can be {how} of the new run") from None
     now, before = dict(_fields(here)), dict(_fields(saved.about))
     odd = [name for name in (now | before) if now.get(name) != before.get(name)]
     if any(_part(name) in ("quant", "dtype", "trained_weights") for name in odd):   # these change what is frozen

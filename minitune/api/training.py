@@ -334,7 +334,7 @@ def _check_room(model: Model, folder: Path, training: Training, valid: bool) -> 
     needed, free = sum(parts.values()), shutil.disk_usage(there).free
     held = sum(path.stat().st_size for name in (_what(model), f"{_what(model)}-best", checkpoint.FOLDER)
                for path in (folder / name).rglob("*") if path.is_file())
-    if needed > free + held:
+    if needed > free + held and shutil.disk_usage(there).total:     # some file systems tell nothing
         of = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
         lies = f"; {gigabytes(held)} lie there already" if held else ""
         raise InputError(f"{folder}: what is trained takes {gigabytes(needed)} of disk ({of}{lies}), and "

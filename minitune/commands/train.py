@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -87,6 +89,7 @@ class Train:
         from minitune.data.holdout import streams
         from minitune.report.progress import reading
         from minitune.report.tables import Compared, print_answers
+        from minitune.training import checkpoint
         from minitune.training.interrupt import terminable
 
         samples = dataclasses.replace(self.samples, cache=False) if self.dry_run else self.samples
@@ -98,11 +101,16 @@ class Train:
                             max_new_tokens=self.max_new_tokens, resume=self.resume, changed=self.changed)
             show_plan(model, data, valid, self.training, 0 if ready.saved is None else ready.saved.step)
             return
-        with terminable():
-            run = train(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
-                        max_new_tokens=self.max_new_tokens, resume=self.resume, changed=self.changed, quiet=False,
-                        observers=[SettingsFile(self.out, self._as_toml(), bool(self.changed)), *boards],
-                        config={"samples": dataclasses.asdict(self.samples)})
+        try:
+            with terminable():
+                run = train(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
+                            max_new_tokens=self.max_new_tokens, resume=self.resume, changed=self.changed, quiet=False,
+                            observers=[SettingsFile(self.out, self._as_toml(), bool(self.changed)), *boards],
+                            config={"samples": dataclasses.asdict(self.samples)})
+        except KeyboardInterrupt:
+            if checkpoint.steps(self.out / checkpoint.FOLDER):
+                print(f"to go on: minitune train --resume --out {shlex.quote(str(self.out))}", file=sys.stderr)
+            raise
         if questions:
             before = {each.question: each.answer for each in run.evaluations[0].answers}
             print_answers([Compared(each.question, before[each.question], each.answer)

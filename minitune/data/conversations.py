@@ -161,7 +161,8 @@ def _content(value: Any, name: str, optional: bool) -> str | None:
     if isinstance(value, str) or (value is None and optional):
         return value
     if not isinstance(value, list):
-        raise InputError(f"{name} is {short(value)}; it must be a string")
+        none = ' (only an assistant that calls tools may say nothing; an empty turn is "")' if value is None else ""
+        raise InputError(f"{name} is {short(value)}; it must be a string{none}")
     texts: list[str] = []
     for place, part in enumerate(value):
         kind = part.get("type") if isinstance(part, Mapping) else None

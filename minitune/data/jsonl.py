@@ -15,6 +15,7 @@ from minitune.names import nearest_path
 
 MAX_LINE = 64 * 2**20
 """The longest line that is read, in bytes: what bounds the memory that a broken file can take."""
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 _NAMES = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
 _MAY_BE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -62,6 +63,8 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         if line.startswith(b"\x1f\x8b"):
             raise InputError(f"{where}: is packed by gzip, whatever its name says; unpack it first") from error
+        if line.startswith(UTF_16):
+            raise InputError(f"{where}: is UTF-16, not UTF-8; save the file as UTF-8") from error
         raise InputError(f"{where}: not UTF-8 (byte {line[error.start]:#04x} at byte {error.start + 1} of the line); "
                          "save the file as UTF-8") from error
     start = len(text) - len(text.lstrip(" \t\r\n"))
@@ -139,4 +142,4 @@ def _whole(digits: str) -> int:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_number,
                             parse_int=_whole)
 
-__all__ = ["MAX_LINE", "decode_value", "open_data", "read_jsonl"]
+__all__ = ["MAX_LINE", "UTF_16", "decode_value", "open_data", "read_jsonl"]

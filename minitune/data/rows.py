@@ -229,7 +229,8 @@ class _Window:
 
 
 def _not_utf8(path: Path, line: int, byte: int) -> InputError:
-    return InputError(f"{path}:{line}: not UTF-8 (byte {byte:#04x}); save the file as UTF-8")
+    what = "is UTF-16, not UTF-8" if line == 1 and byte in (0xfe, 0xff) else f"not UTF-8 (byte {byte:#04x})"
+    return InputError(f"{path}:{line}: {what}; save the file as UTF-8")
 
 
 __all__ = ["KINDS", "MAX_TEXT", "read_rows"]

@@ -236,7 +236,9 @@ def read_parts(path: Any, tokenizer: Tokenizer, field_map: Mapping[str, str] | N
         Part.whole(read_corpus(name, tokenizer, field_map, cache, progress), share)
         for name, share in _files(path).items()]
     if not any(len(part.corpus) for part in parts):
-        raise InputError(f"{parts[0].corpus.path}: none of its samples is used, so there is nothing to train on")
+        corpus = parts[0].corpus
+        why = "; ".join(f"{reason}: {n_samples:,}" for reason, (n_samples, _) in corpus.dropped.items())
+        raise InputError(f"{corpus.path}: none of its samples is used ({why}), so there is nothing to train on")
     return parts
 
 

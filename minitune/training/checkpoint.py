@@ -42,7 +42,8 @@ MOST = 1_000_000_000
 """Values of a checkpoint's JSON; it has the answers to every question at every evaluation."""
 RECORDS = "run/records"
 """A row a step, the fields of StepRecord as fp64 (which holds each of its integers), seen as bytes."""
-_ANEW = "the checkpoint is damaged, and the run cannot be resumed; begin anew in another folder"
+ANEW = "begin anew in another folder"
+_ANEW = f"the checkpoint is damaged, and the run cannot be resumed; {ANEW}"
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,11 @@ def _content(folder: Path, step: int) -> dict[str, Any]:
     """What the JSON of that step's checkpoint says. InputError where its bytes are not those that were written."""
     path = _files(folder, step)[1]
     with readable(path) as file:
-        found = parse_json(file.readall(), str(path), MOST)
+        raw = file.readall()
+    try:
+        found = parse_json(raw, str(path), MOST)
+    except InputError as error:
+        raise InputError(f"{error}; {_ANEW}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise InputError(f"{path}: its format is {short(found.get('format') if isinstance(found, dict) else found)}; "
                          f"this version of minitune goes on from format {FORMAT} alone; resume with the version that "

@@ -312,6 +312,19 @@ def test_a_start_that_fails_half_way_can_be_tried_again(tiny, data, tmp_path, mo
     assert train(tiny, data, tmp_path / "p" / "q").end == "finished"
 
 
+@pytest.mark.parametrize(("lora", "way"), [(True, "run/adapter has what was trained before, and can be --adapter of"),
+                                           (False, "run/model has what was trained before, and can be its BASE of")])
+def test_where_no_checkpoint_is_whole_what_was_saved_is_named(tiny, data, tmp_path, lora, way):
+    how = {"tokens": 64, "out": tmp_path / "run", "quiet": True}
+    model = mt.load(tiny, lora=mt.LoRA(rank=2)) if lora else mt.load(tiny, train="norms")
+    with pytest.raises(KeyboardInterrupt):
+        mt.train(model, data, observers=[Stop(3)], **how)
+    for path in (tmp_path / "run" / "checkpoint").glob("*.json"):
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(mt.InputError, match=rf"step-3\.json: is not valid JSON: .*; begin anew in .*{way} the new run"):
+        mt.train(model, data, resume=True, **how)
+
+
 def test_a_disk_that_does_not_answer_is_no_damage(tiny, data, tmp_path, monkeypatch):
     train(tiny, data, tmp_path / "run", stop=3)
     (tmp_path / "run" / "checkpoint" / "step-3.safetensors").chmod(0)
@@ -325,4 +338,4 @@ def test_a_disk_that_does_not_answer_is_no_damage(tiny, data, tmp_path, monkeypa
     monkeypatch.setattr(os, "open", denied)         # root may read all
     with pytest.raises(mt.InputError, match="Permission denied") as refused:
         train(tiny, data, tmp_path / "run", resume=True)
-    assert "damaged" not in str(refused.value)
+    assert "damaged" not in str(refused.value) and "new run" not in str(refused.value)

@@ -100,7 +100,7 @@ def test_without_gradients_nothing_begins(tiny, data, tmp_path):
 
 
 def test_what_does_not_fit_on_the_disk_is_said_before_it_is_trained(tiny, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda place: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: types.SimpleNamespace(total=9000, free=1000))
     of = r"\(adapter \S+ MB, the best so far, and the one that takes its place \S+ MB, two checkpoints \S+ MB\)"
     with pytest.raises(mt.InputError, match=rf"run: what is trained takes \S+ MB of disk {of}, and 0\.0 MB are free"):
         mt.train(model(tiny), data, tokens=64, out=tmp_path / "run", valid=data, save_every=1)
@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_needs_no_room_for_what_lies_there_already(tiny, data
     how = {"tokens": 64, "out": tmp_path / "run", "save_every": 1}
     with pytest.raises(KeyboardInterrupt):
         mt.train(model(tiny), data, observers=[Impatient()], **how)
-    monkeypatch.setattr("shutil.disk_usage", lambda place: types.SimpleNamespace(free=0))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: types.SimpleNamespace(total=9, free=0))
     assert mt.train(model(tiny), data, resume=True, **how).end == "finished"
 
 

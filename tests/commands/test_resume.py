@@ -88,6 +88,11 @@ def test_ctrl_c_says_that_the_run_can_be_resumed(tiny, data, tmp_path, capsys, m
     assert ended.value.code == 130
     said = capsys.readouterr().err
     assert f"saved in {tmp_path / 'run' / 'adapter'}, it can be resumed after step 4; " in said
+    assert said.endswith(f"to go on: minitune train --resume --out {tmp_path / 'run'}\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--resume", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    assert f"names the run's folder: minitune train --resume --out {tmp_path / 'run'}\n" in capsys.readouterr().err
     for flags, message in (((), "with a run that did not end: go on with it (--resume"),
                            (("--resume", "--lr", "1"), "begun: lr is 1.0 and was 0.0002")):
         with pytest.raises(SystemExit) as ended:

@@ -204,7 +204,9 @@ def test_ctrl_c_saves_the_adapter_and_ends_with_130(tiny, data, tmp_path):
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=60)
     assert run.returncode == 130 and "Traceback" not in said
-    assert f"what was trained is saved in {out / 'adapter'}" in said.splitlines()[-1]
+    summary, how = said.splitlines()[-2:]
+    assert f"what was trained is saved in {out / 'adapter'}" in summary
+    assert how == f"to go on: minitune train --resume --out {out}"
     assert mt.load(tiny, adapter=out / "adapter", device="cpu").complete("Number 3 is", 2) is not None
     assert (out / "loss.png").exists() and not (out / "adapter-best").exists()
 

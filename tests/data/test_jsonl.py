@@ -41,7 +41,7 @@ BAD = {
     b'{"\\uDC00": [["x"]]}': "lone surrogate",
     b'{"text": "\xff"}': "not UTF-8 \\(byte 0xff at byte 11",
     b'{"text": "\xed\xa0\x80"}': "not UTF-8",
-    '{"text": "a"}'.encode("utf-16"): "not UTF-8",
+    '{"text": "a"}'.encode("utf-16"): "is UTF-16, not UTF-8; save",
     b"\xef\xbb\xbf{}": "not valid JSON",
     b"[1, 2]": "an array, not a JSON object; a JSON array must be written .* or the file be named .json",
     b'"text"': "a string, not a JSON object",

@@ -176,7 +176,7 @@ def test_refused_paths_and_settings(tokenizer: Tokenizer, tmp_path: Path) -> Non
         data.stream(path, tokenizer, tokens=64, long="cut", field_map={"prompt": "question", "completion": "answer"})
     unused = tmp_path / "unused.jsonl"
     unused.write_text('{"prompt": "a", "completion": "b", "label": false}')
-    with pytest.raises(InputError, match=r"unused.jsonl: none of its samples is used"):
+    with pytest.raises(InputError, match=r"unused.jsonl: none of its samples is used \(label is false: 1\), so there"):
         data.stream(unused, tokenizer, tokens=64)
     text = tmp_path / "b.jsonl"
     text.write_text('{"text": "abc"}')

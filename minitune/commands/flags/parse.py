@@ -107,9 +107,15 @@ def _file_of(command: type[Any], args: Sequence[str]) -> Path | None:
     flags = [arg for arg in itertools.takewhile(lambda arg: arg != "--", args) if arg in ("--resume", "--no-resume")]
     if named is not None or flags[-1:] != ["--resume"]:
         return None if named is None else Path(named)
-    out = Path(_value_of(args, "--out") or command.out)
+    named = _value_of(args, "--out")
+    behind = _value_of(args, "--resume")
+    if named is None and behind is not None and (Path(behind) / SETTINGS).is_file():
+        raise InputError(f"train: --resume takes no value, and --out names the run's folder: minitune train --resume "
+                         f"--out {behind}")
+    out = Path(named or command.out)
     if not out.is_dir():
-        raise InputError(f"{out}: there is no run to resume; begin it without resume")
+        ways = "begin it without resume" if named else "name the run's folder with --out, or begin it without resume"
+        raise InputError(f"{out}: there is no run to resume; {ways}")
     kept = out / SETTINGS
     return kept if kept.is_file() and kept.stat().st_size <= LARGEST else None
 
@@ -145,6 +151,7 @@ def _check_flags(name: str, args: Sequence[str], command: type[Any]) -> set[tupl
     paths = {f"--{path[-1].replace('_', '-')}": path for path in known if path not in places}
     every = {"--help"} | set(paths) | {f"--no-{flag[2:]}" for flag, path in paths.items() if known[path] is bool}
     given: set[tuple[str, ...]] = set()
+    left = 0        # how many of the next ones belong to the last flag
     for place, arg in enumerate(args):
         if arg == "--":
             break
@@ -154,6 +161,10 @@ def _check_flags(name: str, args: Sequence[str], command: type[Any]) -> set[tupl
             raise InputError(f"{name}: {short(arg)} looks like a flag; put -- before text that begins with a hyphen, "
                              f"or = between a flag and such a value ({_see(name)})")
         if match is None:
+            if not arg and not left and all(known[path] is Path for path in places):
+                raise InputError(f"{name}: an argument is empty; its value may be a shell variable that is not set "
+                                 f"({_see(name)})")
+            left -= 1 if left else 0
             continue
         flag = f"--{match[1][2:].replace('_', '-')}"
         if flag not in every:
@@ -161,9 +172,10 @@ def _check_flags(name: str, args: Sequence[str], command: type[Any]) -> set[tupl
                              f"({_see(name)})")
         if flag in paths:
             values = [match[2][1:]] if match[2] is not None else _values(args[place + 1:])
-            if not values and _takes_several(known[paths[flag]]):
+            if not values and known[paths[flag]] is not bool:
                 raise InputError(f"{name}: {flag} has no value; write {flag} {word(known[paths[flag]])} ({_see(name)})")
             _check_values(name, flag, values, known[paths[flag]])
+            left = 0 if match[2] is not None else len(values) if _takes_several(known[paths[flag]]) else 1
         setting = paths.get(flag) or paths.get(f"--{flag.removeprefix('--no-')}")
         given |= set() if setting is None else {setting}
     return given
@@ -230,6 +242,8 @@ def _check_values(name: str, flag: str, values: list[str], hint: Any) -> None:
                          f"{instead_of_value(values[0], allowed)} ({_see(name)})")
     if kind in (int, float) and not more and values and values[0] not in allowed and not _is(kind, values[0]):
         raise InputError(f"{name}: {flag} is {short(values[0])}; it must be {describe(hint)} ({_see(name)})")
+    if kind is Path and values[:1] == [""]:
+        raise InputError(f"{name}: {flag} is empty; give a path ({_see(name)})")
     if get_origin(kind) in (dict, Mapping) and values:
         number = get_args(kind)[1]
         if len(values) % 2 or not all(_is(number, value) for value in values[1::2]):

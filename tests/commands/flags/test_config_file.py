@@ -138,7 +138,7 @@ def test_a_file_that_is_not_one_of_settings(tmp_path):
     path.write_bytes(b"#" * 300_000)
     with pytest.raises(InputError, match="300,000 bytes"):
         parse("train", ["a", "b", "--config", str(path)])
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match=r"nowhere\.toml: there is no such file; --config takes a TOML file"):
         parse("train", ["a", "b", "--config", str(tmp_path / "nowhere.toml")])
 
 

@@ -40,7 +40,11 @@ WRONG = {
     "number": (["a", "b", "--lr", "fast"], "--lr is 'fast'; it must be a number"),
     "may be left out": (["a", "b", "--max-steps", "x"], "--max-steps is 'x'; it must be a whole number"),
     "long": (["a", "b", "--lr", "x" * 9999], "--lr is 'xxx"),
-    "no value": (["a", "b", "--lr"], "--lr NUMBER"),
+    "no value": (["a", "b", "--lr"], "--lr has no value; write --lr NUMBER"),
+    "empty path": (["a", "b", "--out", ""], "--out is empty; give a path"),
+    "empty path with =": (["a", "b", "--adapter="], "--adapter is empty; give a path"),
+    "empty place": (["a", ""], "an argument is empty; its value may be a shell variable that is not set"),
+    "empty place behind values": (["--lr", "1", "", "b"], "an argument is empty; "),
     "flag as value": (["a", "b", "--out", "--lr", "1"], "--out"),
     "half a pair": (["a", "b", "--rank-pattern", "q_proj"], "--rank-pattern NAME INT ..."),
     "pair": (["a", "b", "--rank-pattern", "q_proj", "x"], "--rank-pattern NAME INT ..."),
@@ -79,6 +83,12 @@ def test_text_that_looks_like_a_flag_stays_text():
     assert parse("complete", ["base", "- not one"]).text == "- not one"
     assert parse("complete", ["base", "-1"]).text == "-1"
     assert parse("train", ["a", "b", "--ask=--rnak"]).ask == ("--rnak",)
+
+
+def test_an_empty_text_is_a_text():
+    assert parse("complete", ["base", ""]).text == ""
+    assert parse("train", ["a", "b", "--ask", "x", "", "y"]).ask == ("x", "", "y")
+    assert parse("chat", ["base", "--system", ""]).system == ""
 
 
 def _numbers():
