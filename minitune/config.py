@@ -289,13 +289,13 @@ class Data:
             raise InputError("data: both valid and valid_split are given; name a file, or hold samples out, not both")
         self.fields()
         self.shares("")
-        self.kwargs()
+        self.template_kwargs()
 
     def fields(self) -> dict[str, str]:
         """``field_map`` as a table {our field: their field}."""
         return _pairs("field_map", self.field_map, "ours=yours, such as prompt=question", last=False)
 
-    def kwargs(self) -> dict[str, Any] | None:
+    def template_kwargs(self) -> dict[str, Any] | None:
         """``chat_template_kwargs`` as a table: each value as JSON where it is that, else as a text; None without."""
         found: dict[str, Any] = {}
         for name, value in _pairs("chat_template_kwargs", self.chat_template_kwargs,
@@ -303,9 +303,9 @@ class Data:
             try:
                 found[name] = json.loads(value)
             except (ValueError, RecursionError):
-                if value in ("True", "False", "None"):
+                if value.lower() in ("true", "false", "none", "null"):      # as a text each of them would be true
                     raise InputError(f"data: chat_template_kwargs has {short(f'{name}={value}')}; write it as JSON, "
-                                     f"{ {'None': 'null'}.get(value, value.lower()) }") from None
+                                     f"{ {'none': 'null'}.get(value.lower(), value.lower()) }") from None
                 found[name] = value
         return found or None
 

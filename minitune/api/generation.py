@@ -4,6 +4,7 @@ pieces."""
 from __future__ import annotations
 
 import contextlib
+import json
 import operator
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Generation(nn.Module):
         super().__init__()
         self.network, self.path = network, path
         self._tokenizer = tokenizer
-        self._framed: tuple[dict[str, Any], Turn] | None = None
+        self._framed: tuple[str, Turn] | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -234,7 +235,7 @@ class Generation(nn.Module):
     @property
     def _turn(self) -> Turn:
         """Found once for each setting of the chat template."""
-        settings = self.tokenizer.chat_template_kwargs
+        settings = json.dumps(dict(self.tokenizer.chat_template_kwargs))       # of values, True is 1
         if self._framed is None or self._framed[0] != settings:
             self._framed = settings, turn_of(self.tokenizer)
         return self._framed[1]

@@ -20,6 +20,7 @@ from minitune.checkpoint.hf_config import is_prequantized, read_config
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import Quantized, load_weights
 from minitune.config import LoRA, MemoryPolicy, ModelConfig, Quant
+from minitune.data.template import check_table, names_read
 from minitune.data.tokenizer import Tokenizer, load_tokenizer
 from minitune.devices import DTYPES, choose_device, choose_dtype
 from minitune.errors import InputError
@@ -57,7 +58,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
         raise InputError("load: torch.inference_mode is on, and weights that are made within it can never be trained; "
                          "load before it")
     folder = as_path("load", "path", path)
-    _check_load(quant, lora, adapter, train, memory, seed)
+    _check_load(quant, lora, adapter, train, memory, chat_template_kwargs, seed)
     adapted = None if adapter is None else as_path("load", "adapter", adapter)
     added = _added(add_tokens)
     check_no_run(folder)
@@ -101,15 +102,24 @@ def _about(adapter: Path | None) -> dict[str, Any]:
 
 def _set_template(tokenizer: Tokenizer | None, folder: Path, given: Mapping[str, Any] | None, adapter: Path | None,
                   about: Mapping[str, Any]) -> None:
-    """Set the chat template as it is `given`, else as the adapter was trained with it."""
+    """Set the chat template as it is `given`, else as the adapter was trained with it, as far as there is one that
+    reads that."""
     name = "chat_template_kwargs"
     wanted, owner = (about.get(name), f"{adapter}/{ABOUT}") if given is None else (given, "load")
-    if wanted is None:
+    if not wanted or (tokenizer is None and given is None):
         return
     if tokenizer is None:
         raise InputError(f"{owner}: {name} is {short(wanted)}, but {folder} holds no tokenizer; put tokenizer.json or "
                          "tokenizer.model there")
+    if given is None:
+        check_table(wanted, owner)
     try:
+        if given is None:
+            known = names_read(tuple(tokenizer.chat_templates.values()))
+            if unread := sorted(set(wanted).difference(known)):
+                warn(f"{owner}: the adapter was trained with {', '.join(unread)} set in its chat template, which that "
+                     f"of {folder} does not read, so prompts may differ; take the template it was trained with")
+            wanted = {each: value for each, value in wanted.items() if each in known}
         tokenizer.chat_template_kwargs = wanted
     except InputError as error:
         raise InputError(f"{owner}: {error}") from None
@@ -196,7 +206,7 @@ def _train_rows(network: Llama, adapter: Path | None, stored: TokenTensors | Non
                              head=stored is None or stored.head is not None)
 
 
-def _check_load(quant: Any, lora: Any, adapter: Any, train: Any, memory: Any, seed: Any) -> None:
+def _check_load(quant: Any, lora: Any, adapter: Any, train: Any, memory: Any, kwargs: Any, seed: Any) -> None:
     """InputError for arguments of `load` that are wrong, or do not go together."""
     if quant not in (None, *get_args(Quant)):
         raise InputError(f"load: quant is {short(quant)}; say {', '.join(get_args(Quant))}, or leave it out")
@@ -214,6 +224,8 @@ def _check_load(quant: Any, lora: Any, adapter: Any, train: Any, memory: Any, se
             isinstance(train, Sequence) and train and all(isinstance(name, str) for name in train)):
         raise InputError(f'load: train is {short(train)}; say "full", "head", "norms", "embedding", "last:4", a '
                          'name pattern such as "*.q_proj.weight", or a list')
+    if kwargs is not None:
+        check_table(kwargs, "load")
     check_seed("load", seed)
 
 

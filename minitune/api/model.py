@@ -276,7 +276,7 @@ class Model(Generation):
         target, rows = as_path("save_adapter", "folder", folder), self.network.output.rows
         about: dict[str, Any] = {} if self.quant is None else {"quant": self.quant}
         if self._tokenizer is not None and self._tokenizer.chat_template_kwargs:
-            about["chat_template_kwargs"] = self._tokenizer.chat_template_kwargs
+            about["chat_template_kwargs"] = dict(self._tokenizer.chat_template_kwargs)
         write_adapter(target, self.network.adapters(), self.lora, base, self.network.linears(), rows, about)
         if rows is not None and self._tokenizer is not None:
             save_tokenizer(self._tokenizer, target)

@@ -104,12 +104,14 @@ def about(model: Model, training: Training, data: Iterable[Batch], valid: Sequen
     again."""
     network = model.network
     settings = {name: value for name, value in asdict(training).items() if name not in FREE}
+    tokenizer = model._tokenizer
     found: dict[str, Any] = plain({
+        "chat_template_kwargs": {} if tokenizer is None else tokenizer.chat_template_kwargs,
         "base": {"weights": _digest_of_frozen(network), **asdict(model.config)}, "quant": model.quant,
         "dtype": str(network.dtype).removeprefix("torch."), "device": model.device.type,
         "lora": None if model.lora is None else asdict(model.lora), "adapter": _name(model.adapter_path),
         "trained_weights": sorted(network.trained_names()),
-        "add_tokens": [] if model._tokenizer is None else model._tokenizer.added,
+        "add_tokens": [] if tokenizer is None else tokenizer.added,
         "training": settings, "data": _data(data), "valid": None if valid is None else _data(valid),
         "ask": list(map(as_asked, ask)), "max_new_tokens": max_new_tokens, "objective": name_of(objective),
         "now": moment_of(model)})
@@ -180,6 +182,8 @@ def saved_in(out: Path, here: Mapping[str, Any], changed: Sequence[str] = ()) ->
     odd = [name for name in (now | before) if now.get(name) != before.get(name)]
     if any(_part(name) in ("quant", "dtype", "trained_weights") for name in odd):   # these change what is frozen
         odd = [name for name in odd if name != "base.weights"]
+    if any(_part(name) == "chat_template_kwargs" for name in odd):      # so chats are written otherwise
+        odd = [name for name in odd if _part(name) not in ("data", "valid", "ask")]
     if any(_part(name) == "data" for name in odd):          # the first samples are asked
         odd = [name for name in odd if _part(name) != "ask"]
     odd = [name for name in odd if _called(name) not in changed]

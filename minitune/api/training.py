@@ -314,6 +314,7 @@ def _folder(folder: Path, model: Model, batches: Iterable[Batch], config: Mappin
                        "config": asdict(model.config)},
              "lora": None if model.lora is None else asdict(model.lora), "adapter": model.adapter_path,
              "quant": model.quant, "trained_weights": sorted(network.trained_names()),
+             "chat_template_kwargs": {} if model._tokenizer is None else model._tokenizer.chat_template_kwargs,
              "add_tokens": [] if model._tokenizer is None else model._tokenizer.added, **config}
     save = model.save_adapter if adapted else model.save_merged if network.nf4_shapes() else model.save
     return run_folder(folder, save, lambda: all_finite(model.trainable_parameters()), _what(model), whole)

@@ -58,7 +58,7 @@ class Chat:
     def run(self) -> None:
         from minitune.api import load
 
-        kwargs = Data(chat_template_kwargs=self.chat_template_kwargs).kwargs()
+        kwargs = Data(chat_template_kwargs=self.chat_template_kwargs).template_kwargs()
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter,
                      chat_template_kwargs=kwargs)
         sampling = asdict(self.sampling) | ({"tools": self._tools()} if self.tools else {})

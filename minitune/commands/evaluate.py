@@ -37,7 +37,7 @@ class Evaluate(Reading):
 
         fields = self.fields()
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter,
-                     chat_template_kwargs=self.kwargs())
+                     chat_template_kwargs=self.template_kwargs())
         batches = stream(self.data, model.tokenizer, tokens=self.tokens, shuffle=False, field_map=fields,
                          long=self.long, progress=reading())
         with model.adapter_disabled():

@@ -44,7 +44,7 @@ class Inspect:
 
         check_no_run(self.base)
         tokenizer, settings = load_tokenizer(self.base, self.add_tokens), self.samples
-        tokenizer.chat_template_kwargs = settings.kwargs() or {}
+        tokenizer.chat_template_kwargs = settings.template_kwargs() or {}
         parts = read_parts(settings.shares(self.data), tokenizer, settings.fields(), settings.cached, reading())
         held = read_valid(settings, tokenizer, reading())
         longest = max(max(part.corpus.bounds.diff().tolist(), default=0) for part in [*parts, *(held or ())])

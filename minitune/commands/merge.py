@@ -56,7 +56,7 @@ class Merge(Reading):
         self.fields()
         check_free(self.out)
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter,
-                     chat_template_kwargs=self.kwargs())
+                     chat_template_kwargs=self.template_kwargs())
         kwargs = model.tokenizer.chat_template_kwargs if self.data is not None else None
         if self.data is not None:
             with model.adapter_disabled():

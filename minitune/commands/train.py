@@ -131,7 +131,7 @@ class Train:
         names = self.train[0] if len(self.train) == 1 else self.train
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, memory=self.memory,
                      seed=self.training.seed, lora=lora, adapter=self.adapter, train=names or None,
-                     add_tokens=self.add_tokens, chat_template_kwargs=self.samples.kwargs())
+                     add_tokens=self.add_tokens, chat_template_kwargs=self.samples.template_kwargs())
         if any(p.is_split("weight") for p in model.network.projections()) and ("training", "lr") not in self.given:
             warn(f"lr is {self.training.lr:g}, the default, which is made for adapters; whole linears usually "
                  "take 1e-5 to 5e-5 (--lr)")

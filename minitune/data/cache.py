@@ -62,7 +62,7 @@ def entry(path: Path, tokenizer: Tokenizer, field_map: Mapping[str, str] | None)
         "tokenizer": [tokenizer.kind, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids,
                       tokenizer.adds_bos, sorted(tokenizer.control_ids), tokenizer.added,
                       sorted(tokenizer.digests.items())],
-        "templates": sorted(tokenizer.chat_templates.items()), "kwargs": tokenizer.chat_template_kwargs}
+        "templates": sorted(tokenizer.chat_templates.items()), "kwargs": dict(tokenizer.chat_template_kwargs)}
     if tokenizer.writes_date:
         parts["written"] = _written(tokenizer)
         if parts["written"] is None:

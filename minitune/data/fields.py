@@ -196,8 +196,8 @@ def _null(row: Mapping[str, Any], fault: str, mapped: Collection[str]) -> str:
 
 
 def _unread(name: str, beside: str) -> str:
-    instead = ("give it for all samples at once (--chat-template-kwargs)" if name == "chat_template_kwargs" else
-               "name the fields that are meant in a field map")
+    instead = ("give it for all samples at once (--chat-template-kwargs, in Python mt.load's)"
+               if name == "chat_template_kwargs" else "name the fields that are meant in a field map")
     return (f"the field {name!r} is not read beside {beside!r}, and would change what the sample means; remove it, or "
             f"{instead}")
 

@@ -23,7 +23,6 @@ Conversation = tuple[Sequence[Mapping[str, Any]], Sequence[Any] | None, str]
 
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
-_NAME = re.compile(r"[A-Za-z_]\w*")
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
 """What a template is given from the conversation and the tokenizer: no settings of the user's."""
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
@@ -69,28 +68,54 @@ class Rendered:
 
 
 def checked_kwargs(given: Any, sources: Iterable[str]) -> dict[str, Any]:
-    """`given`, values for names that one of the templates `sources` reads, such as {"enable_thinking": False}.
+    """A copy of `given`, values for names that one of the templates `sources` reads, as {"enable_thinking": False}.
     InputError for what is no such table; a name that none reads would change nothing, unsaid."""
-    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        raise InputError(f'chat_template_kwargs is {short(given)}; give a table such as {{"enable_thinking": False}}')
-    known = sorted({name for source in sources for name in _NAME.findall(_COMMENT.sub("", source))})
+    check_table(given)
+    templates = tuple(sources)
+    known = names_read(templates) if given else frozenset()
+    found = {}
     for name, value in given.items():
         if name in _GIVEN:
             raise InputError(f"chat_template_kwargs: {name} is no setting, it comes from the conversation or the "
                              "tokenizer; leave it out")
-        if not known:
+        if not templates:
             raise InputError(f"chat_template_kwargs: has {short(name)}, but the tokenizer has no chat template; leave "
                              "it out, or put a chat_template.jinja into the model's folder")
         if name not in known:
-            close = get_close_matches(name[:40], known, n=1)
+            close = get_close_matches(name[:40], sorted(known), n=1)
             raise InputError(f"chat_template_kwargs: the chat template does not read {short(name)}"
                              + (f"; did you mean {close[0]!r}?" if close else "; leave it out"))
         try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError):
+            found[name] = decode_value(json.dumps(value, allow_nan=False), 0, name)[0]
+        except (TypeError, ValueError, RecursionError, InputError):
             raise InputError(f"chat_template_kwargs: {name} is {short(value)}; it must be JSON: true, false, null, a "
                              "number, a text, a list or a table of these") from None
-    return dict(given)
+    return found
+
+
+def check_table(given: Any, owner: str | None = None) -> None:
+    """InputError, of `owner`, unless `given` has the form of chat_template_kwargs."""
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise InputError(f"{owner}: " * (owner is not None) + f"chat_template_kwargs is {short(given)}; give a table "
+                         'such as {"enable_thinking": False}')
+
+
+@functools.lru_cache(maxsize=8)
+def names_read(sources: tuple[str, ...]) -> frozenset[str]:
+    """What the templates `sources` read beside what is given to them, and perhaps some of what they set themselves.
+    InputError for one that cannot be parsed."""
+    import jinja2
+    from jinja2 import meta
+
+    from minitune.data.template_child import environment
+
+    jinja, found = environment(), set()
+    for source in sources:
+        try:
+            found |= meta.find_undeclared_variables(jinja.parse(source))
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise InputError(f"chat_template_kwargs: the chat template cannot be read: {short(str(error))}") from None
+    return frozenset(found.difference(jinja.globals, _GIVEN))
 
 
 class ChatTemplate:

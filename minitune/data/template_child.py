@@ -41,7 +41,7 @@ _SEEN = re.compile("[\ud800-\udbff]")
 _BEYOND_ASCII = re.compile("[^\\x00-\\x7f\\ud800-\\udfff]")      # lone surrogates stand for control strings: left alone
 
 
-def _environment() -> Any:
+def environment() -> Any:
     """Jinja as transformers sets it up, so that a template means here what it means there."""
     import jinja2
     from jinja2 import nodes
@@ -256,12 +256,12 @@ def _name(error: BaseException) -> str:
     return f"line {line}: {told}" if line else told
 
 
-def _answer(templates: dict[str, Any], environment: Any, header: dict[str, Any], request: dict[str, Any],
+def _answer(templates: dict[str, Any], jinja: Any, header: dict[str, Any], request: dict[str, Any],
             size: int) -> bytes:
     try:
         source = header["source"]
         if source not in templates:
-            templates[source] = environment.from_string(source)
+            templates[source] = jinja.from_string(source)
         return json.dumps(_render(templates[source], header["variables"], request, size)).encode()
     except Exception as error:
         told = _name(error)
@@ -276,11 +276,11 @@ def main() -> None:
     if hasattr(signal, "SIGPROF"):
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
     sys.path.append(sys.argv[1])
-    environment = _environment()
+    made = environment()
     import html  # noqa: F401  these two are imported at their first use, when no file can be opened any more
 
     import jinja2.debug  # noqa: F401
-    environment.from_string("{{ strftime_now('%c %Z') }}{% for x in y %}{{ loop.index }}{% endfor %}").render(y=[1])
+    made.from_string("{{ strftime_now('%c %Z') }}{% for x in y %}{{ loop.index }}{% endfor %}").render(y=[1])
     _PAGES = _pages()
     limit_memory = _confine()
     source, sink = sys.stdin.buffer, sys.stdout.buffer
@@ -288,14 +288,14 @@ def main() -> None:
     held = 0
     while header_line := source.readline():
         header = json.loads(header_line)
-        environment.globals["strftime_now"] = datetime.fromisoformat(header["now"]).strftime
+        made.globals["strftime_now"] = datetime.fromisoformat(header["now"]).strftime
         lines = [source.readline() for _ in range(header["n"])]
         held = max(held, sum(map(len, lines)))      # what a batch took may stay with the process
         for line in lines:
             request = json.loads(line)
             limit_memory(MEMORY + held + 32 * len(line))
             _limit_time(_allowance(len(line), 2 + 3 * len(request["cuts"])))
-            found = _answer(templates, environment, header, request, len(line))
+            found = _answer(templates, made, header, request, len(line))
             _limit_time(0)
             limit_memory(2**40)
             sink.write(found + b"\n")

@@ -8,6 +8,7 @@ from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from minitune.arguments import short
@@ -179,8 +180,9 @@ class Tokenizer:
         return chat.render_chat(messages, self, tools, add_generation_prompt)
 
     @property
-    def chat_template_kwargs(self) -> dict[str, Any]:
-        return dict(self._kwargs)
+    def chat_template_kwargs(self) -> Mapping[str, Any]:
+        """To be set as a whole; a value of it cannot be."""
+        return MappingProxyType(self._kwargs)
 
     @chat_template_kwargs.setter
     def chat_template_kwargs(self, given: Mapping[str, Any]) -> None:

@@ -76,12 +76,36 @@ def test_a_cached_file_belongs_to_its_settings(qwen: Tokenizer, tmp_path: Any) -
     ({"eos_token": "x"}, "eos_token is no setting"),
     ({"enable_thinking": {1}}, r"enable_thinking is \{1\}; it must be JSON"),
     ({"enable_thinking": float("nan")}, "enable_thinking is nan; it must be JSON"),
+    ({"enable_thinking": ["\ud800"]}, r"enable_thinking is \['\\ud800'\]; it must be JSON"),
+    ({"enable_thinking": {1: 2, "1": 3}}, "enable_thinking is .*; it must be JSON"),
+    ({"message": 1}, "does not read 'message'"), ({"endfor": 1}, "does not read 'endfor'"),
+    ({"range": 1}, "does not read 'range'"), ({"assistant": 1}, "does not read 'assistant'"),
     ("enable_thinking", "is 'enable_thinking'; give a table"), ({1: 2}, "give a table")])
 def test_what_is_no_setting_is_refused_and_changes_nothing(qwen: Tokenizer, given: Any, words: str) -> None:
     qwen.chat_template_kwargs = {"enable_thinking": False}
     with pytest.raises(InputError, match=f"^chat_template_kwargs.*{words}"):
         qwen.chat_template_kwargs = given
     assert qwen.chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_they_are_a_copy_and_are_set_as_a_whole(qwen_with: Callable[[str], Tokenizer]) -> None:
+    tokenizer, mine = qwen_with(STYLED), {"style": {"name": ["a"], 2: 1}}
+    tokenizer.chat_template_kwargs = mine
+    mine["style"]["name"].append("b")       # type: ignore[attr-defined,index,union-attr]
+    assert tokenizer.chat_template_kwargs == {"style": {"name": ["a"], "2": 1}}
+    with pytest.raises(TypeError):
+        tokenizer.chat_template_kwargs["style"] = "loud"        # type: ignore[index]
+
+
+def test_a_name_beside_what_looks_like_a_comment_is_read(qwen_with: Callable[[str], Tokenizer]) -> None:
+    tokenizer = qwen_with("{{ '{#' }}{{ style }}{{ '#}' }}" + STYLED)
+    tokenizer.chat_template_kwargs = {"style": "loud"}
+    assert tokenizer.render_chat(ANSWERED).startswith("{#loud#}")
+
+
+def test_a_template_that_cannot_be_read_is_told(qwen_with: Callable[[str], Tokenizer]) -> None:
+    with pytest.raises(InputError, match=r"^chat_template_kwargs: the chat template cannot be read: .*end of template"):
+        qwen_with("{% if").chat_template_kwargs = {"style": "loud"}
 
 
 def test_names_in_comments_and_a_tokenizer_without_template_read_none(

@@ -21,9 +21,9 @@ class Reading:
     chat_template_kwargs: tuple[str, ...] = ()
     """Settings of the model's chat template, as name=value: enable_thinking=false; by default the adapter's."""
 
-    def kwargs(self) -> dict[str, Any] | None:
+    def template_kwargs(self) -> dict[str, Any] | None:
         """``chat_template_kwargs`` as `mt.load` takes them."""
-        return Data(chat_template_kwargs=self.chat_template_kwargs).kwargs()
+        return Data(chat_template_kwargs=self.chat_template_kwargs).template_kwargs()
 
     def fields(self) -> dict[str, str]:
         """``field_map`` as a table {our field: their field}."""
