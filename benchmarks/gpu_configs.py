@@ -16,7 +16,7 @@ import itertools
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,17 +37,40 @@ SUMS = 128
 Run = Callable[["Config"], list[Tensor]]
 
 
+class Case:
+    """A kernel on its tensors: ``run(config)`` gives what it writes. ``outputs``: tensors that it is given to write to,
+    ``in_place``: those that it reads and writes."""
+
+    def __init__(self, run: Run, outputs: Sequence[Tensor] = (), in_place: Sequence[Tensor] = ()) -> None:
+        self.run, self.outputs = run, outputs
+        self._begun = [(each, each.clone()) for each in in_place]
+
+    def checked(self, config: Config) -> list[Tensor]:
+        """The result of one run, where all that it has to write was NaN, or what it was at first: what it leaves out
+        is seen."""
+        for each in self.outputs:
+            each.fill_(math.nan)
+        for each, begun in self._begun:
+            each.copy_(begun)
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)        # with it torch.empty gives NaN too
+        try:
+            return [each.clone() for each in self.run(config)]
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """`own`: the configuration that it is launched with. The others are all of `tiles` (name -> sizes), `warps` and
     `stages`, with the `fixed` tiles; `loop`: the kernel's own loop takes the stages too, as STAGES; `sums`: a program
-    holds one for each element of a tile of these sizes, and SUMS of them are the most for a thread. `make` gives a
-    function that runs it, of random tensors and whether the shape is the real one."""
+    holds one for each element of a tile of these sizes, and SUMS of them are the most for a thread. `make` gives the
+    case, of random tensors and whether the shape is the real one."""
 
     name: str
     own: Config
     tiles: Mapping[str, tuple[int, ...]]
-    make: Callable[[Callable[..., Tensor], bool], Run]
+    make: Callable[[Callable[..., Tensor], bool], Case]
     warps: tuple[int, ...] = (4, 8)
     stages: tuple[int, ...] = (1,)
     fixed: Mapping[str, int] = field(default_factory=dict)
@@ -65,8 +88,8 @@ class Kernel:
 
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
-def _attention(step: str, heads: int, kv_heads: int, head_dim: int) -> Callable[[Callable[..., Tensor], bool], Run]:
-    def make(random: Callable[..., Tensor], real: bool) -> Run:
+def _attention(step: str, heads: int, kv_heads: int, head_dim: int) -> Callable[[Callable[..., Tensor], bool], Case]:
+    def make(random: Callable[..., Tensor], real: bool) -> Case:
         from minitune.kernels import attention as kernel
         from minitune.ops.documents import Documents
 
@@ -75,23 +98,24 @@ def _attention(step: str, heads: int, kv_heads: int, head_dim: int) -> Callable[
         starts, ends = Documents.from_lengths(lengths, qkv.device).spans
         q, k, v = qkv.split((wanted[0], wanted[1], wanted[1]), 1)
         out, lse = kernel.forward(q, k, v, starts, None)
+        written = torch.empty_like(out)
         dout = random(*out.shape)
         own = {name: kernel._config_of(name, q) for name in ("dq", "dkdv")}
 
         def run(config: Config) -> list[Tensor]:
             if step == "forward":
-                return list(kernel.forward(q, k, v, starts, None, out=out, config=config))
+                return list(kernel.forward(q, k, v, starts, None, out=written, config=config))
             chosen: dict[str, Any] = {f"{name}_config": config if name == step else each for name, each in own.items()}
             return list(kernel.backward(dout, q, k, v, out, lse, starts, ends, None, **chosen))
 
-        return run
+        return Case(run, [written])
 
     return make
 
 
-def _product(forward: bool) -> Callable[[Callable[..., Tensor], bool], Run]:
+def _product(forward: bool) -> Callable[[Callable[..., Tensor], bool], Case]:
     """That of gate and up, with two adapters of rank 16."""
-    def make(random: Callable[..., Tensor], real: bool) -> Run:
+    def make(random: Callable[..., Tensor], real: bool) -> Case:
         from minitune.kernels import lora_matmul as kernel
 
         tokens, inner, outer, rank = (16_384, 4096, 22_016, 32) if real else (32, 32, 64, 16)
@@ -99,74 +123,75 @@ def _product(forward: bool) -> Callable[[Callable[..., Tensor], bool], Run]:
         if forward:
             x, s, b = random(tokens, inner), random(tokens, rank), random(outer, rank)
             out = random(tokens, outer)
-            return lambda config: [kernel.forward(x, weight, s, b, None, out=out, config=config)]
+            return Case(lambda config: [kernel.forward(x, weight, s, b, None, out=out, config=config)], [out])
         dy, ds, a = random(tokens, outer), random(tokens, rank), random(rank, inner)
         dx = random(tokens, inner)
-        return lambda config: [kernel.backward_input(dy, weight, ds, a, out=dx, config=config)]
+        return Case(lambda config: [kernel.backward_input(dy, weight, ds, a, out=dx, config=config)], [dx])
 
     return make
 
 
-def _adapters(random: Callable[..., Tensor], real: bool) -> Run:
+def _adapters(random: Callable[..., Tensor], real: bool) -> Case:
     from minitune.kernels import lora_matmul as kernel
 
     tokens, inner, outer, rank = (16_384, 4096, 22_016, 32) if real else (32, 32, 64, 16)
     dy, x, s, ds = random(tokens, outer), random(tokens, inner), random(tokens, rank), random(tokens, rank)
-    return lambda config: list(kernel.backward_adapters(dy, x, s, ds, config=config))
+    return Case(lambda config: list(kernel.backward_adapters(dy, x, s, ds, config=config)))
 
 
-def _norm(back: bool) -> Callable[[Callable[..., Tensor], bool], Run]:
-    def make(random: Callable[..., Tensor], real: bool) -> Run:
+def _norm(back: bool) -> Callable[[Callable[..., Tensor], bool], Case]:
+    def make(random: Callable[..., Tensor], real: bool) -> Case:
         from minitune.kernels import rms_norm as kernel
 
         shape = (16_384, 4096) if real else (5, 48)
         x, other, weight, y = random(*shape), random(*shape), random(shape[1]), random(*shape)
         if not back:
-            return lambda config: [kernel.forward(x, weight, 1e-5, other, out=y, config=config)[0]]
+            return Case(lambda config: [kernel.forward(x, weight, 1e-5, other, out=y, config=config)[0]], [y])
         rstd = kernel.forward(x, weight, 1e-5)[1]
-        return lambda config: [kernel.backward(other, x, rstd, weight, x, out=y, config=config)]
+        return Case(lambda config: [kernel.backward(other, x, rstd, weight, x, out=y, config=config)], [y])
 
     return make
 
 
-def _swiglu(back: bool) -> Callable[[Callable[..., Tensor], bool], Run]:
-    def make(random: Callable[..., Tensor], real: bool) -> Run:
+def _swiglu(back: bool) -> Callable[[Callable[..., Tensor], bool], Case]:
+    def make(random: Callable[..., Tensor], real: bool) -> Case:
         from minitune.kernels import swiglu as kernel
 
         tokens, f = (16_384, 11_008) if real else (5, 48)
         gate_up, dh, h = random(tokens, 2 * f), random(tokens, f), random(tokens, f)
         if not back:
-            return lambda config: [kernel.forward(gate_up, out=h, config=config)]
+            return Case(lambda config: [kernel.forward(gate_up, out=h, config=config)], [h])
         gradient = random(tokens, 2 * f)
-        return lambda config: [kernel.backward(dh, gate_up, gradient=gradient, h=h, config=config), h]
+        return Case(lambda config: [kernel.backward(dh, gate_up, gradient=gradient, h=h, config=config), h],
+                    [gradient, h])
 
     return make
 
 
-def _rope(random: Callable[..., Tensor], real: bool) -> Run:
+def _rope(random: Callable[..., Tensor], real: bool) -> Case:
     from minitune.kernels import rope as kernel
 
     tokens, heads, head_dim = (16_384, 64, 128) if real else (5, 3, 16)
     x = random(tokens, heads, head_dim)
     angle = (random(tokens, head_dim // 2).float() * 4).round() * (torch.pi / 2)
     cos, sin = angle.cos().round(), angle.sin().round()     # quarter turns are exact: in place, over and over
-    return lambda config: [kernel.rotate_(x, cos, sin, config=config).float().norm(dim=-1)]
+    return Case(lambda config: [kernel.rotate_(x, cos, sin, config=config)], in_place=[x])
 
 
-def _adamw(random: Callable[..., Tensor], real: bool) -> Run:
+def _adamw(random: Callable[..., Tensor], real: bool) -> Case:
     from minitune.kernels import adamw as kernel
 
     buffers = [random(40_000_000 if real else 1000).float().abs() for _ in range(4)]
 
     def run(config: Config) -> list[Tensor]:
-        kernel.adamw_(buffers[0], buffers[1], buffers[2], buffers[3], lr=1e-9, beta1=0.9, beta2=0.999, eps=1e-8,
+        kernel.adamw_(buffers[0], buffers[1], buffers[2], buffers[3], lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8,
                       weight_decay=0.0, step=10, config=config)
-        return [buffers[0]]
+        return buffers
 
-    return run
+    return Case(run, in_place=buffers)
 
 
-def _losses(random: Callable[..., Tensor], real: bool) -> Run:
+def _losses(random: Callable[..., Tensor], real: bool) -> Case:
     from minitune.kernels import linear_cross_entropy as kernel
 
     n, vocab = (4096, 32_000) if real else (4, 80)
@@ -178,7 +203,7 @@ def _losses(random: Callable[..., Tensor], real: bool) -> Run:
         kernel.losses_(logits, labels, losses, gradient=False, config=config)
         return [losses]
 
-    return run
+    return Case(run, [losses])
 
 
 def kernels(device: torch.device) -> list[Kernel]:
@@ -230,7 +255,7 @@ class Random:
 
 
 @functools.lru_cache(maxsize=1)
-def _ready(name: str, device: str) -> tuple[Kernel, Run]:
+def _ready(name: str, device: str) -> tuple[Kernel, Case]:
     kernel = next(each for each in kernels(torch.device(device)) if each.name == name)
     real = device == "cuda"
     return kernel, kernel.make(Random(device, torch.bfloat16 if real else torch.float32), real)
@@ -243,8 +268,8 @@ def _count(kernel: Kernel, device: str) -> int:
 def compiled(name: str, index: int, device: str) -> str | None:
     """Run one configuration of a kernel, which leaves it in Triton's cache -> why it does not run, or None."""
     try:
-        kernel, run = _ready(name, device)
-        run(kernel.configs()[index])
+        kernel, case = _ready(name, device)
+        case.run(kernel.configs()[index])
         if device == "cuda":
             torch.cuda.synchronize()
     except Exception as failure:        # whatever a compiler says of sizes that it was not made for
@@ -254,7 +279,7 @@ def compiled(name: str, index: int, device: str) -> str | None:
 
 def measure(name: str, device: str, faults: list[str | None]) -> None:
     """A row for each configuration of a kernel, its own first; `faults`: why one does not run."""
-    kernel, run = _ready(name, device)
+    kernel, case = _ready(name, device)
     expected: list[Tensor] = []
     for index, (config, fault) in enumerate(zip(kernel.configs(), faults, strict=False)):
         row: dict[str, Any] = {"what": "config", "kernel": name, "own": index == 0, "tiles": dict(config.tiles),
@@ -262,10 +287,10 @@ def measure(name: str, device: str, faults: list[str | None]) -> None:
         try:
             if fault is not None:
                 raise RuntimeError(fault)
-            found = [each.clone() for each in run(config)]
+            found = case.checked(config)
             expected = expected or found
             apart = max(error(a, b.double()) for a, b in zip(found, expected, strict=True))
-            ms = timed(functools.partial(run, config), device, warmup_ms=10, repeat_ms=40)
+            ms = timed(functools.partial(case.run, config), device, warmup_ms=10, repeat_ms=40)
         except RuntimeError as failure:
             emit(**row, error=reason(failure), **({"right": False} if index == 0 else {}))
         else:
