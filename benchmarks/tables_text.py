@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ def where(raw: Raw) -> str:
         malloc = ("; the rivals' peaks are higher than malloc's own settings make them, since they kept freed memory"
                   if "freed_memory" in settings else
                   "; the rivals, unlike minitune, gave freed memory back between steps")
+    if '"peak_failed"' in json.dumps(raw):
+        malloc += "; of a rival whose peak could not be measured apart, that of its timed process is given"
     return f"{raw['when'][:10]}, {device}, {versions}, commit {commit}{malloc}."
 
 

@@ -68,8 +68,9 @@ def take_turns(sides: Mapping[str, list[str]], n_tokens: int, told: argparse.Nam
                profiled: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """All sides by turns, `told.rounds` times, steps of `n_tokens`; `sides`: name -> module and arguments of a Worker.
 
-    A rival's peak of memory is measured behind them, in a process of its own (SETTINGS). Gives each side's record, or
-    {"failed": why} of one whose first steps did not run, and a profile of those that are `profiled`.
+    A rival's peak of memory is measured behind them, in a process of its own (SETTINGS); where that fails, the one of
+    its turns stays, with "peak_failed": why. Gives each side's record, or {"failed": why} of one whose first steps did
+    not run, and a profile of those that are `profiled`.
     """
     records = {name: Record(name, n_tokens) for name in sides}
     failed: dict[str, Any] = {}
@@ -95,7 +96,11 @@ def take_turns(sides: Mapping[str, list[str]], n_tokens: int, told: argparse.Nam
     found = {name: records[name].as_dict() for name in workers}
     for name in found:
         if name != "products" and not name.startswith("ours"):
-            found[name] |= {"memory_kept": found[name]["memory"], "memory": _peak_as_it_comes(sides[name])}
+            try:
+                found[name] |= {"memory_kept": found[name]["memory"], "memory": _peak_as_it_comes(sides[name])}
+            except WorkerError as error:        # the rounds before it are worth keeping
+                say(f"  {name}: its peak in a process as it comes was not measured")
+                found[name]["peak_failed"] = str(error)[-500:]
     return failed | found, profiles
 
 

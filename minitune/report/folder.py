@@ -139,7 +139,8 @@ class RunFolder(Observer):
             if found is None and run.best is not None and run.best.loss is not None:
                 found = run.best.loss, run.best.step        # of an earlier version, which did not write it
             if found is not None:
-                self._kept, self._abandoned = found, found[1] > len(run.records)
+                self._kept = found
+                self._abandoned = found not in [(each.loss, each.step) for each in run.evaluations]
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         if record.step and record.loss is not None and record.loss < self._kept[0] and self.sound():

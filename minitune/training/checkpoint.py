@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from minitune.arguments import short
 from minitune.checkpoint.fields import integer, text
 from minitune.checkpoint.files import discard, json_bytes, parse_json, readable, sha256_of, staged, sweep
 from minitune.checkpoint.reader import SPOILT, Checkpoint
-from minitune.checkpoint.safetensors_header import AGAIN
+from minitune.checkpoint.safetensors_header import AGAIN, read_header
 from minitune.checkpoint.writer import Summed, write_safetensors
 from minitune.errors import InputError
 from minitune.training.optimizers import FlatOptimizer
@@ -90,8 +91,8 @@ class Checkpoints:
         self._about = about
 
     def write(self, position: Position, model: torch.nn.Module, optimizer: FlatOptimizer, run: Run) -> None:
-        """Keep the run as it stands, and the one before it; the one before that goes when this one stands. InputError
-        where it cannot be written; the last one stays."""
+        """Keep the run as it stands, and the last one before it that is there in its full length; older ones go when
+        this one stands. InputError where it cannot be written; the last one stays."""
         content = {"format": FORMAT, "step": position.step, "micro_batches": position.micro_batches,
                    "run": self._about(), "evaluations": [_plain(each) for each in run.evaluations]}
         tensors, told = _files(self.folder, position.step)
@@ -113,7 +114,8 @@ class Checkpoints:
                 raise
             put()
         self.step = position.step
-        self._keep(steps(self.folder)[:2])
+        older = (step for step in self._own_steps()[1:] if _stands(self.folder, step))
+        self._keep([self.step, *itertools.islice(older, 1)])
 
     def accept(self) -> None:
         """Let the whole checkpoints tell of the run as it goes on, where settings were changed: before the next one is
@@ -266,6 +268,17 @@ def _content(folder: Path, step: int) -> dict[str, Any]:
     if found.get("step") != step:
         raise InputError(f"{path}: step is {short(found.get('step'))}, not that of its name; {_ANEW}")
     return found
+
+
+def _stands(folder: Path, step: int) -> bool:
+    """Whether that step's checkpoint is there in its full length. Its tensors' bytes are not summed, which takes about
+    as long as to write them; who reads it does."""
+    try:
+        _content(folder, step)
+        read_header(_files(folder, step)[0])
+    except InputError:
+        return False
+    return True
 
 
 def _read(folder: Path, step: int) -> Saved:

@@ -71,6 +71,7 @@ class Runner:
         self.run, self.evaluate, self.divergence, self.left_out = run, evaluate, divergence, left_out
         self.shortage = shortage
         self.position, self.checkpoints, self.torn = position, checkpoints, False
+        self._evaluations_kept = len(run.evaluations)
         self.device = torch.device(run.info.device)
         self.lag = 0 if self.device.type == "cpu" else 1
         self.skips = run.info.training.spikes != "warn"
@@ -197,11 +198,13 @@ class Runner:
 
     def _save(self, checkpoints: Checkpoints) -> None:
         """A checkpoint of ``position``, whose steps are all settled; none of spoilt weights. One that cannot be written
-        is told of, and ends no run. Where there is one already, nothing was done since."""
-        if self.position.step == checkpoints.step or not self._is_sound():
+        is told of, and ends no run. None where there is one of all that was done."""
+        kept = (checkpoints.step, self._evaluations_kept) == (self.position.step, len(self.run.evaluations))
+        if kept or not self._is_sound():
             return
         try:
             checkpoints.write(self.position, self.model, self.optimizer, self.run)
+            self._evaluations_kept = len(self.run.evaluations)
         except InputError as error:
             stays = f"that of step {checkpoints.step} stays" if checkpoints.step else "there is none"
             tell(self.observers, "on_note", f"step {self.position.step}: no checkpoint: {error}; {stays}")

@@ -15,9 +15,9 @@ from minitune.training.run import StepRecord
 
 WINDOW = 128
 """As many steps before it are looked at, and as many standard deviations it may stand above their mean (SIGMAS), as in
-OLMo-core's SkipStepOptimizer. There a step that was left out counts in full, and one that is high enough hides all that
-follow for a whole window; here it counts as the limit that it was above: steps of a higher kind that keep coming raise
-the limit, by about an eighth each, one alone hides nothing."""
+OLMo-core's SkipStepOptimizer. There a spike counts in full, and one that is high enough hides all that follow for a
+whole window; here it counts as the limit that it was above: one alone hides nothing, and steps of a higher kind that
+keep coming raise the limit, by more and more."""
 SIGMAS = 6.0
 LEAST = 32
 """Steps before which nothing is a spike: their spread says too little."""
@@ -61,7 +61,7 @@ class Window:
         for record in records[self._seen:max(seen, 0)]:
             self._seen += 1
             if is_number(record):
-                highest = self._limits() if record.left_out else NONE
+                highest = self._limits()
                 self._losses.append(min(record.loss, highest.loss))
                 self._norms.append(min(record.grad_norm, highest.grad_norm))
         return self._limits()

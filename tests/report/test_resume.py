@@ -74,8 +74,8 @@ def test_a_best_that_could_not_be_kept_is_not_taken_for_what_lies_there(tmp_path
 
 
 @pytest.mark.parametrize(("again", "told"), [(0.7, False), (0.8, True), (0.6, False)])
-@pytest.mark.parametrize("kills", [1, 2])
-def test_a_best_of_steps_that_are_done_again_is_known_as_that(tmp_path, recwarn, again, told, kills):
+@pytest.mark.parametrize(("kills", "later"), [(1, False), (2, False), (1, True)])
+def test_a_best_of_steps_that_are_done_again_is_known_as_that(tmp_path, recwarn, again, told, kills, later):
     """Killed after the evaluation of step 6, whose loss was 0.7; resumed from step 4; step 6 gives `again`."""
     best_of(tmp_path, 6, 0.7)
     for _ in range(kills):
@@ -85,6 +85,9 @@ def test_a_best_of_steps_that_are_done_again_is_known_as_that(tmp_path, recwarn,
     run.evaluations.append(seen(6, again))
     folder.on_evaluation(run.evaluations[-1])
     assert saved == (["adapter-best"] if again < 0.7 else [])
+    if later:       # and resumed again, behind that step
+        folder = keeping(tmp_path)[0]
+        folder.on_resume(run)
     folder.on_end(run)
     said = [str(each.message) for each in recwarn if "adapter-best: is of step 6 of a part that was lost" in
             str(each.message)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -145,15 +146,20 @@ def test_where_the_newer_checkpoint_is_damaged_the_run_goes_on_from_the_older_an
         read(folder)
 
 
+@pytest.mark.parametrize("damaged", [_flip, lambda path: os.truncate(path, path.stat().st_size - 1),
+                                     lambda path: path.unlink()], ids=["a bit", "short", "gone"])
 @pytest.mark.parametrize("full", [False, True])
-def test_a_damaged_checkpoint_gives_way_and_the_whole_one_before_it_stays(fakes, tmp_path, monkeypatch, full):
-    """Also where the next one cannot be written."""
+def test_a_damaged_checkpoint_gives_way_and_the_whole_one_before_it_stays(fakes, tmp_path, monkeypatch, full, damaged):
+    """Also where the next one cannot be written. A bit is found where the bytes are summed: when one is read, and where
+    a disk has room for one alone."""
     folder, training, damage = tmp_path / "checkpoint", Training(lr=0.05, epochs=2, save_every=2), Stop(7, ValueError)
     written, stopped = [], damage.on_step
 
     def on_step(record):
+        if record.step == 7 and not full:
+            assert steps(folder) == ([6, 4] if damaged is _flip else [6, 2])
         if record.step == 5:
-            _flip(folder / "step-4.safetensors")
+            damaged(folder / "step-4.safetensors")
             if full:
                 monkeypatch.setattr(checkpoint, "write_safetensors", no_room)
         stopped(record)

@@ -82,6 +82,24 @@ def test_a_run_may_be_interrupted_again_and_again(fakes, tmp_path):
     same(expected, train(fakes, other, data(fakes), training, start=saved), straight, other)
 
 
+def test_an_evaluation_behind_the_checkpoint_of_its_step_is_kept_too(fakes, tmp_path):
+    """Resumed with an evaluation at the step that the run stands at, and stopped again before the next one is done."""
+    with pytest.raises(KeyboardInterrupt):
+        train(fakes, fakes.TinyModel(), data(fakes), Training(epochs=2), observers=[Stop(4)], evaluate=seen,
+              checkpoints=checkpoints(tmp_path))
+    calls = []
+
+    def stopped(model, batch):
+        calls.append(batch)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(fakes.TinyModel(), data(fakes), Training(epochs=2, evaluate_every=4), stopped, evaluate=seen,
+            start=read(tmp_path / "checkpoint"), checkpoints=checkpoints(tmp_path, 4))
+    saved = read(tmp_path / "checkpoint")
+    assert saved.step == 4 and [each.step for each in saved.evaluations] == [0, 1, 2, 3, 4] and len(calls) == 1
+
+
 @pytest.mark.parametrize(("at", "then"), [(4, [4, 8, 10]), (10, [10])])
 @pytest.mark.parametrize("told", [False, True])
 def test_an_evaluation_that_was_interrupted_is_done_again_and_one_that_was_not_is_not(fakes, tmp_path, at, then, told):

@@ -95,26 +95,26 @@ def test_the_limits_are_six_standard_deviations_above_the_mean_of_the_window():
         assert value == float(torch.tensor(value))      # as the device compares
     spoilt = [*records, *(record(201 + i, 1e9, math.nan, left_out=True) for i in range(50))]
     assert limits(spoilt, 250) == limits(spoilt, 201) == found
-    taken, left_out = ([*records, record(201, 9.0, 1.0, left_out=each)] for each in (False, True))
-    assert limits(taken, 201).loss > limits(left_out, 201).loss > found.loss == limits(left_out, 200).loss
 
 
-def test_a_step_that_was_left_out_counts_as_the_limit_that_it_was_above():
-    """However high: it hides no step behind it. Steps that keep coming raise the limit, each anew."""
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_spike_counts_as_the_limit_that_it_is_above(left_out):
+    """However high, and also where it is taken: it hides no step behind it. Steps that keep coming raise the limit."""
     calm = [record(i + 1, 2 + 0.1 * math.sin(i * i), 1 + 0.1 * math.cos(i * i)) for i in range(WINDOW)]
     first = limits(calm, WINDOW)
     for height in (1.01 * first.loss, 1e30):
-        found = limits([*calm, record(WINDOW + 1, height, 1.0, left_out=True)], WINDOW + 1)
+        found = limits([*calm, record(WINDOW + 1, height, 1.0, left_out=left_out)], WINDOW + 1)
         as_limit = limits([*calm, record(WINDOW + 1, first.loss, 1.0)], WINDOW + 1)
         assert found == as_limit and first.loss < found.loss < 1.1 * first.loss
     window, records, needed = Window(), list(calm), 0
     while window.limits(records, len(records)).loss < 3 * first.loss:
-        records.append(record(len(records) + 1, 1e30, 1.0, left_out=True))
+        records.append(record(len(records) + 1, 1e30, 1.0, left_out=left_out))
         needed += 1
     assert 10 < needed < 40 and window.limits(records, len(records)) == limits(records, len(records))
 
 
-def test_after_a_huge_spike_a_smaller_one_is_still_left_out(fakes):
+@pytest.mark.parametrize("spikes", ["warn", "skip"])
+def test_after_a_huge_spike_a_smaller_one_is_still_seen(fakes, spikes):
     heights = {LATE: 1e5, LATE + 3: 30.0}
     calls = []
 
@@ -123,8 +123,11 @@ def test_after_a_huge_spike_a_smaller_one_is_still_left_out(fakes):
         loss, n = model.loss_sum(batch)
         return loss * heights.get(len(calls), 1.0), n
 
-    run = trained(fakes, Training(spikes="skip"), objective)[1]
-    assert [r.step for r in run.records if r.left_out] == [LATE, LATE + 3]
+    listener = Listener()
+    run = trained(fakes, Training(spikes=spikes, lr=1e-6), objective, observers=[listener])[1]
+    assert [r.step for r in run.records if r.left_out] == ([LATE, LATE + 3] if spikes == "skip" else [])
+    assert [note.partition(":")[0] for note in listener.notes if "a spike" in note] == [
+        f"step {LATE}", f"step {LATE + 3}"]
 
 
 def test_few_steps_have_no_limit_and_quiet_ones_no_low_one():
