@@ -21,6 +21,7 @@ from minitune.arguments import (
 )
 from minitune.errors import InputError
 
+Moments = Literal["fp32", "8bit"]
 MemoryPolicy = Literal["auto", "keep", "pointwise", "full", "offload"]
 Quant = Literal["nf4", "nf4-dq"]
 ScheduleName = Literal["constant", "linear", "cosine", "wsd", "slanted-triangular"]
@@ -168,7 +169,7 @@ class Training:
     """Optimizer steps instead of epochs; the data is repeated as often as needed."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW (Loshchilov & Hutter 2019), or SGD with momentum."""
-    moments: Literal["fp32", "8bit"] = "fp32"
+    moments: Moments = "fp32"
     """AdamW's moments: 8bit holds them in a quarter of the memory (Dettmers et al. 2021)."""
     lr: float = 2e-4
     """Highest learning rate."""

@@ -12,7 +12,7 @@ from minitune.commands import COMMANDS
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minitune"
 LEVELS = [{"errors", "names"}, {"arguments"}, {"config", "devices"}, {"kernels"}, {"ops"}, {"model"},
-          {"checkpoint", "data"}, {"training", "objectives"}, {"report"}, {"api"}, {"demo", "doctor", "tune"},
+          {"checkpoint", "data"}, {"training", "objectives"}, {"report"}, {"api"}, {"demo", "doctor", "bench", "tune"},
           {"commands"}, {"cli"}]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ONLY_IN = {"rich": {"report"}, "tyro": {"commands", "cli"}, "matplotlib": {"report"}, "sentencepiece": {"data"},

@@ -25,7 +25,7 @@ from minitune.data.tokenizer import Tokenizer, load_tokenizer
 from minitune.devices import DTYPES, choose_device, choose_dtype
 from minitune.errors import InputError
 from minitune.model.adapter import HEAD
-from minitune.model.init import init_weights
+from minitune.model.init import fill_random, init_weights
 from minitune.model.llama import Llama
 from minitune.model.memory import reuse_freed_memory
 from minitune.model.shapes import shape
@@ -267,6 +267,26 @@ def init(name: str, folder: str | Path, *, tokenizer: str | Path | None = None, 
     if words is not None:
         words.check_vocab(config.vocab_size)
     Model(network, words, None if tokenizer is None else Path(tokenizer)).save(folder)
+
+
+def random_model(config: ModelConfig, *, device: str | torch.device | None, dtype: str | torch.dtype | None,
+                 quant: Quant | None, lora: LoRA | None, train: str | Sequence[str] | None, memory: MemoryPolicy
+                 ) -> Model:
+    """A model of that shape with random weights made on the device, no file and no tokenizer; arguments as of `load`.
+    """
+    _check_load(quant, lora, None, train, memory, None, 0)
+    place = choose_device(device)
+    if place.type == "cpu":
+        reuse_freed_memory()
+    network = Llama(config, dtype=choose_dtype(dtype, place), device=place, memory=memory, quantized=quant is not None)
+    fill_random(network, quant == "nf4-dq")
+    model = Model(network, None)
+    if lora is not None:
+        network.add_adapters(lora, 0)
+        model.lora = lora
+    if train is not None:
+        network.unfreeze(train if isinstance(train, str) else tuple(train))
+    return model
 
 
 def _too_large(config: ModelConfig, checkpoint: Checkpoint) -> bool:

@@ -24,11 +24,7 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
     first = next((batch for batch in data.epoch(0) if batch.n_trained), None)
     if first is None:
         raise InputError("train: the data has no trained token (all labels are -100)")
-    config = model.config
-    kind = str(model.network.dtype).removeprefix("torch.")
-    rows = [("model", f"{model.path}: {config.n_layers} layers x {config.d_model}, {kind} on {model.device}"),
-            ("trained", f"{_count(model):,} parameters{_which(model)}, by {training.optimizer}, lr {training.lr:g}, "
-                        f"{training.schedule}"),
+    rows = [model_row(model, model.path), trained_row(model, training),
             ("data", f"{data.n_documents:,} documents, {data.n_tokens:,} tokens, {data.n_trained:,} of them trained"),
             ("an epoch", f"{data.count(1):,} rows of {data.tokens:,} tokens, "
                          f"{data.n_tokens / (data.count(1) * data.tokens):.0%} full"),
@@ -43,6 +39,18 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
     finally:
         model.train(was_training)
     return rows
+
+
+def model_row(model: Model, name: object) -> tuple[str, str]:
+    """Which model it is, in what and where."""
+    config, kind = model.config, model.quant or str(model.network.dtype).removeprefix("torch.")
+    return "model", f"{name}: {config.n_layers} layers x {config.d_model}, {kind} on {model.device}"
+
+
+def trained_row(model: Model, training: Training) -> tuple[str, str]:
+    """What of it is trained, and how."""
+    return "trained", (f"{_count(model):,} parameters{_which(model)}, by {training.optimizer}, lr {training.lr:g}, "
+                       f"{training.schedule}")
 
 
 def _memory(model: Model, tokens: int, training: Training) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ COMMANDS = {
     "chat": ("Chat", "talk with a model through its chat template"),
     "merge": ("Merge", "add an adapter into its base: one folder for transformers, vLLM or further training"),
     "doctor": ("Doctor", "say what this machine has and lacks, and check every op on it"),
+    "bench": ("Bench", "measure how fast training is on this machine, with a model or a shape"),
     "tune": ("Tune", "measure the fastest way of each op on this GPU"),
 }
 """Name -> (class in the file of that name, what it does), in the order of a user's way. It stands here so that the list
