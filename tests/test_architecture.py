@@ -91,7 +91,9 @@ def test_tests_lie_where_the_code_lies():
 
 IMPORT = """
 import gc, sys, time, socket
+start = time.process_time()
 import torch
+rival = time.process_time() - start
 gc.freeze()       # else a collection of torch's objects may fall into the time
 def refuse(*_, **__): raise AssertionError("import minitune opens a connection")
 socket.socket.connect = refuse
@@ -106,16 +108,16 @@ assert state == (torch.get_default_dtype(), torch.get_num_threads(), torch.is_gr
 heavy = set(sys.modules) & {"transformers", "peft", "tyro", "rich", "matplotlib", "triton", "sentencepiece",
                             "tokenizers", "jinja2", "pyarrow", "tensorboard"}
 assert not heavy, f"import minitune loads {heavy}"
-print(seconds)
+print(seconds / rival)
 """
 
 
 def test_import_is_light_and_patches_nothing():
     found = []
-    while len(found) < 5 and min(found, default=1.0) >= 0.3:      # others on the machine can only make it slower
+    while len(found) < 5 and min(found, default=1.0) >= 0.4:
         found.append(float(subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True,
                                           cwd=ROOT).stdout))
-    assert min(found) < 0.3, f"import minitune takes {min(found):.2f} s beyond torch"
+    assert min(found) < 0.4, f"import minitune takes {min(found):.0%} of what torch's own import does"
 
 
 def test_importing_minitune_alone_does_not_load_torch():
