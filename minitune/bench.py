@@ -127,7 +127,7 @@ def _rows(model: Model, setting: Setting) -> list[Batch]:
 
 def _spread(values: Sequence[float], form: str) -> str:
     low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
-    return f"{statistics.median(values):{form}} ({low:{form}} to {high:{form}} in the middle three fifths)"
+    return f"{statistics.median(values):{form}} (p20 to p80: {low:{form}} to {high:{form}})"
 
 
 def _machine(found: dict[str, Any]) -> str:

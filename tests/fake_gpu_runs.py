@@ -124,6 +124,7 @@ def uses(folder: Path) -> None:
     import torch
 
     import minitune as mt
+    from minitune.bench import Setting, bench
     from minitune.ops import checks, tuning
     from minitune.training import runner, spikes
     from tests.batches import documents, packed
@@ -185,6 +186,12 @@ def uses(folder: Path) -> None:
     report("save", run, save)
     report("save, nf4-dq", run, lambda model: model.save_merged(folder / "merged-nf4"), quant="nf4-dq")
     report("to the CPU", run, lambda model: model.network.to("cpu"))
+    def measured(quant: Any) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            bench(Setting("tiny", 64, None, 2, 1e-9, 4, (), quant, "auto", "fp32"), "cuda", None, None)
+
+    report("bench", run, lambda model: measured(None))
+    report("bench, nf4-dq", run, lambda model: measured("nf4-dq"))
     report("doctor", run, lambda model: list(checks.run(model.config, 300, torch.bfloat16, torch.device("cuda"))))
 
 

@@ -1,9 +1,12 @@
 """The whole of it on a GPU: the same losses as on the CPU, no waiting within a step, the same bits twice."""
 
+import json
+
 import pytest
 import torch
 
 import minitune as mt
+from minitune.bench import LEAST, Setting, bench
 from minitune.ops import moments8, nf4, rope
 from tests.batches import documents, packed
 from tests.oracles import make
@@ -73,6 +76,16 @@ def forget_tables():
     """So that each run makes them anew, within a step."""
     for table in (moments8.table, rope._static, nf4.table, nf4.nested_code):
         table.cache_clear()
+
+
+@pytest.mark.parametrize("quant", [None, "nf4-dq"])
+def test_bench_measures_steps(tmp_path, quant):
+    setting = Setting("tiny", 512, 200, 2, 0.2, 8, (), quant, "auto", "8bit")
+    bench(setting, "cuda", None, tmp_path / "raw.json")
+    raw = json.loads((tmp_path / "raw.json").read_text())
+    assert raw["environment"]["gpu"]["name"] == torch.cuda.get_device_name()
+    assert len(raw["steps"]) > LEAST and all(0 < step["seconds"] < 10 and step["grad_norm"] > 0 and step["memory"] > 0
+                                             for step in raw["steps"])
 
 
 def test_train_runs_and_saves(tmp_path):

@@ -145,6 +145,7 @@ def _cuda(watch: Any) -> dict[str, Any]:
             "get_device_name": lambda *_: about.name, "get_device_properties": lambda *_: about,
             "mem_get_info": lambda *_: (TOTAL - watch.live, TOTAL), "memory_allocated": lambda *_: watch.live,
             "memory_reserved": lambda *_: watch.live, "max_memory_allocated": lambda *_: watch.peak,
+            "reset_peak_memory_stats": lambda *_: None,
             "current_stream": order.current_stream, "Stream": order.Stream, "Event": order.Event,
             "stream": order.on, "CUDAGraph": Graph,
             "is_bf16_supported": lambda **_: True, "synchronize": synchronize,
