@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from minitune.arguments import warn
 from minitune.checkpoint.files import staged
 from minitune.errors import NotSaved
 from minitune.training.run import EvaluationRecord, Observer, Run, RunInfo, StepRecord
@@ -38,7 +40,11 @@ class JsonLines:
             raise NotSaved(f"{self._path}: cannot be written: {error.strerror or error}") from error
 
     def close(self) -> None:
+        """Warns where the file was removed meanwhile: what is written to it then goes nowhere, and fails nowhere."""
+        removed = not self._file.closed and os.name == "posix" and os.fstat(self._file.fileno()).st_nlink == 0
         self._file.close()
+        if removed:
+            warn(f"{self._path}: was removed while the run wrote it, and its lines are lost")
 
 
 class MetricsFile(Observer):

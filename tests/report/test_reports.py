@@ -85,6 +85,15 @@ def full():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a file that is open cannot be removed")
+def test_a_file_that_was_removed_meanwhile_is_told(tmp_path, recwarn):
+    path = tmp_path / "metrics.jsonl"
+    play(MetricsFile(path))
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: was removed while the run wrote it, and its lines are lost"):
+        play(MetricsFile(path), loss=lambda step: 1.0 if step != 3 else path.unlink() or 1.0)
+
+
 def test_a_full_disk_is_told_with_the_file_that_it_hit(tmp_path, full):
     observer = MetricsFile(tmp_path / "metrics.jsonl")
     with pytest.raises(NotSaved, match=r"metrics\.jsonl: cannot be written: File too large"):
