@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from minitune.data.jsonl import MAX_LINE, decode_value, open_data, read_jsonl
+from minitune.data.jsonl import MAX_LINE, UTF_16, decode_value, open_data, read_jsonl
 from minitune.errors import InputError
 
 KINDS = "a file of JSON lines, a .json array, a .txt or .md text, or a .parquet table"
@@ -61,7 +61,7 @@ def _read_text(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, 1 + content.count(b"\n", 0, error.start), content[error.start]) from error
+        raise _not_utf8(path, 1 + content.count(b"\n", 0, error.start), content, error.start) from error
     if not text.strip():
         raise InputError(f"{path}: holds no text; write some")
     yield f"{path}:1", {"text": text}
@@ -182,7 +182,7 @@ class _Window:
             self.text += self.decoder.decode(content, final=self.ended)
         except UnicodeDecodeError as error:
             line = self.line + self.text.count("\n") + error.object.count(b"\n", 0, error.start)
-            raise _not_utf8(self.path, line, error.object[error.start]) from error
+            raise _not_utf8(self.path, line, error.object, error.start) from error
         return True
 
     def peek(self) -> str:
@@ -228,8 +228,9 @@ class _Window:
                           f"{column}{since}; correct it")
 
 
-def _not_utf8(path: Path, line: int, byte: int) -> InputError:
-    what = "is UTF-16, not UTF-8" if line == 1 and byte in (0xfe, 0xff) else f"not UTF-8 (byte {byte:#04x})"
+def _not_utf8(path: Path, line: int, content: bytes, place: int) -> InputError:
+    begun = line == 1 and place == 0 and content.startswith(UTF_16)
+    what = "is UTF-16, not UTF-8" if begun else f"not UTF-8 (byte {content[place]:#04x})"
     return InputError(f"{path}:{line}: {what}; save the file as UTF-8")
 
 

@@ -238,7 +238,8 @@ def read_parts(path: Any, tokenizer: Tokenizer, field_map: Mapping[str, str] | N
     if not any(len(part.corpus) for part in parts):
         corpus = parts[0].corpus
         why = "; ".join(f"{reason}: {n_samples:,}" for reason, (n_samples, _) in corpus.dropped.items())
-        raise InputError(f"{corpus.path}: none of its samples is used ({why}), so there is nothing to train on")
+        raise InputError(f"{corpus.path}: none of its samples is used{f' ({why})' if why else ''}, so there is nothing "
+                         "to train on")
     return parts
 
 

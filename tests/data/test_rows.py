@@ -68,6 +68,7 @@ BAD_JSON = {
     b'[{"a": 1},\n{"a": "\xff"}]': ":2: not UTF-8 \\(byte 0xff\\); save",
     b'[{"a": "\xc3': "not UTF-8",
     '[{"a": 1}]'.encode("utf-16"): ":1: is UTF-16, not UTF-8; save",
+    b'[{"a": "\xfe\xff"}]': ":1: not UTF-8 \\(byte 0xfe\\); save",
     b"[" + b'{"a":' * 200_000: "nested too deeply",
     b"{'a': 1}": "not valid JSON: Expecting property name",
 }

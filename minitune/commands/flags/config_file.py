@@ -55,7 +55,7 @@ class _Source:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        if not file.is_file():
+        if not file.exists():
             raise InputError(f"{file}: there is no such file; --config takes a TOML file of settings, such as the "
                              "train.toml that a run writes into its folder")
         raw = file.read_bytes() if file.stat().st_size <= LARGEST else None

@@ -175,7 +175,8 @@ def _check_flags(name: str, args: Sequence[str], command: type[Any]) -> set[tupl
             if not values and known[paths[flag]] is not bool:
                 raise InputError(f"{name}: {flag} has no value; write {flag} {word(known[paths[flag]])} ({_see(name)})")
             _check_values(name, flag, values, known[paths[flag]])
-            left = 0 if match[2] is not None else len(values) if _takes_several(known[paths[flag]]) else 1
+            alone = match[2] is not None or known[paths[flag]] is bool
+            left = 0 if alone else len(values) if _takes_several(known[paths[flag]]) else 1
         setting = paths.get(flag) or paths.get(f"--{flag.removeprefix('--no-')}")
         given |= set() if setting is None else {setting}
     return given

@@ -45,6 +45,7 @@ WRONG = {
     "empty path with =": (["a", "b", "--adapter="], "--adapter is empty; give a path"),
     "empty place": (["a", ""], "an argument is empty; its value may be a shell variable that is not set"),
     "empty place behind values": (["--lr", "1", "", "b"], "an argument is empty; "),
+    "empty place behind a switch": (["--dry-run", "", "b"], "an argument is empty; "),
     "flag as value": (["a", "b", "--out", "--lr", "1"], "--out"),
     "half a pair": (["a", "b", "--rank-pattern", "q_proj"], "--rank-pattern NAME INT ..."),
     "pair": (["a", "b", "--rank-pattern", "q_proj", "x"], "--rank-pattern NAME INT ..."),
