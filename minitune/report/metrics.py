@@ -39,11 +39,12 @@ class JsonLines:
                 self._file.close()
             raise NotSaved(f"{self._path}: cannot be written: {error.strerror or error}") from error
 
-    def close(self) -> None:
-        """Warns where the file was removed meanwhile: what is written to it then goes nowhere, and fails nowhere."""
+    def close(self, run: Run) -> None:
+        """Warns where the file was removed meanwhile: what is written to it then goes nowhere, and fails nowhere. A run
+        without a step removes it itself."""
         removed = not self._file.closed and os.name == "posix" and os.fstat(self._file.fileno()).st_nlink == 0
         self._file.close()
-        if removed:
+        if removed and run.records:
             warn(f"{self._path}: was removed while the run wrote it, and its lines are lost")
 
 
@@ -80,7 +81,7 @@ class MetricsFile(Observer):
 
     def on_end(self, run: Run) -> None:
         if self._lines is not None:
-            self._lines.close()
+            self._lines.close(run)
             self._lines = None
 
 
@@ -104,5 +105,5 @@ class AnswersFile(Observer):
 
     def on_end(self, run: Run) -> None:
         if self._lines is not None:
-            self._lines.close()
+            self._lines.close(run)
             self._lines = None

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -175,7 +176,8 @@ def test_a_run_that_ends_before_its_first_step_leaves_nothing(tiny, data, tmp_pa
 
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "new", tmp_path / "empty"):
-        with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+            warnings.filterwarnings("error", "(?s).*was removed")
             patched.setattr(Examiner, "__call__", impatient)
             main(words(tiny, data, out, "--tensorboard"))
         assert ended.value.code == 130
