@@ -78,6 +78,9 @@ class GraphedStep:
 
     def __init__(self, model: Any, optimizer: torch.optim.Optimizer, example: Batch, objective: Objective = own_loss,
                  *, n_documents: int, n_trained: int):
+        if hasattr(objective, "n_losses"):
+            raise InputError("GraphedStep: the objective counts its own losses (n_losses), and a graph divides by "
+                             "trained tokens; take train_step")
         self.model, self.optimizer, self.objective = model, _checked(model, optimizer, example), objective
         self.sizes = example.n_tokens, n_documents, n_trained
         host = padded(example, n_documents, n_trained)

@@ -18,12 +18,14 @@ from minitune.training.optimizers import FlatOptimizer, check_max_norm, clip_gra
 from minitune.training.spikes import NONE, Limits
 
 Objective = Callable[[Any, Batch], tuple[Tensor, int]]
-"""(model, batch) -> (the sum of the losses of the batch's trained tokens: fp32, 0-dim, with a graph; their number)."""
+"""(model, batch) -> (the sum of the batch's losses: fp32, 0-dim, with a graph; their number). A batch has as many
+losses as trained tokens, or as the objective's own ``n_losses(batch)`` says, if it has that."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """``loss``: mean over the step's trained tokens; ``grad_norm``: global norm before clipping.
+    """``loss``: mean over the step's losses, one a trained token if the objective does not count otherwise;
+    ``grad_norm``: global norm before clipping.
 
     Both are fp32 0-dim tensors, still on the device.
     """
@@ -44,13 +46,13 @@ def train_step(model: Any, micro_batches: Sequence[Batch], optimizer: torch.opti
                clip: float | None = 1.0, objective: Objective | None = None) -> StepResult:
     """Gradients of all micro-batches, clipped to the global norm `clip` (0: not clipped), then one update.
 
-    The number of trained tokens of the whole step is known on the host before it begins and divides every loss, so any
-    split gives the same gradient. A step whose loss or gradient is not finite changes no weight; the result's numbers
-    tell. A GPU is not asked in a step: there minitune's optimizers leave weights and moments as they are, though they
-    count the step, and another's takes one of zero gradients, by its momentum and weight decay. A group's learning rate
-    becomes `lr` times its ``lr_ratio``, where it has one; without `lr` the groups keep theirs, as a torch scheduler
-    sets them. Works with any torch optimizer; with minitune's the update is one launch for all small parameters of a
-    group.
+    The number of trained tokens of the whole step (or of what the objective counts, see `Objective`) is known on the
+    host before it begins and divides every loss, so any split gives the same gradient. A step whose loss or gradient is
+    not finite changes no weight; the result's numbers tell. A GPU is not asked in a step: there minitune's optimizers
+    leave weights and moments as they are, though they count the step, and another's takes one of zero gradients, by its
+    momentum and weight decay. A group's learning rate becomes `lr` times its ``lr_ratio``, where it has one; without
+    `lr` the groups keep theirs, as a torch scheduler sets them. Works with any torch optimizer; with minitune's the
+    update is one launch for all small parameters of a group.
 
     Raises InputError for what is no batch, rate or norm, and where no token of the step is trained.
     """
@@ -102,25 +104,32 @@ def gradients(model: Any, micro_batches: Sequence[Batch], optimizer: torch.optim
               objective: Objective) -> tuple[Tensor, int]:
     """The first half of `train_step` -> (loss, trained tokens). It changes gradients alone, no weight and no moment."""
     n_step = sum(batch.n_trained for batch in micro_batches)
+    counts = [_n_losses(objective, batch) if batch.n_trained else 0 for batch in micro_batches]
     if n_step == 0:
         raise InputError(f"train_step: none of the {sum(b.n_tokens for b in micro_batches)} tokens of this step is "
                          "trained (all labels are -100); check the data, or use longer micro-batches or more of them")
     optimizer.zero_grad(set_to_none=True)
     total: Tensor | None = None
-    for batch in micro_batches:
+    for batch, count in zip(micro_batches, counts, strict=True):
         if batch.n_trained == 0:
             continue
         loss_sum, n = _result(objective(model, batch))
-        if n != batch.n_trained:
-            raise InputError(f"the objective counted {n} trained tokens where the batch has {batch.n_trained}; the "
-                             "step divides by those: of a mean of your own give (mean * batch.n_trained, "
-                             "batch.n_trained)")
-        (loss_sum / n_step).backward()
+        if n != count:
+            raise InputError(f"the objective counted {n} losses where the batch has {count}, by which the step divides "
+                             "(its trained tokens, or what n_losses(batch) of the objective gives): of a mean of your "
+                             "own give (mean * batch.n_trained, batch.n_trained)")
+        (loss_sum / sum(counts)).backward()
         done = loss_sum.detach().float()        # an objective may count in another dtype
         total = done if total is None else total + done
         del loss_sum    # and with it the graph, before the next forward
     assert total is not None
-    return total / n_step, n_step
+    return total / sum(counts), n_step
+
+
+def _n_losses(objective: Objective, batch: Batch) -> int:
+    """How many losses a batch has, which is known before they are."""
+    own = getattr(objective, "n_losses", None)
+    return batch.n_trained if own is None else own(batch)
 
 
 def _result(found: Any) -> tuple[Tensor, int]:

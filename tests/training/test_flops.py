@@ -49,6 +49,16 @@ def test_filler_costs_nothing_and_windows_bound_attention():
     assert costs.of_batch(row) > costs.of_batch(row, 6)
 
 
+def test_a_reference_is_a_forward_more(tiny):
+    model = mt.load(tiny, lora=mt.LoRA(rank=8), device="cpu", dtype="float32")
+    one = batch((96, 40, 120))
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), model.adapter_disabled():
+        model.loss(one)
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) == "aten.mm")
+    more = costs_of(model.network, reference=True).of_batch(one) - costs_of(model.network).of_batch(one)
+    assert more == pytest.approx(counted + 4 * 128 * 4 * sum(n**2 / 2 for n in (96, 40, 120)), rel=5e-3)
+
+
 def test_the_matrix_rate_is_measured_once_and_draws_nothing():
     state = torch.get_rng_state()
     rate = matrix_rate(torch.device("cpu"), torch.float32)
