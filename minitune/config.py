@@ -24,6 +24,7 @@ from minitune.errors import InputError
 Moments = Literal["fp32", "8bit"]
 MemoryPolicy = Literal["auto", "keep", "pointwise", "full", "offload"]
 Quant = Literal["nf4", "nf4-dq"]
+ObjectiveName = Literal["sft", "dpo"]
 ScheduleName = Literal["constant", "linear", "cosine", "wsd", "slanted-triangular"]
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a layer, by their Hugging Face names: what ``targets="all-linear"`` means."""
@@ -189,6 +190,11 @@ class Training:
     """Largest global norm of the gradient; 0 does not clip."""
     label_smoothing: float = 0.0
     """Share of each target that is spread over the whole vocabulary; the reported loss is the smoothed one."""
+    objective: ObjectiveName = "sft"
+    """sft: the loss of the next token; dpo: of preferences the chosen answer over the rejected one, against the base
+    (Rafailov et al. 2023)."""
+    beta: float = 0.1
+    """dpo: how dearly a new log-probability that departs from the base's is paid for; a low one departs farther."""
     seed: int = 0
     """Random seed of shuffling and dropout; of the adapters' start too, which in Python mt.load(seed=) sets."""
     log_every: int = 1
@@ -221,6 +227,7 @@ class Training:
         for name, value in (("warmup", self.warmup), ("decay", self.decay)):
             check_share_or_number("training", name, value or 0.0, "steps")
         self._check_rates()
+        self._check_objective()
         if self.moments == "8bit" and self.optimizer == "sgd":
             raise InputError('training: moments is "8bit", which only adamw has; leave it out with optimizer="sgd"')
         for name, value in (("label_smoothing", self.label_smoothing), ("momentum", self.momentum)):
@@ -232,6 +239,16 @@ class Training:
         if self.decay != Training.decay and self.schedule != "wsd":
             raise InputError(f"training: decay is {self.decay!r}, which only the schedule wsd has; leave it out with "
                              f'schedule="{self.schedule}"')
+
+    def _check_objective(self) -> None:
+        """InputError for settings that belong to another objective."""
+        check_positive("training", beta=self.beta)
+        if self.objective == "sft" and self.beta != Training.beta:
+            raise InputError(f"training: beta is {self.beta!r}, which only the objective dpo has; leave it out, or say "
+                             'objective="dpo"')
+        if self.objective == "dpo" and self.label_smoothing:
+            raise InputError(f"training: label_smoothing is {self.label_smoothing!r}, which only the objective sft "
+                             'has; leave it out with objective="dpo"')
 
     def _check_rates(self) -> None:
         """InputError for rates that would grow where they should shrink, or stand still."""

@@ -54,11 +54,11 @@ def folder() -> Path:
     return cache / "data"
 
 
-def entry(path: Path, tokenizer: Tokenizer, field_map: Mapping[str, str] | None) -> Path | None:
+def entry(path: Path, tokenizer: Tokenizer, field_map: Mapping[str, str] | None, pairs: bool = False) -> Path | None:
     """The file in which the Corpus of `path` is or will be cached; None where there can be none."""
     parts: dict[str, Any] = {
         "format": MAGIC.decode(), "code": _code(), "order": sys.byteorder, "suffix": path.suffix.lower(),
-        "fields": sorted((field_map or {}).items()),
+        "fields": sorted((field_map or {}).items()), "pairs": pairs,
         "tokenizer": [tokenizer.kind, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids,
                       tokenizer.adds_bos, sorted(tokenizer.control_ids), tokenizer.added,
                       sorted(tokenizer.digests.items())],
@@ -122,9 +122,12 @@ def _is_sound(corpus: Corpus, vocab_size: int) -> bool:
     """Whether the arrays fit each other: a checksum proves that they are as written, not who wrote them."""
     n = len(corpus)
     if corpus.bounds.numel() != n + 1 or corpus.ids.numel() != corpus.trained.numel() or any(
-            getattr(corpus, name).numel() != n for name in ("weights", "digests", "n_trained", "flags")):
+            getattr(corpus, name).numel() != n for name in ("weights", "digests", "n_trained", "flags", "rejected_at")):
         return False
-    if corpus.bounds[0] != 0 or corpus.bounds[-1] != corpus.ids.numel() or (n and corpus.bounds.diff().min() <= 0):
+    lengths = corpus.bounds.diff()
+    if corpus.bounds[0] != 0 or corpus.bounds[-1] != corpus.ids.numel() or (n and lengths.min() <= 0):
+        return False
+    if n and (corpus.rejected_at.min() < 0 or (corpus.rejected_at >= lengths).any()):
         return False
     if n and (corpus.ids.min() < 0 or corpus.ids.max() >= vocab_size or (corpus.weights <= 0).any()):
         return False

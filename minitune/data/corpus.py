@@ -22,7 +22,8 @@ ENDS, BLANK, SPOILT, OPEN = 1, 2, 4, 8
 """Bits of ``Corpus.flags``: an end-of-text token is trained; the answers are blank; a text holds U+FFFD or a null
 character; a conversation does not end with an answer."""
 ARRAYS = {"ids": torch.int32, "trained": torch.int8, "bounds": torch.int64, "weights": torch.float32,
-          "numbers": torch.int64, "digests": torch.int64, "n_trained": torch.int32, "flags": torch.uint8}
+          "numbers": torch.int64, "digests": torch.int64, "n_trained": torch.int32, "flags": torch.uint8,
+          "rejected_at": torch.int32}
 """The arrays of a Corpus, with their dtypes."""
 _TYPECODES = {torch.int32: "i", torch.int8: "b", torch.int64: "q", torch.float32: "f", torch.uint8: "B"}
 
@@ -33,8 +34,10 @@ class Corpus:
 
     ids int32 [N]; trained int8 [N], 0 at each first token; bounds int64 [n + 1]; weights fp32 [n], NaN where a document
     has none. Of each document int64 [n] ``numbers`` (its line), ``digests`` (of its ids: equal ones are duplicates),
-    int32 ``n_trained``, uint8 ``flags``. ``marker`` stands between the file's name and the line in a sample's name.
-    ``n_samples`` counts the file's samples, those without a document too; ``dropped`` is {reason: (samples, tokens)}.
+    int32 ``n_trained``, uint8 ``flags``, int32 ``rejected_at``: a pair of answers is one document, and the rejected one
+    begins there, with its prompt (0: it is no pair). ``marker`` stands between the file's name and the line in a
+    sample's name. ``n_samples`` counts the file's samples, those without a document too; ``dropped`` is {reason:
+    (samples, tokens)}.
     """
 
     path: str
@@ -49,6 +52,7 @@ class Corpus:
     digests: Tensor
     n_trained: Tensor
     flags: Tensor
+    rejected_at: Tensor
 
     def __len__(self) -> int:
         return self.numbers.numel()
@@ -66,7 +70,7 @@ class Corpus:
     def document(self, index: int, start: int, end: int) -> Document:
         """Tokens [start, end) of the file as a Document; they belong to document `index`."""
         return Document(self.ids[start:end].tolist(), self.trained[start:end].tolist(), self.weight(index),
-                        self.where(index))
+                        self.where(index), int(self.rejected_at[index]))
 
 
 class Builder:
@@ -107,6 +111,7 @@ class Builder:
         ends = bool(trained[-1] and ids[-1] in self._eos_ids) or any(       # nearly always at the end
             target and token in self._eos_ids for token, target in zip(ids, trained, strict=True))
         arrays["flags"].append(ENDS * ends + sample.flags)
+        arrays["rejected_at"].append(sample.rejected_at)
 
     def _number(self, where: str) -> int:
         digits = where[len(self.path) + len(self.marker):]

@@ -18,13 +18,15 @@ class Document:
     """One sample, ready to be packed. ``ids`` and ``trained`` have one entry a token and are kept as compact arrays.
 
     ``trained[i]`` says whether token i is a target of the loss; the first token has no predecessor, so it never is.
-    ``weight`` (positive, None: 1) multiplies the loss of its tokens. ``where`` is "file:line", for messages.
+    ``weight`` (positive, None: 1) multiplies the loss of its tokens. ``where`` is "file:line", for messages. A pair of
+    answers is one document: from token ``rejected_at`` on it is the rejected one, with its prompt; 0: it is no pair.
     """
 
     ids: Sequence[int]
     trained: Sequence[int]
     weight: float | None = None
     where: str = ""
+    rejected_at: int = 0
 
     def __post_init__(self) -> None:
         name = self.where or "document"
@@ -41,7 +43,9 @@ class Document:
         if min(ids) < 0:
             raise InputError(f"{name}: {min(ids)} is no token id")
         trained = _flags(self.trained)
-        trained[0] = 0
+        if not 0 <= self.rejected_at < len(ids):
+            raise InputError(f"{name}: rejected_at is {self.rejected_at}; it must be below its {len(ids)} tokens")
+        trained[0] = trained[self.rejected_at] = 0
         object.__setattr__(self, "ids", ids)
         object.__setattr__(self, "trained", trained)
 

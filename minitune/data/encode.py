@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, NamedTuple
 
 from minitune.data.chat import encode_conversations
@@ -28,6 +30,7 @@ class Encoded(NamedTuple):
     ``ids`` int32 [n] and ``trained`` [n], 1 for a target (the first token never is one), else 0; both are empty where
     the whole sample is unused. ``weight`` multiplies its loss (None: 1). ``n_dropped`` are the tokens of its unused
     text, ``reason`` says why it is ("": there is none). ``flags``: what of `Corpus.flags` the sample itself tells.
+    ``rejected_at``: where of a pair the rejected answer's prompt begins, behind the chosen answer; 0: it is no pair.
     """
 
     where: str
@@ -37,6 +40,7 @@ class Encoded(NamedTuple):
     n_dropped: int = 0
     reason: str = ""
     flags: int = 0
+    rejected_at: int = 0
 
 
 def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Encoded]:
@@ -44,25 +48,40 @@ def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Encoded]:
 
     Unused texts are encoded as well, since the ledger counts tokens. Raises InputError that names the sample.
     """
-    pieces = iter(_encode_texts([sample for sample in samples if sample.segments is not None], tokenizer))
-    talks = iter(encode_conversations([(sample.messages, sample.tools, sample.where)
-                                       for sample in samples if sample.messages is not None], tokenizer))
+    sides = [side for sample in samples for side in _sides(sample)]
+    pieces = iter(_encode_texts([side for side in sides if side.segments is not None], tokenizer))
+    talks = iter(encode_conversations([(side.messages, side.tools, side.where)
+                                       for side in sides if side.messages is not None], tokenizer))
     unused = [sample.unused.text for sample in samples if sample.unused]
     counts = iter(map(len, tokenizer.encode_many(unused, bos=False)) if unused else ())
     found: list[Encoded] = []
     for sample in samples:
         ids: list[int] = []
         trained: list[bool] = []
-        if sample.segments is not None or sample.messages is not None:
-            ids, trained = next(pieces if sample.segments is not None else talks)
-            if not ids:
+        rejected_at = 0
+        for side in _sides(sample):
+            own, targets = next(pieces if side.segments is not None else talks)
+            if not own:
                 raise InputError(f"{sample.where}: the tokenizer makes no token of it; write some text or remove the "
                                  "sample")
-            trained[0] = False      # nothing stands before it
+            targets[0] = False      # nothing stands before it
+            if sample.rejected and not any(targets):
+                raise InputError(f"{sample.where}: nothing is trained of the {'rejected' if ids else 'chosen'} answer: "
+                                 "its turns have weight 0; remove the weights or the sample")
+            rejected_at = len(ids)
+            ids, trained = ids + own if ids else own, trained + targets if ids else targets
         dropped, reason = (next(counts), sample.unused.reason) if sample.unused else (0, "")
-        found.append(Encoded(sample.where, array("i", ids), bytes(trained), sample.weight, dropped, reason,
-                             _flags(sample)))
+        flags = reduce(or_, map(_flags, _sides(sample)), 0)
+        found.append(Encoded(sample.where, array("i", ids), bytes(trained), sample.weight, dropped, reason, flags,
+                             rejected_at))
     return found
+
+
+def _sides(sample: Sample) -> tuple[Sample, ...]:
+    """What of it becomes tokens: nothing, itself, or of a pair both."""
+    if sample.segments is None and sample.messages is None:
+        return ()
+    return (sample,) if sample.rejected is None else (sample, sample.rejected)
 
 
 def _encode_texts(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Flagged]:
@@ -108,7 +127,7 @@ def _characters(sample: Sample) -> int:
     beside = [sample.unused.text] if sample.unused else []
     if sample.tools:
         beside.append(str(sample.tools))
-    return sum(map(len, _texts(sample) + beside))
+    return sum(map(len, _texts(sample) + beside)) + (_characters(sample.rejected) if sample.rejected else 0)
 
 
 def _flags(sample: Sample) -> int:

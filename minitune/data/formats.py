@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minitune.arguments import is_number, short
 from minitune.data.conversations import check_trained, is_trained, text_of, to_messages, to_tools, untrained
-from minitune.data.fields import check_field_map, recognise
+from minitune.data.fields import FORMATS, check_field_map, recognise
 from minitune.data.rows import read_rows
 from minitune.data.segments import Segment
 from minitune.errors import InputError
@@ -29,7 +30,7 @@ class Sample(NamedTuple):
 
     ``messages`` are OpenAI's: {"role", "content", …}; assistant turns are trained, except those with "weight": 0.
     ``tools`` belong to them. ``weight`` (positive, None: 1) multiplies the sample's loss. ``where`` is "file:line",
-    ``kind`` a key of `minitune.data.fields.FORMATS`.
+    ``kind`` a key of `minitune.data.fields.FORMATS`. ``rejected``: of a pair, the same prompt with the other answer.
     """
 
     where: str
@@ -39,6 +40,7 @@ class Sample(NamedTuple):
     tools: list[Any] | None
     weight: float | None
     unused: Unused | None = None
+    rejected: Sample | None = None
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,17 @@ class Prompt:
 
 
 class _Content(NamedTuple):
-    """What a format's reader finds in a row."""
+    """What a format's reader finds in a row; ``rejected`` reads the rest of a preference as a sample, too."""
 
     segments: list[Segment] | None = None
     messages: Messages | None = None
     tools: list[Any] | None = None
     unused: Unused | None = None
+    rejected: Callable[[], _Content] | None = None
 
 
-def to_sample(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] | None = None) -> Sample:
+def to_sample(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] | None = None,
+              pairs: bool = False) -> Sample:
     """The Sample of one row, in whichever of these formats its fields say (`minitune.data.fields`):
 
     - {"text"}: all of it is trained.
@@ -81,8 +85,9 @@ def to_sample(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] |
     that never sees the end of its answers never stops; segments before it get none.
 
     Any row may have "weight", a positive number that multiplies its loss. `field_map`, which was checked, and the rule
-    on other fields: see `recognise`. Raises InputError that begins with `where` and names the field and what is
-    accepted.
+    on other fields: see `recognise`. With `pairs` a row must be a preference, and its rejected answer is read as the
+    chosen one is; a pair of equal answers, which prefers nothing, is unused. Raises InputError that begins with `where`
+    and names the field and what is accepted.
     """
     kind, fields = recognise(row, where, field_map)
     weight = _weight(fields, where)
@@ -92,17 +97,33 @@ def to_sample(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] |
             if fields.get(name):
                 raise InputError(f"{where}: {name} belong to a conversation, but the sample is plain text; write its "
                                  "parts as lists of messages, or remove them")
+    if pairs:
+        return _paired(found, where, kind, weight)
     return Sample(where, kind, found.segments, found.messages, found.tools, weight, found.unused)
 
 
-def to_samples(rows: Iterable[tuple[str, dict[str, Any]]],
-               field_map: Mapping[str, str] | None = None) -> Iterator[Sample]:
+def _paired(chosen: _Content, where: str, kind: str, weight: float | None) -> Sample:
+    """The Sample of a preference, with that of its rejected answer."""
+    if chosen.rejected is None:
+        raise InputError(f"{where}: is a sample of the format {kind}, which has no rejected answer to compare with; "
+                         f"give {' or '.join(', '.join(FORMATS[each].required) for each in _PREFERENCES)}")
+    rejected = chosen.rejected()
+    if (chosen.segments is None) != (rejected.segments is None):
+        raise InputError(f"{where}: of chosen and rejected one is text and the other messages; write both alike")
+    if chosen[:2] == rejected[:2]:
+        said = "".join(each.text for each in chosen.segments or ()) + text_of(chosen.messages or ())
+        return Sample(where, kind, None, None, None, weight, Unused("chosen and rejected are the same", said))
+    return Sample(where, kind, *chosen[:3], weight, rejected=Sample(where, kind, *rejected[:3], weight))
+
+
+def to_samples(rows: Iterable[tuple[str, dict[str, Any]]], field_map: Mapping[str, str] | None = None,
+               pairs: bool = False) -> Iterator[Sample]:
     """Yields the Sample of each (where, row), such as `read_rows` gives them. See `to_sample`. InputError also for a
     field map that is none."""
     if field_map:
         check_field_map(field_map)
     for where, row in rows:
-        yield to_sample(row, where, field_map)
+        yield to_sample(row, where, field_map, pairs)
 
 
 def prompts_of(path: str | Path, field_map: Mapping[str, str] | None = None) -> Iterator[Prompt]:
@@ -235,8 +256,8 @@ def _preference(fields: Mapping[str, Any], where: str) -> _Content:
         if "prompt" not in fields:
             raise InputError(f"{where}: the field 'prompt' is missing beside 'chosen', which is no whole conversation; "
                              "write the question as prompt")
-        found = _pair(fields, where, "chosen")
-        return _Content(found.segments, found.messages, found.tools, Unused("rejected answer", texts["rejected"]))
+        return _pair(fields, where, "chosen")._replace(unused=Unused("rejected answer", texts["rejected"]),
+                                                       rejected=partial(_pair, fields, where, "rejected"))
     messages, others = sides["chosen"], sides["rejected"]
     shared = 0
     if not isinstance(others, str):
@@ -251,9 +272,21 @@ def _preference(fields: Mapping[str, Any], where: str) -> _Content:
         raise InputError(f"{where}: prompt is {short(prompt)}, but chosen is a whole conversation that does not begin "
                          "with it as rejected does; write the answer alone as chosen, or remove prompt")
     check_trained(to_messages(messages[shared:], where, f"chosen[{shared}:]"), where, "chosen")
-    unused = texts["rejected"] if isinstance(others, str) else text_of(others[shared:])
-    return _Content(messages=asked + messages[shared:], tools=to_tools(fields, where),
-                    unused=Unused("rejected answer", unused))
+    answers, tools = others if isinstance(others, str) else others[shared:], to_tools(fields, where)
+    return _Content(messages=asked + messages[shared:], tools=tools,
+                    unused=Unused("rejected answer", answers if isinstance(answers, str) else text_of(answers)),
+                    rejected=partial(_rejected, asked, answers, tools, where, "rejected"))
+
+
+def _rejected(asked: Messages, answers: Messages | str, tools: list[Any] | None, where: str, name: str) -> _Content:
+    """The prompt with the messages that were rejected."""
+    if isinstance(answers, str):
+        raise InputError(f"{where}: {name} is a text, and chosen a conversation; write both alike")
+    if not asked:
+        raise InputError(f"{where}: chosen and {name} do not begin alike, so they do not answer the same prompt; give "
+                         "both the same turns before their answers")
+    check_trained(to_messages(answers, where, name) if answers else (), where, name)
+    return _Content(messages=asked + answers, tools=tools)
 
 
 def _openai_preference(fields: Mapping[str, Any], where: str) -> _Content:
@@ -266,7 +299,8 @@ def _openai_preference(fields: Mapping[str, Any], where: str) -> _Content:
     check_trained(chosen, where, "preferred_output")
     rejected = to_messages(fields["non_preferred_output"], where, "non_preferred_output", trained=False)
     tools = to_tools({name: value for name, value in given.items() if value is not None}, f"{where}: input")
-    return _Content(messages=asked + chosen, tools=tools, unused=Unused("rejected answer", text_of(rejected)))
+    return _Content(messages=asked + chosen, tools=tools, unused=Unused("rejected answer", text_of(rejected)),
+                    rejected=partial(_rejected, asked, rejected, tools, where, "non_preferred_output"))
 
 
 def _kto(fields: Mapping[str, Any], where: str) -> _Content:
@@ -285,5 +319,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], _Content]] = {
     "sharegpt": lambda fields, where: _chat(fields, where, "conversations"), "gradient": _gradient,
     "preference": _preference, "openai preference": _openai_preference, "kto": _kto,
 }
+
+_PREFERENCES = ("preference", "openai preference")
 
 __all__ = ["Prompt", "Sample", "Unused", "prompts_of", "to_sample", "to_samples"]

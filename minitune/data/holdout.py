@@ -54,30 +54,32 @@ def split_off(whole: Stream, amount: float) -> tuple[Stream, Stream]:
 
 
 def streams(path: str | Path, tokenizer: Tokenizer, settings: Data, *, tokens: int, epochs: int = 1, seed: int = 0,
-            progress: Progress | None = None) -> tuple[Stream, Stream | None]:
-    """The training stream of a file under `settings`, and the validation stream if they ask for one.
+            progress: Progress | None = None, pairs: bool = False) -> tuple[Stream, Stream | None]:
+    """The training stream of a file under `settings`, and the validation stream if they ask for one; of `pairs` both.
 
     Raises InputError where nothing of the training data is trained, or of the validation data, besides all that
     `stream` refuses.
     """
     train = stream(settings.shares(path), tokenizer, tokens=tokens, epochs=epochs, seed=seed,
-                   field_map=settings.fields(), long=settings.long, cache=settings.cached, progress=progress)
+                   field_map=settings.fields(), long=settings.long, cache=settings.cached, progress=progress,
+                   pairs=pairs)
     if not any(part.corpus.n_trained.any() for part in train.parts):
         first = next(part.corpus.where(0) for part in train.parts if len(part.corpus))
         raise InputError(f"{first}: nothing is trained here, nor in any other sample: all answers have weight 0, or no "
                          "segment is trainable; give what is to be learned weight 1 (trainable: true)")
-    train, valid = hold_out(train, settings, read_valid(settings, tokenizer, progress))
+    train, valid = hold_out(train, settings, read_valid(settings, tokenizer, progress, pairs))
     _check_trained(train, "to train on")
     if valid is not None:
         _check_trained(valid, "to measure the validation loss on")
     return train, valid
 
 
-def read_valid(settings: Data, tokenizer: Tokenizer, progress: Progress | None = None) -> list[Part] | None:
+def read_valid(settings: Data, tokenizer: Tokenizer, progress: Progress | None = None,
+               pairs: bool = False) -> list[Part] | None:
     """The validation file that `settings` name, encoded; None where they name none."""
     if settings.valid is None:
         return None
-    return read_parts(settings.valid, tokenizer, settings.fields(), settings.cached, progress)
+    return read_parts(settings.valid, tokenizer, settings.fields(), settings.cached, progress, pairs)
 
 
 def hold_out(train: Stream, settings: Data, held: Sequence[Part] | None) -> tuple[Stream, Stream | None]:

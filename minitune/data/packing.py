@@ -91,39 +91,53 @@ def too_long(where: str, length: int, tokens: int, longest: int, advice: str) ->
                       f"document has {longest:,}), or {advice}")
 
 
-Piece = tuple[memoryview, memoryview, float | None]
-"""What is packed: the memory of ids int32 [n] and of trained int8 [n] (not 0: a target; the first never is one), and
-the weight or None. A data set has very many short ones, and a slice of memory is made in a tenth of a tensor's time."""
+Piece = tuple[memoryview, memoryview, float | None, int]
+"""What is packed: the memory of ids int32 [n] and of trained int8 [n] (not 0: a target; the first never is one), the
+weight or None, and of a pair where its second document begins, else 0. A data set has very many short ones, and a slice
+of memory is made in a tenth of a tensor's time."""
 
 
 def make_batch(pieces: Iterable[Piece], tokens: int, weighted: bool = False, numbers: Sequence[int] = ()) -> Batch:
-    """The Batch of pieces that together have at most `tokens` tokens, with a filler document behind them.
+    """The Batch of pieces that together have at most `tokens` tokens, with a filler document behind them. A pair is two
+    of its documents, one behind the other.
 
     ``weighted`` gives it weights [T] (1 where a piece has none), else None. `numbers`: which pieces they are.
     """
     found = list(pieces)
-    lengths = [trained.nbytes for _, trained, _ in found]
+    lengths, owners = _documents(found)
     filled = sum(lengths)
     rest = tokens - filled
     ids = torch.full((tokens,), FILLER_ID, dtype=torch.int64)
-    ids[:filled] = torch.frombuffer(bytearray().join([numbers for numbers, _, _ in found]), dtype=torch.int32)
+    ids[:filled] = torch.frombuffer(bytearray().join([piece[0] for piece in found]), dtype=torch.int32)
     target = torch.zeros(tokens, dtype=torch.bool)
-    target[:filled] = torch.frombuffer(bytearray().join([trained for _, trained, _ in found]), dtype=torch.int8)
+    target[:filled] = torch.frombuffer(bytearray().join([piece[1] for piece in found]), dtype=torch.int8)
     bounds = torch.tensor(list(accumulate([*lengths, rest] if rest else lengths, initial=0)))
     target[bounds[:-1]] = False
     labels = torch.where(target, ids, IGNORED).roll(-1)
     weights = None
     if weighted:
-        each = torch.tensor([1.0 if weight is None else weight for _, _, weight in found] + [1.0] * (rest > 0),
-                            dtype=torch.float32)
+        given = [1.0 if found[owner][2] is None else found[owner][2] for owner in owners]
+        each = torch.tensor(given + [1.0] * (rest > 0), dtype=torch.float32)
         weights = each.repeat_interleave(bounds.diff())
     return Batch(tokens=ids, labels=labels, cu_seqlens=bounds.int(), weights=weights, n_filler=rest,
-                 pieces=tuple(numbers))
+                 pieces=tuple(numbers[owner] for owner in owners) if numbers else ())
+
+
+def _documents(pieces: Sequence[Piece]) -> tuple[list[int], Sequence[int]]:
+    """(how long each document is, whose it is: a place in `pieces`)."""
+    if not any(second for _, _, _, second in pieces):
+        return [trained.nbytes for _, trained, _, _ in pieces], range(len(pieces))
+    lengths, owners = [], []
+    for owner, (_, trained, _, second) in enumerate(pieces):
+        own = [second, trained.nbytes - second] if second else [trained.nbytes]
+        lengths += own
+        owners += [owner] * len(own)
+    return lengths, owners
 
 
 def _piece(document: Document) -> Piece:
     ids, trained = memoryview(document.ids), memoryview(document.trained)       # type: ignore[arg-type]
-    return ids, trained, document.weight
+    return ids, trained, document.weight, document.rejected_at
 
 
 def _as_document(value: Document | Sequence[Any] | Tensor, where: str) -> Document:

@@ -32,8 +32,8 @@ Progress = Callable[[str, int, int], object]
 
 
 def read_corpus(path: str | Path, tokenizer: Tokenizer, field_map: Mapping[str, str] | None = None,
-                cache: bool | None = None, progress: Progress | None = None) -> Corpus:
-    """The encoded samples of a data file.
+                cache: bool | None = None, progress: Progress | None = None, pairs: bool = False) -> Corpus:
+    """The encoded samples of a data file; with `pairs` both answers of each preference.
 
     ``cache``: None uses the cache for files of at least `MIN_FILE` bytes, True for any, False for none. Raises
     InputError for whatever is wrong with the file.
@@ -41,20 +41,20 @@ def read_corpus(path: str | Path, tokenizer: Tokenizer, field_map: Mapping[str, 
     path = check_path("data", "a file", path)
     before = _state(path)
     wanted = before is not None and (cache is True or (cache is None and before[0] >= store.MIN_FILE))
-    entry = store.entry(path, tokenizer, field_map) if wanted else None
+    entry = store.entry(path, tokenizer, field_map, pairs) if wanted else None
     corpus = store.load(entry, str(path), tokenizer.vocab_size) if entry is not None else None
     if corpus is not None:
         return corpus
-    corpus = _encoded(str(path), to_samples(read_rows(path), field_map), tokenizer, progress)
+    corpus = _encoded(str(path), to_samples(read_rows(path), field_map, pairs), tokenizer, progress)
     if entry is not None and _state(path) == before:        # else it was not these bytes that the entry's name tells of
         store.store(entry, corpus)
     return corpus
 
 
 def corpus_of(rows: Any, tokenizer: Tokenizer, field_map: Mapping[str, str] | None = None,
-              progress: Progress | None = None) -> Corpus:
+              progress: Progress | None = None, pairs: bool = False) -> Corpus:
     """The encoded samples of rows in memory (`minitune.data.samples`). InputError for whatever is wrong with one."""
-    return _encoded(NAME, to_samples(rows_of(rows), field_map), tokenizer, progress)
+    return _encoded(NAME, to_samples(rows_of(rows), field_map, pairs), tokenizer, progress)
 
 
 def _encoded(name: str, samples: Iterable[Sample], tokenizer: Tokenizer, progress: Progress | None) -> Corpus:

@@ -38,7 +38,8 @@ class Stream:
 
     ``ledger`` tells where every token went (`minitune.data.ledger`). Of epoch 0: ``n_documents``, ``n_tokens`` (the
     packed documents' own), ``n_trained`` (targets among them), ``n_masked``, ``n_filler``: n_trained + n_masked +
-    n_filler = count(1) · tokens. ``parts`` are the files that it draws from.
+    n_filler = count(1) · tokens. ``parts`` are the files that it draws from. ``pairs``: each document is a pair of
+    answers, the chosen and the rejected one, which a batch holds as two, one behind the other.
     """
 
     def __init__(self, parts: Sequence[Part], tokens: int, *, epochs: int = 1, seed: int = 0, shuffle: bool = True,
@@ -49,6 +50,7 @@ class Stream:
         if long not in get_args(Long):
             raise InputError(f"stream: long is {short(long)}; it must be one of {', '.join(get_args(Long))}")
         self.parts, self.tokens, self.long = tuple(parts), tokens, long
+        self.pairs = any(bool(part.corpus.rejected_at.any()) for part in parts)
         self.epochs, self.seed, self.shuffle = epochs, seed, shuffle
         self._pieces = [cut(part.corpus, part.kept, tokens, long) for part in parts]
         # Of each piece its length, its start in its file, its document there, its file.
@@ -131,8 +133,10 @@ class Stream:
             start, place = self._starts[index], self._files[index]
             end = start + self._lengths[index]
             ids, trained = memory[place]
-            weight = self.parts[place].corpus.weight(self._owners[index]) if self._weighted else None
-            return ids[4 * start:4 * end], trained[start:end], weight
+            corpus, owner = self.parts[place].corpus, self._owners[index]
+            weight = corpus.weight(owner) if self._weighted else None
+            second = int(corpus.rejected_at[owner]) if self.pairs else 0
+            return ids[4 * start:4 * end], trained[start:end], weight, second
 
         for row in self._rows(epoch):
             yield make_batch(map(piece, row), self.tokens, self._weighted, row)
@@ -203,7 +207,8 @@ class Stream:
 @answers_names
 def stream(path: str | Path | Sequence[Any] | Mapping[Any, float], tokenizer: Tokenizer, *, tokens: int,
            epochs: int = 1, seed: int = 0, shuffle: bool = True, field_map: Mapping[str, str] | None = None,
-           long: Long = "refuse", cache: bool | None = None, progress: Progress | None = None) -> Stream:
+           long: Long = "refuse", cache: bool | None = None, progress: Progress | None = None,
+           pairs: bool = False) -> Stream:
     """Reads and encodes data files (formats: `minitune.data.formats`) and gives their packed batches.
 
     `path`: a file, a list of files, or {file: share}, where share is how often each of its samples is seen in an epoch:
@@ -212,7 +217,7 @@ def stream(path: str | Path | Sequence[Any] | Mapping[Any, float], tokenizer: To
     Each Batch has exactly `tokens` positions. `long`: what is done with a sample that has more: "refuse", "split" into
     pieces that do not see each other, or "truncate". `field_map`: {our field: your field}. `cache`: see
     `minitune.data.cache`; None caches files above 1 MB, False none. `progress`(file, samples, tokens) is called now and
-    then while a file is encoded.
+    then while a file is encoded. `pairs`: of preferences both answers, for objective="dpo"; without it the chosen one.
 
     The encoded data set takes 5 bytes a token of host memory, or of the page cache where it comes from the cache. While
     a file is encoded, Python's search for cyclic garbage rests in the whole process, and its threads take turns sooner.
@@ -225,15 +230,17 @@ def stream(path: str | Path | Sequence[Any] | Mapping[Any, float], tokenizer: To
         raise InputError(f"stream: field_map is {short(field_map)}; give {{our field: your field}}, such as "
                          '{"prompt": "question"}')
     check_whole("stream", "tokens", tokens, low=2)      # the last token of a row is never trained
-    return Stream(read_parts(path, tokenizer, field_map, cache, progress), tokens, epochs=epochs, seed=seed,
+    if not isinstance(pairs, bool):
+        raise InputError(f"stream: pairs is {short(pairs)}; it must be True or False")
+    return Stream(read_parts(path, tokenizer, field_map, cache, progress, pairs), tokens, epochs=epochs, seed=seed,
                   shuffle=shuffle, long=long)
 
 
 def read_parts(path: Any, tokenizer: Tokenizer, field_map: Mapping[str, str] | None = None, cache: bool | None = None,
-               progress: Progress | None = None) -> list[Part]:
+               progress: Progress | None = None, pairs: bool = False) -> list[Part]:
     """The files of a stream, encoded; arguments as those of `stream`. InputError if none has a sample to train on."""
-    parts = [Part.whole(corpus_of(path, tokenizer, field_map, progress), 1.0)] if are_samples(path) else [
-        Part.whole(read_corpus(name, tokenizer, field_map, cache, progress), share)
+    parts = [Part.whole(corpus_of(path, tokenizer, field_map, progress, pairs), 1.0)] if are_samples(path) else [
+        Part.whole(read_corpus(name, tokenizer, field_map, cache, progress, pairs), share)
         for name, share in _files(path).items()]
     if not any(len(part.corpus) for part in parts):
         corpus = parts[0].corpus
