@@ -125,6 +125,7 @@ def uses(folder: Path) -> None:
 
     import minitune as mt
     from minitune.bench import Setting, bench
+    from minitune.objectives.dpo import DPO
     from minitune.ops import checks, tuning
     from minitune.training import runner, spikes
     from tests.batches import documents, packed
@@ -168,6 +169,11 @@ def uses(folder: Path) -> None:
         with mock.patch.object(spikes, "LEAST", 1):
             mt.train(model, batches, epochs=2, tokens=64, log_every=100, micro_batches=2, quiet=True, spikes="skip")
 
+    def prefer(model: Any) -> None:
+        """The three documents of a row, and one more, as two pairs."""
+        rows = [packed(documents((40, 9, 12, 30), seed), 96) for seed in range(3)]
+        mt.train(model, rows, tokens=96, epochs=2, micro_batches=2, log_every=100, quiet=True, objective=DPO())
+
     def save(model: Any) -> None:
         model.save_adapter(folder / "adapter")
         model.save_merged(folder / "merged")
@@ -177,6 +183,7 @@ def uses(folder: Path) -> None:
     report("train, out", run, lambda model: mt.train(model, batches, tokens=64, out=folder / "run", save_every=2,
                                                      valid=batches[:1], moments="8bit", quiet=True))
     report("train, spikes skipped", run, spikes_skipped)
+    report("train, dpo", run, prefer)
     report("train, out of memory", run, out_of_memory)
     report("tune", tune)
     report("evaluate", run, lambda model: mt.evaluate(model, batches))

@@ -15,7 +15,8 @@ from minitune.data.batch import Batch
 from minitune.data.chat import check_messages
 from minitune.data.formats import Prompt, prompts_of
 from minitune.errors import InputError
-from minitune.objectives.evaluate import evaluate
+from minitune.objectives.dpo import Preferred
+from minitune.objectives.evaluate import Evaluation, evaluate
 from minitune.training.run import EvaluationRecord, SampleAnswer
 
 Question = str | Sequence[dict[str, Any]] | Prompt
@@ -59,13 +60,15 @@ def as_asked(question: Prompt) -> Any:
 class Examiner:
     """Called by the loop between steps. `valid` are batches, or None; greedy answers have `max_new_tokens` at most.
 
-    ``always_ask``: questions are put at every evaluation, not only at the first and the last.
+    ``always_ask``: questions are put at every evaluation, not only at the first and the last. ``measure``: what finds
+    the figures of the validation data.
     """
 
     def __init__(self, model: Model, valid: Sequence[Batch] | None, questions: Sequence[Prompt], max_new_tokens: int,
-                 always_ask: bool) -> None:
+                 always_ask: bool, measure: Callable[[Any, Iterable[Batch]], Evaluation | Preferred] = evaluate,
+                 ) -> None:
         self.model, self.valid, self.questions = model, valid, tuple(questions)
-        self.max_new_tokens, self.always_ask = max_new_tokens, always_ask
+        self.max_new_tokens, self.always_ask, self.measure = max_new_tokens, always_ask, measure
 
     def check(self) -> None:
         """InputError for a question that the model cannot be asked: it has no tokenizer, its chat template refuses the
@@ -82,9 +85,9 @@ class Examiner:
         begun = time.perf_counter()
         found: dict[str, Any] = {}
         if self.valid is not None:
-            seen = evaluate(self.model, self.valid)
-            found = {"loss": seen.loss, "perplexity": seen.perplexity, "accuracy": seen.accuracy,
-                     "n_tokens": seen.n_tokens}
+            seen = self.measure(self.model, self.valid)
+            found = {"loss": seen.loss, "perplexity": seen.perplexity if isinstance(seen, Evaluation) else None,
+                     "accuracy": seen.accuracy, "n_tokens": seen.n_tokens}
         asks = self.questions if self.always_ask or asks_at(found.get("loss")) else ()
         if self.valid is None and not asks:
             return None

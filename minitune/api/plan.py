@@ -8,6 +8,7 @@ from minitune.api.model import Model, trained_weights
 from minitune.config import Training
 from minitune.data.stream import Stream
 from minitune.errors import InputError
+from minitune.objectives import named
 from minitune.training.loop import planned
 from minitune.training.needs import LESS, gigabytes, longest_row, needs_of
 
@@ -35,7 +36,8 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
     model.train(False)
     try:
         with torch.no_grad():
-            rows.append(("loss of the first row", f"{float(model.loss(first)):.4f}"))
+            total, n = named(training)(model, first)
+            rows.append(("loss of the first row", f"{float(total) / n:.4f}"))
     finally:
         model.train(was_training)
     return rows

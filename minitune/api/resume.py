@@ -34,7 +34,7 @@ from minitune.training.step import Objective
 FREE = ("log_every", "evaluate_every", "max_skipped", "patience", "save_every", "spikes")
 """Settings of the training with others of which a run may go on: they change no step as long as nothing goes wrong."""
 CHANGEABLE = ("lr", "schedule", "warmup", "decay", "min_lr_ratio", "weight_decay", "momentum", "clip",
-              "label_smoothing", "epochs", "max_steps", "data", "base", "ask", "objective")
+              "label_smoothing", "beta", "epochs", "max_steps", "data", "base", "ask", "objective")
 """What else may be another when the user names it: the checkpoint's weights and moments fit all the same."""
 SAMPLED = 4096
 """As many values of a frozen weight tell it from another."""

@@ -23,6 +23,7 @@ from minitune.api.examine import (
     validation_batches,
 )
 from minitune.api.model import Model, as_path
+from minitune.api.pairs import check_pairs
 from minitune.api.resume import (
     about,
     all_changed,
@@ -34,13 +35,15 @@ from minitune.api.resume import (
     saved_in,
 )
 from minitune.arguments import check_names, check_whole, short, warn
-from minitune.config import Training
+from minitune.config import ObjectiveName, Training
 from minitune.data.account import overlap
 from minitune.data.batch import Batch
 from minitune.data.samples import are_samples, how_to_give
 from minitune.data.stream import Stream, stream
 from minitune.errors import InputError
-from minitune.objectives import sft
+from minitune.objectives import named
+from minitune.objectives.dpo import DPO
+from minitune.objectives.evaluate import evaluate
 from minitune.ops import backends
 from minitune.report.claim import claimed
 from minitune.report.folder import run_folder
@@ -63,7 +66,7 @@ samples themselves."""
 
 def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterable[Batch] | None = None,
           training: Training | None = None, out: str | Path | None = None, ask: Sequence[Question] | None = None,
-          max_new_tokens: int = 128, objective: Objective | None = None, quiet: bool | None = None,
+          max_new_tokens: int = 128, objective: Objective | ObjectiveName | None = None, quiet: bool | None = None,
           config: Mapping[str, Any] | None = None, observers: Sequence[Observer] = (), resume: bool = False,
           changed: Sequence[str] = (), **settings: Any) -> Run:
     """Fine-tune `model` on a data file, on samples or on batches -> Run, the record of every step and evaluation.
@@ -83,14 +86,17 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
     names, such as ["lr", "max_steps"]; new data is read from where the old stood.
     ask: questions, texts or lists of messages, answered greedily before and after training, and at each
     evaluation where ``evaluate_every`` is set; with `out` and a path by default the data's first three prompts.
-    objective: what is minimised in place of the loss of the next token, a function of (model, batch) that gives (sum of
-    losses, number of trained tokens); evaluations measure the next token all the same.
+    objective: "dpo" trains on preferences, a chosen answer over a rejected one (objectives/dpo.py), and evaluations
+    measure that. Or what is minimised in place of the loss of the next token, a function of (model, batch) that gives
+    (sum of losses, number of trained tokens); evaluations measure the next token all the same.
     quiet: True shows no progress, False shows it always; by default it is shown on a terminal and in a notebook.
 
     Raises InputError before anything is written, where the data can be looked at before (an iterator cannot);
     TrainingDiverged where step after step has no finite loss, or the weights are no numbers any more.
     """
     unsaid = training is None and "epochs" not in settings
+    if isinstance(objective, str):
+        settings, objective = {**settings, "objective": objective}, None
     training = _training(training, settings)
     if isinstance(data, Stream) and data.tokens != training.tokens:
         if "tokens" in settings:
@@ -129,12 +135,12 @@ def _run(model: Model, ready: Ready, training: Training, objective: Objective | 
                 progress() if shown else NotesAsWarnings()]
     _tell_ledgers(model, ready.batches, ready.held_out, everyone, shown)
     rate = matrix_rate(model.device, model.network.dtype) if shown or folder is not None else None
-    minimised = functools.partial(sft.sft, label_smoothing=training.label_smoothing) if objective is None else objective
-    return fit(model, ready.batches, training, minimised, everyone, evaluate=ready.examiner,
-               costs=costs_of(model.network), matrix_rate=rate,
-               chance=math.log(model.config.vocab_size) if objective is None else None,
+    next_token = objective is None and training.objective == "sft"
+    return fit(model, ready.batches, training, objective or named(training), everyone, evaluate=ready.examiner,
+               costs=costs_of(model.network, reference=training.objective == "dpo"), matrix_rate=rate,
+               chance=math.log(model.config.vocab_size) if next_token else None,
                checkpoints=None if folder is None else _checkpoints(folder, model, ready), start=ready.saved,
-               divisible=objective is None)
+               divisible=next_token)
 
 
 class NotesAsWarnings(Observer):
@@ -178,6 +184,8 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
     model.trainable_parameters()
     batches = _batches("data", data, model, training)
     held_out = None if valid is None else _batches("valid", valid, model, training)
+    if objective is None:
+        check_pairs(model, training, batches, held_out, resume)
     if training.evaluate_every is not None and held_out is None and not questions:
         raise InputError(f"train: evaluate_every is {training.evaluate_every}, but there is nothing to evaluate; give "
                          "valid=… (held-out data) or ask=… (questions), or leave it out")
@@ -193,7 +201,8 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
     elif isinstance(batches, Stream) and not batches.n_trained:
         raise InputError("train: the data has no trained token (all labels are -100)")
     examiner = Examiner(model, None if held_out is None else validation_batches(held_out), questions, max_new_tokens,
-                        training.evaluate_every is not None)
+                        training.evaluate_every is not None,
+                        DPO(training.beta).evaluate if training.objective == "dpo" else evaluate)
     examiner.check()
     for name, asked in (("resume", resume), ("save_every", training.save_every)):
         if asked:
@@ -224,7 +233,7 @@ def _batches(name: str, data: Any, model: Model, training: Training) -> Iterable
     if _is_files(data) or are_samples(data):
         shuffled = name == "data"
         return stream(data, model.tokenizer, tokens=training.tokens, epochs=training.epochs if shuffled else 1,
-                      seed=training.seed, shuffle=shuffled)
+                      seed=training.seed, shuffle=shuffled, pairs=training.objective == "dpo")
     if advice := how_to_give(data):
         raise InputError(f"train: {name} is {short(data)}; {advice}")
     if not isinstance(data, Iterable):
@@ -251,6 +260,9 @@ def _check_observers(observers: Any) -> None:
 
 def _check_objective(objective: Any, training: Training) -> None:
     check_objective("train", objective)
+    if objective is not None and training.objective != "sft":
+        raise InputError(f"train: objective is {short(objective)}, and the training's is {training.objective!r}; give "
+                         "one of them")
     if objective is not None and training.label_smoothing:
         raise InputError(f"train: label_smoothing is {training.label_smoothing}, which is a part of the loss of the "
                          "next token; smooth in your objective (model.losses_at takes label_smoothing), or leave one "

@@ -94,7 +94,8 @@ class Train:
 
         samples = dataclasses.replace(self.samples, cache=False) if self.dry_run else self.samples
         data, valid = streams(self.data, model.tokenizer, samples, tokens=self.training.tokens,
-                              epochs=self.training.epochs, seed=self.training.seed, progress=reading())
+                              epochs=self.training.epochs, seed=self.training.seed, progress=reading(),
+                              pairs=self.training.objective == "dpo")
         questions = self.ask or first_questions(self.data, self.samples.fields())
         if self.dry_run:
             ready = prepare(model, data, valid=valid, training=self.training, out=self.out, ask=questions,

@@ -1,1 +1,21 @@
-"""What is minimised: one file an objective, each a function (model, batch) -> (sum of losses, trained tokens)."""
+"""What is minimised: one file an objective, each a function (model, batch) -> (sum of losses, how many they are)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from minitune.config import Training
+from minitune.data.batch import Batch
+from minitune.objectives.dpo import DPO
+from minitune.objectives.sft import sft
+
+
+def named(training: Training) -> Callable[[Any, Batch], tuple[Tensor, int]]:
+    """The objective that the settings name."""
+    if training.objective == "dpo":
+        return DPO(training.beta)
+    return functools.partial(sft, label_smoothing=training.label_smoothing)

@@ -50,7 +50,8 @@ class JsonLines:
 
 class MetricsFile(Observer):
     """Writes `path` anew. Keys of a step's line: the fields of StepRecord and tokens_per_second (without the filler);
-    of an evaluation's: step, valid_loss, valid_perplexity, valid_accuracy, valid_tokens, evaluation_seconds."""
+    of an evaluation's: step, valid_loss, valid_perplexity (of pairs null), valid_accuracy, valid_tokens,
+    evaluation_seconds."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -35,7 +35,7 @@ def plot_loss(records: Sequence[StepRecord], path: str | Path, title: str = "Tra
     seen = [(e.step, e.loss) for e in evaluations if e.loss is not None]
     if seen:
         axes.plot(*zip(*seen, strict=True), color="tab:green", marker="o", markersize=4, label="validation loss")
-    axes.set(xlabel="step", ylabel="loss per trained token", title=title)
+    axes.set(xlabel="step", ylabel="loss", title=title)
     axes.grid(alpha=0.3)
     rates = axes.twinx()
     rates.plot(steps, [r.lr for r in records], color="tab:orange", linewidth=1, alpha=0.7, label="learning rate")

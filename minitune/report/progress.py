@@ -194,6 +194,8 @@ def numbers(record: StepRecord, matrix_rate: float | None = None) -> str:
 def evaluation(record: EvaluationRecord) -> str:
     """An evaluation's figures in one line."""
     when = f"after step {record.step}" if record.step else "before training"
+    if record.perplexity is None:
+        return f"{when}: validation loss {record.loss:.4f}, chosen answer ahead in {record.accuracy:.1%} of the pairs"
     return (f"{when}: validation loss {record.loss:.4f}, perplexity {record.perplexity:,.2f}, token accuracy "
             f"{record.accuracy:.1%}")
 

@@ -29,8 +29,9 @@ class RunInfo:
 class StepRecord:
     """One finished step, in plain numbers. ``step`` counts from 1; ``grad_norm`` is the norm before clipping.
 
-    ``loss`` is the mean over the step's trained tokens (nats), before the update. ``seconds`` run from the end of the
-    step before to the end of this one, data included and evaluations not; ``n_tokens`` counts all positions.
+    ``loss`` is the mean over the step's trained tokens (nats), of dpo over its pairs, before the update. ``seconds``
+    run from the end of the step before to the end of this one, data included and evaluations not; ``n_tokens`` counts
+    all positions.
     ``n_filler`` of them are what packing left of the rows: work for the device, but no token of the data, so the rates
     and ``flops`` (training/flops.py; 0 where not known) leave them out. ``memory`` is the peak so far, in bytes:
     tensors on a GPU, else the process. ``left_out``: the step changed no weight, since its loss or the norm is not
@@ -67,7 +68,8 @@ class EvaluationRecord:
     """The model after ``step`` steps (0: before training), seen on the validation data and asked the sample questions.
 
     ``loss`` (nats), ``perplexity``, ``accuracy`` and ``n_tokens`` are those of the validation data's trained tokens,
-    None without such data; ``answers`` is empty where nothing was asked. ``seconds`` counts both.
+    None without such data; of pairs (dpo) the loss is its mean over them, the accuracy the share whose chosen answer is
+    ahead, and there is no perplexity; ``answers`` is empty where nothing was asked. ``seconds`` counts both.
     """
 
     step: int

@@ -1,0 +1,56 @@
+"""minitune train --objective dpo: a run from the command line, its words, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from minitune.cli import main
+
+ROWS = [{"prompt": f"Number {i} is", "chosen": f" {i * i}.", "rejected": f" {i + 7}!"} for i in range(24)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def words(tiny, data, out, *more):
+    return ["train", str(tiny), str(data), "--out", str(out), "--tokens", "64", "--epochs", "2", "--lr", "5e-3",
+            "--rank", "4", "--max-new-tokens", "3", *more]
+
+
+def test_a_run_and_its_adapter(tiny, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(words(tiny, data, out, "--objective", "dpo", "--beta", "0.5", "--valid-split", "6"))
+    said = capsys.readouterr()
+    assert "before training: validation loss 0.6931, chosen answer ahead in 50.0% of the pairs" in said.err
+    assert "chosen answer ahead in 100.0% of the pairs" in said.err and "loss 0." in said.out
+    settings = (out / "train.toml").read_text()
+    assert 'objective = "dpo"' in settings and "beta = 0.5" in settings
+    main(["complete", str(tiny), "Number 3 is", "--adapter", str(out / "adapter"), "--max-new-tokens", "3"])
+    capsys.readouterr()
+    given = [word for word in words(tiny, data, tmp_path / "next", "--objective", "dpo") if word not in ("--rank", "4")]
+    with pytest.raises(SystemExit) as ended:
+        main([*given, "--adapter", str(out / "adapter")])
+    assert ended.value.code == 2 and "merge it into the base first" in capsys.readouterr().err
+    assert not (tmp_path / "next").exists()
+
+
+def test_a_dry_run_and_bad_words(tiny, data, tmp_path, capsys):
+    main(words(tiny, data, tmp_path / "out", "--objective", "dpo", "--dry-run"))
+    assert "0.6931" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    for more, wanted in ((["--beta", "0.5"], "which only the objective dpo has"),
+                         (["--objective", "dop"], "dpo"),
+                         (["--objective", "dpo", "--train", "full"], "the base itself is trained")):
+        given = words(tiny, data, tmp_path / "out", *more)
+        if "--train" in more:
+            at = given.index("--rank")
+            del given[at:at + 2]
+        with pytest.raises(SystemExit) as ended:
+            main(given)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and wanted in said and not (tmp_path / "out").exists(), said
