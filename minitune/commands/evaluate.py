@@ -8,12 +8,14 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from minitune.commands.flags.groups import Reading
-from minitune.config import Quant
+from minitune.config import ObjectiveName, Quant, Training
+from minitune.errors import InputError
 
 
 @dataclass(frozen=True)
 class Evaluate(Reading):
-    """Loss, perplexity and token accuracy on the trained tokens of a data file, the base beside its adapter."""
+    """Loss, perplexity and token accuracy on the trained tokens of a data file, the base beside its adapter; or how
+    often the adapter prefers the chosen answer of a pair."""
 
     base: Positional[Path]
     """Hugging Face folder."""
@@ -21,6 +23,10 @@ class Evaluate(Reading):
     """Held-out samples, in any format that training takes."""
     adapter: Path | None = None
     """PEFT adapter folder; its figures stand beside those of the base alone."""
+    objective: ObjectiveName = "sft"
+    """dpo: the data is pairs, and the adapter is measured by their loss against the base."""
+    beta: float = Training.beta
+    """dpo: as train's."""
     quant: Quant | None = None
     """nf4 or nf4-dq (double quantisation): the base's linears in 4 bits."""
     device: str | None = None
@@ -31,15 +37,26 @@ class Evaluate(Reading):
     def run(self) -> None:
         from minitune.api import load
         from minitune.data.stream import stream
+        from minitune.objectives.dpo import DPO
         from minitune.objectives.evaluate import evaluate
         from minitune.report.progress import reading
         from minitune.report.tables import print_table
 
+        pairs = Training(objective=self.objective, beta=self.beta).objective == "dpo"
+        if pairs and self.adapter is None:
+            raise InputError("evaluate: the objective dpo compares an adapter with the base; name it, --adapter FOLDER")
         fields = self.fields()
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter,
                      chat_template_kwargs=self.template_kwargs())
         batches = stream(self.data, model.tokenizer, tokens=self.tokens, shuffle=False, field_map=fields,
-                         long=self.long, progress=reading())
+                         long=self.long, progress=reading(), pairs=pairs)
+        samples = f"{batches.n_documents:,} sample{'' if batches.n_documents == 1 else 's'}"
+        title = f"{self.data}: {batches.n_trained:,} trained tokens of {samples}"
+        if pairs:
+            seen = DPO(self.beta).evaluate(model, batches)
+            print_table(title, ["", "adapter"], [["loss (a pair)", f"{seen.loss:.4f}"],
+                                                 ["chosen answer ahead", f"{seen.accuracy:.2%}"]])
+            return
         with model.adapter_disabled():
             found = [evaluate(model, batches)]
         if self.adapter is not None:
@@ -47,6 +64,4 @@ class Evaluate(Reading):
         rows = [["loss (nats a token)", *(f"{each.loss:.4f}" for each in found)],
                 ["perplexity", *(f"{each.perplexity:,.3f}" for each in found)],
                 ["token accuracy", *(f"{each.accuracy:.2%}" for each in found)]]
-        samples = f"{batches.n_documents:,} sample{'' if batches.n_documents == 1 else 's'}"
-        print_table(f"{self.data}: {found[0].n_tokens:,} trained tokens of {samples}",
-                    ["", "base", "adapter"][: 1 + len(found)], rows)
+        print_table(title, ["", "base", "adapter"][: 1 + len(found)], rows)

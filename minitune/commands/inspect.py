@@ -8,7 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from minitune.arguments import check_seed, check_whole
-from minitune.config import Data
+from minitune.config import Data, ObjectiveName
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Inspect:
     """How many samples are shown, from the first on, evenly spread."""
     tokens: int = 2048
     """T, the length of one packed micro-batch."""
+    objective: ObjectiveName = "sft"
+    """As train's: dpo reads both answers of each preference, chosen and rejected."""
     seed: int = 0
     """Random seed, as train's: it draws what --valid-split holds out."""
     samples: Data = field(default_factory=Data)
@@ -45,10 +47,11 @@ class Inspect:
         check_no_run(self.base)
         tokenizer, settings = load_tokenizer(self.base, self.add_tokens), self.samples
         tokenizer.chat_template_kwargs = settings.template_kwargs() or {}
-        parts = read_parts(settings.shares(self.data), tokenizer, settings.fields(), settings.cached, reading())
-        held = read_valid(settings, tokenizer, reading())
+        pairs = self.objective == "dpo"
+        parts = read_parts(settings.shares(self.data), tokenizer, settings.fields(), settings.cached, reading(), pairs)
+        held = read_valid(settings, tokenizer, reading(), pairs)
         longest = max(max(part.corpus.bounds.diff().tolist(), default=0) for part in [*parts, *(held or ())])
-        refuses = settings.long == "refuse"
+        refuses = settings.long == "refuse" or pairs
         row = max(self.tokens, longest) if refuses else self.tokens
         train, valid = hold_out(Stream(parts, row, seed=self.seed, long=settings.long), settings, held)
         for title, stream in (("Where the tokens go", train), ("Held out", valid)):
@@ -57,5 +60,5 @@ class Inspect:
                 print_ledger(with_glued(stream, ledger, tokenizer), title=title)
                 print()
         lengths = [length for part in parts for length in part.corpus.bounds.diff().tolist()]
-        print_lengths(lengths, self.tokens, what=LONG[settings.long])
+        print_lengths(lengths, self.tokens, what=LONG["refuse" if refuses else settings.long])
         print_samples(packed(train, self.n), tokenizer)

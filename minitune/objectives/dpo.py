@@ -19,7 +19,10 @@ class WithReference(Protocol):
     """What this objective asks of a model."""
 
     training: bool
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
 
     def token_losses(self, batch: Batch) -> Tensor:
         """fp32 [T]: negative log-likelihood at trained positions, 0 elsewhere."""

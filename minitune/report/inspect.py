@@ -27,6 +27,8 @@ SHOWN = 512
 """Tokens of a sample that are shown at most."""
 LONG = {"refuse": "too long for a row", "split": "split into rows", "truncate": "truncated to a row"}
 """What becomes of samples that are longer than a row, by ``Data.long``."""
+REJECTED = "\n--- rejected:\n"
+"""What stands between the two answers of a pair."""
 BAR = 40
 """Columns of the longest bar of a histogram."""
 
@@ -73,11 +75,18 @@ def print_sample(document: Document, tokenizer: Tokenizer, stream: TextIO | None
 
 
 def trained_runs(document: Document, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """(text, whether it is trained) of each run of the first SHOWN tokens; control characters are made visible, since
-    an escape sequence would act on the terminal."""
-    pairs = list(zip(document.ids, document.trained, strict=True))[:SHOWN]
+    """(text, whether it is trained) of each run of the first SHOWN tokens, of a pair both answers; control characters
+    are made visible, since an escape sequence would act on the terminal."""
+    tokens = list(zip(document.ids, document.trained, strict=True))[:SHOWN]
+    chosen = document.rejected_at or len(tokens)
+    found = _runs(tokens[:chosen], tokenizer)
+    return [*found, (REJECTED, False), *_runs(tokens[chosen:], tokenizer)] if tokens[chosen:] else found
+
+
+def _runs(tokens: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """Those of one text, of (id, whether it is trained)."""
     found: list[tuple[str, bool]] = []
-    for trained, run in groupby(pairs, key=lambda pair: bool(pair[1])):
+    for trained, run in groupby(tokens, key=lambda token: bool(token[1])):
         text = tokenizer.decode([number for number, _ in run], skip_special=False, continues=bool(found))
         found.append((visible(text, keep="\n"), trained))
     return found
@@ -94,8 +103,9 @@ def refused(stream: Stream, tokens: int) -> Ledger:
         longest = max(longest, *lengths, 0)
     if not places:
         return stream.ledger
-    note = Note(f"longer than {tokens:,} tokens, so training refuses them: raise --tokens to {longest:,}, or say "
-                "--long split or truncate", len(places),
+    ways = "leave them out, since a pair is trained whole" if stream.pairs else "say --long split or truncate"
+    note = Note(f"longer than {tokens:,} tokens, so training refuses them: raise --tokens to {longest:,}, or {ways}",
+                len(places),
                 tuple(corpus.where(index) for corpus, index in places[:PLACES]))
     return replace(stream.ledger, notes=(note, *stream.ledger.notes))
 

@@ -33,11 +33,27 @@ def test_a_run_and_its_adapter(tiny, data, tmp_path, capsys):
     assert 'objective = "dpo"' in settings and "beta = 0.5" in settings
     main(["complete", str(tiny), "Number 3 is", "--adapter", str(out / "adapter"), "--max-new-tokens", "3"])
     capsys.readouterr()
+    measured = ["evaluate", str(tiny), str(data), "--objective", "dpo", "--tokens", "64"]
+    main([*measured, "--adapter", str(out / "adapter")])
+    said = " ".join(capsys.readouterr().out.split())
+    for wanted in ("trained tokens of 24 samples", "chosen answer ahead 100.00%", "loss (a pair) 0."):
+        assert wanted in said
+    with pytest.raises(SystemExit) as ended:
+        main(measured)
+    assert ended.value.code == 2 and "compares an adapter with the base; name it" in capsys.readouterr().err
     given = [word for word in words(tiny, data, tmp_path / "next", "--objective", "dpo") if word not in ("--rank", "4")]
     with pytest.raises(SystemExit) as ended:
         main([*given, "--adapter", str(out / "adapter")])
     assert ended.value.code == 2 and "merge it into the base first" in capsys.readouterr().err
     assert not (tmp_path / "next").exists()
+
+
+def test_both_answers_are_shown(tiny, data, capsys):
+    main(["inspect", str(tiny), str(data), "--objective", "dpo", "--n", "1", "--tokens", "64"])
+    said = capsys.readouterr().out
+    assert "Number 0 is« 0.</s>»\n--- rejected:\n<s> Number 0 is« 7!</s>»" in said
+    main(["inspect", str(tiny), str(data), "--objective", "dpo", "--n", "0", "--tokens", "20", "--long", "split"])
+    assert "leave them out, since a pair is trained whole" in capsys.readouterr().out
 
 
 def test_a_dry_run_and_bad_words(tiny, data, tmp_path, capsys):
