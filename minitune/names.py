@@ -21,7 +21,8 @@ ELSEWHERE = {
     "learning_rate_multiplier": "lr", "val_set_size": "valid_split", "val_size": "valid_split",
     "validation_split": "valid_split", "val_file": "valid", "validation_file": "valid", "logging_steps": "log_every",
     "eval_steps": "evaluate_every", "save_steps": "save_every", "save_interval": "save_every",
-    "early_stopping_patience": "patience", "early_stopping": "patience"}
+    "early_stopping_patience": "patience", "early_stopping": "patience", "pref_beta": "beta", "dpo_beta": "beta",
+    "loss_type": "objective", "pref_loss": "objective", "stage": "objective"}
 """Settings as PEFT, transformers, Unsloth, LitGPT, Axolotl, LLaMA-Factory and OpenAI call them -> as they are called
 here. They are suggested, not taken: their units differ (a batch of sequences there, tokens here)."""
 
@@ -34,8 +35,8 @@ ARGUMENTS_ELSEWHERE = {
 """The same of the arguments of loading and generating."""
 QUANTS_ELSEWHERE = {"int4": "nf4_dq", "4bit": "nf4_dq", "bnb.nf4": "nf4", "bnb.nf4_dq": "nf4_dq"}
 COMMANDS_ELSEWHERE = {
-    "finetune": "train", "fine_tune": "train", "finetune_lora": "train", "sft": "train", "generate": "complete",
-    "predict": "complete", "eval": "evaluate", "merge_lora": "merge", "export": "merge", "benchmark": "bench"}
+    "finetune": "train", "fine_tune": "train", "finetune_lora": "train", "sft": "train", "dpo": "train",
+    "generate": "complete", "predict": "complete", "eval": "evaluate", "merge_lora": "merge", "export": "merge", "benchmark": "bench"}
 """The same of values of quant, and of commands."""
 ENTRIES_ELSEWHERE = {
     "FastLanguageModel": "mt.load(folder, lora=mt.LoRA())", "AutoModelForCausalLM": "mt.load(folder)",
@@ -43,7 +44,7 @@ ENTRIES_ELSEWHERE = {
     "LoraConfig": "mt.LoRA", "BitsAndBytesConfig": 'mt.load(folder, quant="nf4-dq")', "AutoTokenizer":
     "mt.data.load_tokenizer(folder), or model.tokenizer", "Trainer": "mt.train(model, data)",
     "from_pretrained": "mt.load(folder)", "SFTTrainer": "mt.train(model, data)", "TrainingArguments": "mt.Training",
-    "SFTConfig": "mt.Training"}
+    "SFTConfig": "mt.Training", "DPOTrainer": 'mt.train(model, data, objective="dpo")', "DPOConfig": "mt.Training"}
 METHODS_ELSEWHERE = {
     "print_trainable_parameters": "print(model)", "get_nb_trainable_parameters": "print(model)",
     "save_pretrained": "model.save_adapter(folder), or model.save_merged(folder) for the whole model",

@@ -170,8 +170,10 @@ def uses(folder: Path) -> None:
             mt.train(model, batches, epochs=2, tokens=64, log_every=100, micro_batches=2, quiet=True, spikes="skip")
 
     def prefer(model: Any) -> None:
-        """The three documents of a row, and one more, as two pairs."""
+        """The four documents of a row as two pairs."""
         rows = [packed(documents((40, 9, 12, 30), seed), 96) for seed in range(3)]
+        rows = [mt.Batch(tokens=row.tokens, labels=row.labels, cu_seqlens=row.cu_seqlens, n_filler=row.n_filler)
+                for row in rows]
         mt.train(model, rows, tokens=96, epochs=2, micro_batches=2, log_every=100, quiet=True, objective=DPO())
 
     def save(model: Any) -> None:

@@ -61,9 +61,9 @@ class DPO:
     def n_losses(self, batch: Batch) -> int:
         """How many losses there are to a batch, by which a step divides: its pairs. InputError where it holds none."""
         n_documents = len(batch.documents.lengths) - (batch.n_filler > 0)
-        if n_documents == 0 or n_documents % 2:
-            raise InputError(f"dpo: a batch holds {n_documents} documents; it takes pairs, a chosen and a rejected "
-                             "answer, as mt.data.stream(…, pairs=True) gives them")
+        if n_documents == 0 or n_documents % 2 or batch.pieces[0::2] != batch.pieces[1::2]:
+            raise InputError(f"dpo: a batch holds {n_documents} document{'' if n_documents == 1 else 's'} that are no "
+                             "pairs of a chosen and a rejected answer, as mt.data.stream(…, pairs=True) gives them")
         return n_documents // 2
 
     def __call__(self, model: WithReference, batch: Batch) -> tuple[Tensor, int]:

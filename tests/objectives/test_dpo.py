@@ -38,10 +38,8 @@ def pairs(lengths=LENGTHS, tokens=160, weights=None, seed=5):
     (batch,) = mt.data.pack([mt.data.Document(d, [i >= len(d) // 2 for i in range(len(d))]) for d in ids], tokens)
     order = batch.documents.lengths[:len(lengths)]
     assert sorted(order) == sorted(lengths)
-    if weights is None:
-        return batch
-    each = torch.tensor([w for w in weights for _ in range(2)] + [1.0]).repeat_interleave(torch.tensor(
-        batch.documents.lengths))
+    each = None if weights is None else torch.tensor([w for w in weights for _ in range(2)] + [1.0]).repeat_interleave(
+        torch.tensor(batch.documents.lengths))
     return mt.Batch(tokens=batch.tokens, labels=batch.labels, cu_seqlens=batch.cu_seqlens, weights=each,
                     n_filler=batch.n_filler)
 
@@ -126,9 +124,11 @@ def test_the_evaluation_counts_pairs(tiny):
 
 def test_what_is_no_batch_of_pairs(tiny):
     model = mt.load(tiny, lora=mt.LoRA(rank=4))
-    with pytest.raises(InputError, match=r"dpo: a batch holds 5 documents; it takes pairs"):
+    with pytest.raises(InputError, match=r"dpo: a batch holds 5 documents that are no pairs"):
         DPO()(model, pairs(LENGTHS[:5]))
-    with pytest.raises(InputError, match="it takes pairs"):
+    with pytest.raises(InputError, match="a batch holds 2 documents that are no pairs"):
+        mt.train(model, [{"text": "a"}, {"text": "b"}], objective=DPO(), quiet=True)
+    with pytest.raises(InputError, match="that are no pairs"):
         mt.train_step(model, pairs(LENGTHS[:5]), mt.SGD(model.param_groups(1.0), 1.0), 1.0, objective=DPO())
 
 
