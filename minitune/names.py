@@ -36,7 +36,8 @@ ARGUMENTS_ELSEWHERE = {
 QUANTS_ELSEWHERE = {"int4": "nf4_dq", "4bit": "nf4_dq", "bnb.nf4": "nf4", "bnb.nf4_dq": "nf4_dq"}
 COMMANDS_ELSEWHERE = {
     "finetune": "train", "fine_tune": "train", "finetune_lora": "train", "sft": "train", "dpo": "train",
-    "generate": "complete", "predict": "complete", "eval": "evaluate", "merge_lora": "merge", "export": "merge", "benchmark": "bench"}
+    "generate": "complete", "predict": "complete", "eval": "evaluate", "merge_lora": "merge", "export": "merge",
+    "benchmark": "bench"}
 """The same of values of quant, and of commands."""
 ENTRIES_ELSEWHERE = {
     "FastLanguageModel": "mt.load(folder, lora=mt.LoRA())", "AutoModelForCausalLM": "mt.load(folder)",
