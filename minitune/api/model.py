@@ -29,7 +29,7 @@ from minitune.errors import InputError
 from minitune.model.adapter import HEAD
 from minitune.model.llama import Llama
 from minitune.names import METHODS_ELSEWHERE
-from minitune.objectives.sft import sft
+from minitune.objectives import sft
 from minitune.training.runner import all_finite
 
 
@@ -213,7 +213,7 @@ class Model(Generation):
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
         """(sum over trained tokens of weight · loss, fp32 scalar; number of trained tokens)."""
-        return sft(self, self._placed(_batch("loss_sum", batch)))
+        return sft.sft(self, self._placed(_batch("loss_sum", batch)))
 
     def _placed(self, batch: Batch) -> Batch:
         """The batch on the model's device. A CPU has nothing to gain from rows of one length, so filler goes."""

@@ -94,17 +94,9 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
     Raises InputError before anything is written, where the data can be looked at before (an iterator cannot);
     TrainingDiverged where step after step has no finite loss, or the weights are no numbers any more.
     """
-    unsaid = training is None and "epochs" not in settings
     if isinstance(objective, str):
         settings, objective = {**settings, "objective": objective}, None
-    training = _training(training, settings)
-    if isinstance(data, Stream) and data.tokens != training.tokens:
-        if "tokens" in settings:
-            raise InputError(f"train: the stream has rows of {data.tokens} tokens, the training "
-                             f"tokens={training.tokens}; set tokens in one place")
-        training = replace(training, tokens=data.tokens)
-    if isinstance(data, Stream) and unsaid:
-        training = replace(training, epochs=data.epochs)
+    training = _training(training, settings, data)
     folder = None if out is None else as_path("train", "out", out)
     _check_observers(observers)
     _check_objective(objective, training)
@@ -136,7 +128,8 @@ def _run(model: Model, ready: Ready, training: Training, objective: Objective | 
     _tell_ledgers(model, ready.batches, ready.held_out, everyone, shown)
     rate = matrix_rate(model.device, model.network.dtype) if shown or folder is not None else None
     next_token = objective is None and training.objective == "sft"
-    return fit(model, ready.batches, training, objective or named(training), everyone, evaluate=ready.examiner,
+    minimised = named(training) if objective is None else objective
+    return fit(model, ready.batches, training, minimised, everyone, evaluate=ready.examiner,
                costs=costs_of(model.network, reference=training.objective == "dpo"), matrix_rate=rate,
                chance=math.log(model.config.vocab_size) if next_token else None,
                checkpoints=None if folder is None else _checkpoints(folder, model, ready), start=ready.saved,
@@ -216,7 +209,8 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
     return Ready(batches, held_out, examiner, made_of, saved)
 
 
-def _training(training: Training | None, settings: Mapping[str, Any]) -> Training:
+def _training(training: Training | None, settings: Mapping[str, Any], data: Any) -> Training:
+    """The whole training, with what a stream brings."""
     if training is not None and settings:
         raise InputError(f"train: both training and {', '.join(settings)} are given; put all of it into one of them")
     for name in ("optimizer", "schedule"):
@@ -225,7 +219,14 @@ def _training(training: Training | None, settings: Mapping[str, Any]) -> Trainin
                              "goes with mt.train_step, in a loop of your own")
     check_names("train", settings, Training, ". Data is read by mt.data.stream; memory and quant go to mt.load, "
                 "callbacks to observers")
-    return training or Training(**settings)
+    found = training or Training(**settings)
+    if not isinstance(data, Stream):
+        return found
+    if data.tokens != found.tokens and "tokens" in settings:
+        raise InputError(f"train: the stream has rows of {data.tokens} tokens, the training tokens={found.tokens}; set "
+                         "tokens in one place")
+    unsaid = training is None and "epochs" not in settings
+    return replace(found, tokens=data.tokens, epochs=data.epochs if unsaid else found.epochs)
 
 
 def _batches(name: str, data: Any, model: Model, training: Training) -> Iterable[Batch]:

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from minitune.config import Training
 from minitune.data.batch import Batch
-from minitune.objectives.dpo import DPO
-from minitune.objectives.sft import sft
+from minitune.objectives import dpo, sft
 
 
 def named(training: Training) -> Callable[[Any, Batch], tuple[Tensor, int]]:
     """The objective that the settings name."""
     if training.objective == "dpo":
-        return DPO(training.beta)
-    return functools.partial(sft, label_smoothing=training.label_smoothing)
+        return dpo.DPO(training.beta)
+    return functools.partial(sft.sft, label_smoothing=training.label_smoothing)

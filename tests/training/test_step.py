@@ -86,7 +86,7 @@ def test_a_micro_batch_without_trained_tokens_changes_nothing(fakes):
 
 def test_an_objective_that_miscounts_is_refused(fakes):
     model = fakes.TinyModel()
-    with pytest.raises(InputError, match="counted 1 trained tokens where the batch has 5"):
+    with pytest.raises(InputError, match="counted 1 losses where the batch has 5"):
         train_step(model, [fakes.make_batch(9)], SGD(model.param_groups(1.0), 1.0), 1.0, 1.0,
                    lambda m, b: (m.loss_sum(b)[0], 1))
 
