@@ -56,6 +56,11 @@ def test_the_chosen_side_is_what_the_row_gives_without_pairs(row: dict[str, Any]
         assert [each.text for each in pair.rejected.segments or ()] == ["q", "r"]
 
 
+def test_a_text_answers_messages_as_a_turn_does() -> None:
+    pair = to_sample({"prompt": [Q], "chosen": [A], "rejected": "r"}, "w", pairs=True)
+    assert isinstance(pair.rejected, Sample) and pair.rejected.messages == [Q, bot("r")]
+
+
 def test_answers_of_several_turns() -> None:
     asked = [Q, bot("1", weight=0), user("2")]
     pair = to_sample({"chosen": [Q, bot("1"), user("2"), A], "rejected": [Q, bot("1"), user("2"), *LONGER]}, "w",
@@ -68,7 +73,7 @@ REFUSED = [
     ({"messages": [Q, A]}, "which has no rejected answer to compare with; give chosen, rejected or input, preferred"),
     ({"prompt": "q", "completion": "a", "label": True}, "format kto, which has no rejected answer"),
     ({"prompt": "q", "chosen": "a", "rejected": ""}, "^w: rejected is empty"),
-    ({"prompt": "q", "chosen": [A], "rejected": "r"}, None),        # a text answers as a turn does
+    ({"prompt": "q", "chosen": [A], "rejected": "r"}, "one is text and the other messages; write both alike"),
     ({"prompt": "q", "chosen": "a", "rejected": [bot("r")]}, "one is text and the other messages; write both alike"),
     ({"chosen": [Q, A], "rejected": "r"}, "rejected is a text, and chosen a conversation; write both alike"),
     ({"chosen": [Q, A], "rejected": [Q]}, "rejected has no assistant turn"),
@@ -80,11 +85,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("row", "said"), REFUSED, ids=[json.dumps(row)[:60] for row, _ in REFUSED])
-def test_what_is_no_pair(row: dict[str, Any], said: str | None) -> None:
-    if said is None:
-        found = to_sample({**row, "prompt": [Q]}, "w", pairs=True)
-        assert isinstance(found.rejected, Sample) and found.rejected.messages == [Q, bot("r")]
-        said = "one is text and the other messages"
+def test_what_is_no_pair(row: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         to_sample(row, "w", pairs=True)
 
