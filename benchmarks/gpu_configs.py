@@ -303,6 +303,9 @@ def main() -> None:
     device = parser.parse_args().device
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"        # before triton is imported
+        from tests.kernels import interpreter_bf16  # the interpreter itself fails beside a numpy of today
+
+        interpreter_bf16.install()
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for kernel in kernels(torch.device(device)):

@@ -105,6 +105,7 @@ def test_a_run_goes_on_with_those_that_it_was_begun_with(styled, tmp_path):
 
 
 def test_a_run_keeps_them_and_its_commands_use_them(styled, tmp_path, capsys):
+    pytest.importorskip("tyro")
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps({"messages": [*CHAT, {"role": "assistant", "content": f"Hello {i}"}]}) + "\n"
                             for i in range(8)))
@@ -138,6 +139,7 @@ def test_a_run_keeps_them_and_its_commands_use_them(styled, tmp_path, capsys):
     ("style=FALSE", r"has 'style=FALSE'; write it as JSON, false"), ("style=none", "write it as JSON, null"),
     ("stile=1", "does not read 'stile'; did you mean 'style'")])
 def test_a_wrong_flag_ends_in_one_line(styled, tmp_path, capsys, given, words):
+    pytest.importorskip("tyro")
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "Hello"}\n')
     with pytest.raises(SystemExit) as ended:

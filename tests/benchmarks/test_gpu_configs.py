@@ -44,6 +44,8 @@ import torch
 from triton.runtime.interpreter import GridExecutor
 from benchmarks.gpu_configs import LIMIT, Random, kernels
 from benchmarks.gpu_timing import error
+from tests.kernels import interpreter_bf16
+interpreter_bf16.install()
 launch = GridExecutor.__call__
 for kernel in kernels(torch.device("cpu")):
     GridExecutor.__call__ = launch

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+pytest.importorskip("tyro")
 from minitune.cli import main
 
 ROWS = [{"prompt": f"Number {i} is", "chosen": f" {i * i}.", "rejected": f" {i + 7}!"} for i in range(24)]
