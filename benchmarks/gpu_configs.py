@@ -297,17 +297,23 @@ def measure(name: str, device: str, faults: list[str | None]) -> None:
             emit(**row, ms=ms, apart=apart, right=apart <= LIMIT)
 
 
+def _interpret() -> None:
+    """In each process, before Triton is imported there."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from tests.kernels import interpreter_bf16  # the interpreter as it comes fails beside a numpy of today
+
+    interpreter_bf16.install()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
     device = parser.parse_args().device
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"        # before triton is imported
-        from tests.kernels import interpreter_bf16  # the interpreter itself fails beside a numpy of today
-
-        interpreter_bf16.install()
+    begin = _interpret if device == "cpu" else None
+    if begin is not None:
+        begin()
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=begin) as pool:
         for kernel in kernels(torch.device(device)):
             one = functools.partial(compiled, kernel.name, device=device)
             measure(kernel.name, device, list(pool.map(one, range(_count(kernel, device)))))
