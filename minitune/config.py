@@ -263,7 +263,7 @@ class Training:
                              "wipes the weights out, take a smaller one (0.01 to 0.1 is usual)")
 
 
-Long = Literal["refuse", "split", "truncate"]
+Long = Literal["refuse", "split", "truncate", "drop"]
 """What is done with a sample that is longer than a row of T tokens."""
 MAX_SHARE = 1000
 """The most times that a file may be seen in one epoch."""
@@ -277,7 +277,7 @@ class Data:
     field_map: tuple[str, ...] = ()
     """Your names of fields, as ours=yours: prompt=question completion=answer."""
     long: Long = "refuse"
-    """A sample longer than --tokens: refuse it, split it (no context across pieces), truncate it (its end is lost)."""
+    """A sample longer than --tokens: refuse, split (no context across pieces), truncate (its end is lost) or drop."""
     mix: tuple[str, ...] = ()
     """More files, as FILE=SHARE: how often each of its samples is seen in an epoch (0.5: every second epoch)."""
     valid: str | None = None

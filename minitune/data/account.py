@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,10 @@ from torch import Tensor
 from minitune.data.corpus import BLANK, ENDS, OPEN, SPOILT, Corpus
 from minitune.data.ledger import PLACES, Note, Source
 from minitune.data.pieces import Pieces
+
+
+def _longer(tokens: int) -> str:
+    return f"longer than {tokens:,} tokens"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +33,15 @@ class Part:
     @staticmethod
     def whole(corpus: Corpus, share: float) -> Part:
         return Part(corpus, torch.arange(len(corpus)), share, corpus.n_samples, corpus.dropped)
+
+    def fitting(self, tokens: int) -> Part:
+        """Without the documents that are longer than a row of `tokens`, which count as dropped."""
+        lengths = self.corpus.bounds.diff()[self.kept]
+        too_long = lengths > tokens
+        if not too_long.any():
+            return self
+        dropped = {**self.dropped, _longer(tokens): (int(too_long.sum()), int(lengths[too_long].sum()))}
+        return replace(self, kept=self.kept[~too_long], dropped=dropped)
 
 
 def source_of(part: Part, pieces: Pieces, unseen: Sequence[int], epochs: int) -> Source:
@@ -70,16 +83,18 @@ def notes_of(parts: Sequence[Part], pieces: Sequence[Pieces], sources: Sequence[
                 ("no end-of-text token is trained, so they do not teach to stop", whole & (flags & ENDS == 0))):
             found.setdefault(text, []).append((part, part.kept[where]))
         if len(cuts.long):
-            text = (f"longer than {tokens:,} tokens: split, no piece sees the one before it, and {lost:,} targets are "
+            text = (f"{_longer(tokens)}: split, no piece sees the one before it, and {lost:,} targets are "
                     "masked, since they became the first token of a piece" if long == "split" else
-                    f"longer than {tokens:,} tokens: cut there, the rest and its end-of-text token are lost")
+                    f"{_longer(tokens)}: cut there, the rest and its end-of-text token are lost")
             found.setdefault(text, []).append((part, cuts.long))
     found["the same tokens as a sample before them"] = _repeated(parts)
     notes = [Note(text, count, _places(hits)) for text, hits in found.items()
              if (count := sum(len(indices) for _, indices in hits))]
-    for source in sources:
-        notes += [Note(f"{reason} ({n_tokens:,} tokens of {source.path} are dropped)", n_samples)
-                  for reason, (n_samples, n_tokens) in source.reasons.items()]
+    for part, source in zip(parts, sources, strict=True):
+        for reason, (n_samples, n_tokens) in source.reasons.items():
+            longer = part.corpus.bounds.diff() > tokens if reason == _longer(tokens) else torch.zeros(0)
+            notes.append(Note(f"{reason} ({n_tokens:,} tokens of {source.path} are dropped)", n_samples,
+                              _places([(part, longer.nonzero().flatten())])))
     return tuple(notes)
 
 

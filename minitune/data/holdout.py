@@ -107,7 +107,8 @@ def _check_trained(stream: Stream, use: str) -> None:
     if not any(source.documents for source in sources):
         raise InputError(f"{names}: the shares draw no sample in {stream.epochs} epoch{'s' * (stream.epochs > 1)}, so "
                          f"there is nothing {use}; raise them")
-    if stream.long != "refuse" and any(bool(part.corpus.n_trained[part.kept].any()) for part in stream.parts):
+    cuts = stream.long in ("split", "truncate")
+    if cuts and any(bool(part.corpus.n_trained[part.kept].any()) for part in stream.parts):
         raise InputError(f"{names}: long is {stream.long}, and what would be trained is cut off or lost at "
                          f"{stream.tokens:,} tokens, or not drawn, so there is nothing {use}; raise tokens")
     raise InputError(f"{names}: no sample that is drawn has anything trained, so there is nothing {use}; give what is "

@@ -34,9 +34,9 @@ def cut(corpus: Corpus, kept: Tensor, tokens: int, long: Long) -> Pieces:
     """The pieces of documents `kept` (int64 [k], indices into `corpus`) for rows of `tokens`.
 
     A document that fits is one piece. A longer one is refused (InputError that names the first such sample), and so is
-    a pair of answers; or split
-    into pieces of exactly `tokens` and a last one with the rest, which do not see each other, and the first token of
-    each has no predecessor, so it is never a target; or truncated to its first `tokens`.
+    a pair of answers; or split into pieces of exactly `tokens` and a last one with the rest, which do not see each
+    other, and the first token of each has no predecessor, so it is never a target; or truncated to its first `tokens`.
+    Those to be dropped are in `kept` no more.
     """
     lengths = corpus.bounds.diff()[kept]
     too_many = lengths > tokens
@@ -44,8 +44,10 @@ def cut(corpus: Corpus, kept: Tensor, tokens: int, long: Long) -> Pieces:
     if (pairs or long == "refuse") and too_many.any():
         at = int(too_many.nonzero()[0])
         raise too_long(corpus.where(int(kept[at])), int(lengths[at]), tokens, int(lengths.max()),
-                       "remove it: a pair, both answers with their prompt, is trained whole" if pairs else
-                       "say what to do with long ones: split or truncate (--long on the command line, long= in Python)")
+                       "drop it (--long drop on the command line, long= in Python): a pair, both answers with their "
+                       "prompt, is trained whole" if pairs else
+                       "say what to do with long ones: split, truncate or drop (--long on the command line, long= in "
+                       "Python)")
     counts = -(-lengths // tokens) if long == "split" else torch.ones_like(lengths)
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     owners = kept.repeat_interleave(counts)

@@ -49,6 +49,8 @@ class Stream:
         check_row(tokens)
         if long not in get_args(Long):
             raise InputError(f"stream: long is {short(long)}; it must be one of {', '.join(get_args(Long))}")
+        if long == "drop":
+            parts = _fitting(parts, tokens)
         self.parts, self.tokens, self.long = tuple(parts), tokens, long
         self.pairs = any(bool(part.corpus.rejected_at.any()) for part in parts)
         self.epochs, self.seed, self.shuffle = epochs, seed, shuffle
@@ -215,7 +217,7 @@ def stream(path: str | Path | Sequence[Any] | Mapping[Any, float], tokenizer: To
     1 once, 2 twice, 0.5 one half of them in the first epoch and the other in the second, drawn by seed. Or the samples
     themselves, as a list of dicts (or a table such as a datasets.Dataset), each what a line of such a file would be.
     Each Batch has exactly `tokens` positions. `long`: what is done with a sample that has more: "refuse", "split" into
-    pieces that do not see each other, or "truncate". `field_map`: {our field: your field}. `cache`: see
+    pieces that do not see each other, "truncate" or "drop". `field_map`: {our field: your field}. `cache`: see
     `minitune.data.cache`; None caches files above 1 MB, False none. `progress`(file, samples, tokens) is called now and
     then while a file is encoded. `pairs`: of preferences both answers, for objective="dpo"; without it the chosen one.
 
@@ -248,6 +250,17 @@ def read_parts(path: Any, tokenizer: Tokenizer, field_map: Mapping[str, str] | N
         raise InputError(f"{corpus.path}: none of its samples is used{f' ({why})' if why else ''}, so there is nothing "
                          "to train on")
     return parts
+
+
+def _fitting(parts: Sequence[Part], tokens: int) -> list[Part]:
+    """`parts` without what is longer than a row of `tokens`. InputError where nothing is left."""
+    left = [part.fitting(tokens) for part in parts]
+    if any(part.kept.numel() for part in parts) and not any(part.kept.numel() for part in left):
+        lengths = torch.cat([part.corpus.bounds.diff()[part.kept] for part in parts])
+        raise InputError(f"{', '.join(part.corpus.path for part in parts)}: every sample is longer than {tokens:,} "
+                         f"tokens, so none is left; raise tokens (the shortest has {int(lengths.min()):,}, the longest "
+                         f"{int(lengths.max()):,})")
+    return left
 
 
 def _files(path: Any) -> dict[str, float]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 SHOWN = 512
 """Tokens of a sample that are shown at most."""
-LONG = {"refuse": "too long for a row", "split": "split into rows", "truncate": "truncated to a row"}
+LONG = {"refuse": "too long for a row", "split": "split into rows", "truncate": "truncated to a row",
+        "drop": "too long for a row: dropped"}
 """What becomes of samples that are longer than a row, by ``Data.long``."""
 REJECTED = "\n--- rejected:\n"
 """What stands between the two answers of a pair."""
@@ -103,7 +104,7 @@ def refused(stream: Stream, tokens: int) -> Ledger:
         longest = max(longest, *lengths, 0)
     if not places:
         return stream.ledger
-    ways = "leave them out, since a pair is trained whole" if stream.pairs else "say --long split or truncate"
+    ways = "say --long drop, since a pair is trained whole" if stream.pairs else "say --long split, truncate or drop"
     note = Note(f"longer than {tokens:,} tokens, so training refuses them: raise --tokens to {longest:,}, or {ways}",
                 len(places),
                 tuple(corpus.where(index) for corpus, index in places[:PLACES]))

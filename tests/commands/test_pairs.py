@@ -54,7 +54,7 @@ def test_both_answers_are_shown(tiny, data, capsys):
     said = capsys.readouterr().out
     assert "Number 0 is« 0.</s>»\n--- rejected:\n<s> Number 0 is« 7!</s>»" in said
     main(["inspect", str(tiny), str(data), "--objective", "dpo", "--n", "0", "--tokens", "20", "--long", "split"])
-    assert "leave them out, since a pair is trained whole" in capsys.readouterr().out
+    assert "say --long drop, since a pair is trained whole" in capsys.readouterr().out
 
 
 def test_a_dry_run_and_bad_words(tiny, data, tmp_path, capsys):

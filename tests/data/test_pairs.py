@@ -145,8 +145,16 @@ def test_equal_answers_are_left_out_and_counted(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("long", ["refuse", "split", "truncate"])
 def test_a_pair_is_never_cut(tokenizer: Tokenizer, long: str) -> None:
-    with pytest.raises(InputError, match=r"row 3: 54 tokens do not fit into a row of 50; .* remove it: a pair"):
+    with pytest.raises(InputError, match=r"row 3: 54 tokens do not fit into a row of 50; .* drop it .*: a pair"):
         stream(ROWS, tokenizer, tokens=50, long=long)
+
+
+def test_a_pair_too_long_may_be_dropped(tokenizer: Tokenizer) -> None:
+    whole, found = stream(ROWS, tokenizer), stream(ROWS, tokenizer, tokens=50, long="drop")
+    fitting = [document for document in whole.documents if len(document) <= 50]
+    assert 0 < len(fitting) < len(ROWS)
+    assert [each.where for each in found.documents] == [each.where for each in fitting]
+    assert all(batch.pieces[0::2] == batch.pieces[1::2] for batch in found)
 
 
 def test_nothing_trained_on_one_side(tokenizer: Tokenizer) -> None:

@@ -19,6 +19,7 @@ from minitune.data.batch import Batch
 from minitune.data.corpus import Builder
 from minitune.data.encode import Encoded
 from minitune.data.holdout import split_off, streams
+from minitune.data.ledger import PLACES
 from minitune.data.stream import Stream
 from minitune.data.tokenizer import Tokenizer, load_tokenizer
 from minitune.errors import InputError
@@ -95,8 +96,31 @@ def test_splitting_loses_no_token_and_truncating_only_the_end(documents: list[li
     cut = Stream([part(documents)], tokens, long="truncate", shuffle=False)
     assert [list(piece.ids) for piece in cut.documents] == [ids[:tokens] for ids in documents]
     if max(map(len, documents)) > tokens:
-        with pytest.raises(InputError, match=r"a.jsonl:\d+: \d+ tokens do not fit into a row of .* split or truncate"):
+        with pytest.raises(InputError, match=r"a.jsonl:\d+: \d+ tokens do not fit into a row of .* truncate or drop"):
             Stream([part(documents)], tokens)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=20), min_size=1, max_size=9), st.integers(1, 12))
+def test_dropping_leaves_out_what_is_too_long_and_counts_it(documents: list[list[int]], tokens: int) -> None:
+    fits = [ids for ids in documents if len(ids) <= tokens]
+    lines = [f"a.jsonl:{line}" for line, ids in enumerate(documents, 1) if len(ids) > tokens]
+    if not fits:
+        shortest, longest = min(map(len, documents)), max(map(len, documents))
+        with pytest.raises(InputError, match=rf"a.jsonl: every sample is longer than {tokens} tokens, so none is left; "
+                                             rf"raise tokens \(the shortest has {shortest}, the longest {longest}\)"):
+            Stream([part(documents)], tokens, long="drop")
+        return
+    stream = Stream([part(documents)], tokens, long="drop", shuffle=False)
+    assert [list(document.ids) for document in stream.documents] == fits
+    total, lost = stream.ledger.total, sum(map(len, documents)) - sum(map(len, fits))
+    assert (total.samples, total.documents, total.dropped) == (len(documents), len(fits), lost)
+    notes = [note for note in stream.ledger.notes if "longer than" in note.text]
+    assert [(note.count, note.places) for note in notes] == ([(len(lines), tuple(lines[:PLACES]))] if lines else [])
+    if len({tuple(ids) for ids in fits}) > 1:
+        train, valid = split_off(stream, 1)
+        assert train.ledger.total.dropped == lost and valid.ledger.total.dropped == 0
+        assert train.ledger.total.tokens + valid.ledger.total.tokens == total.tokens
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,7 +15,7 @@ class Reading:
     tokens: int = 2048
     """T, the length of one packed batch of the held-out data; no sample may be longer."""
     long: Long = "refuse"
-    """A sample longer than --tokens: refuse it, split it (no context across pieces) or truncate it."""
+    """A sample longer than --tokens: refuse it, split it (no context across pieces), truncate it or drop it."""
     field_map: tuple[str, ...] = ()
     """Your names of fields, as ours=yours: prompt=question completion=answer."""
     chat_template_kwargs: tuple[str, ...] = ()
