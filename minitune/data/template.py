@@ -103,19 +103,14 @@ def check_table(given: Any, owner: str | None = None) -> None:
 @functools.lru_cache(maxsize=8)
 def names_read(sources: tuple[str, ...]) -> frozenset[str]:
     """What the templates `sources` read beside what is given to them, and perhaps some of what they set themselves.
-    InputError for one that cannot be parsed."""
-    import jinja2
-    from jinja2 import meta
-
-    from minitune.data.template_child import environment
-
-    jinja, found = environment(), set()
+    InputError for one that cannot be parsed, or not in bounded time and memory."""
+    found: set[str] = set()
     for source in sources:
-        try:
-            found |= meta.find_undeclared_variables(jinja.parse(source))
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise InputError(f"chat_template_kwargs: the chat template cannot be read: {short(str(error))}") from None
-    return frozenset(found.difference(jinja.globals, _GIVEN))
+        (answer,) = PROCESS.render(source, {}, datetime.now(), [b'{"names": true}'])
+        if "error" in answer:
+            raise InputError(f"chat_template_kwargs: the chat template cannot be read: {short(answer['error'])}")
+        found.update(answer["names"])
+    return frozenset(found.difference(_GIVEN))
 
 
 class ChatTemplate:

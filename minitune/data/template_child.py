@@ -5,7 +5,8 @@ the machine: it can open no file, and the kernel ends it when a conversation tak
 The file is run by its path and imports nothing of minitune, so that it starts quickly.
 
 A batch on stdin: a line with {"source", "variables", "now", "n"}, then n lines of {"messages", "tools", "prompt",
-"cuts", "seen"}. For each of these a line on stdout: {"text", "spans", "cuts", "marks", "absent"} or {"error"}.
+"cuts", "seen"}, or of {"names": true}. For each of these a line on stdout: {"text", "spans", "cuts", "marks",
+"absent"}, or {"names"}, which the template reads and does not set itself, or {"error"}.
 ``spans`` are the [start, end) of what the template wraps in {% generation %}. A cut [k, prompt] asks whether the first
 k messages, rendered by themselves, give a beginning of the text: its length, -1 where they do not, or the error. Where
 a cut of a message fails, ``marks`` tells where the message stands in the text, found by rendering all once more with
@@ -256,10 +257,12 @@ def _name(error: BaseException) -> str:
     return f"line {line}: {told}" if line else told
 
 
-def _answer(templates: dict[str, Any], jinja: Any, header: dict[str, Any], request: dict[str, Any],
+def _answer(templates: dict[str, Any], jinja: Any, meta: Any, header: dict[str, Any], request: dict[str, Any],
             size: int) -> bytes:
     try:
         source = header["source"]
+        if request.get("names"):        # jinja computes the constants of a template to find them
+            return json.dumps({"names": sorted(meta.find_undeclared_variables(jinja.parse(source)))}).encode()
         if source not in templates:
             templates[source] = jinja.from_string(source)
         return json.dumps(_render(templates[source], header["variables"], request, size)).encode()
@@ -279,7 +282,7 @@ def main() -> None:
     made = environment()
     import html  # noqa: F401  these two are imported at their first use, when no file can be opened any more
 
-    import jinja2.debug  # noqa: F401
+    from jinja2 import meta
     made.from_string("{{ strftime_now('%c %Z') }}{% for x in y %}{{ loop.index }}{% endfor %}").render(y=[1])
     _PAGES = _pages()
     limit_memory = _confine()
@@ -294,8 +297,8 @@ def main() -> None:
         for line in lines:
             request = json.loads(line)
             limit_memory(MEMORY + held + 32 * len(line))
-            _limit_time(_allowance(len(line), 2 + 3 * len(request["cuts"])))
-            found = _answer(templates, made, header, request, len(line))
+            _limit_time(_allowance(len(line), 2 + 3 * len(request.get("cuts", ()))))
+            found = _answer(templates, made, meta, header, request, len(line))
             _limit_time(0)
             limit_memory(2**40)
             sink.write(found + b"\n")

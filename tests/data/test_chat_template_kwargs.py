@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -114,3 +115,18 @@ def test_names_in_comments_and_a_tokenizer_without_template_read_none(
         qwen_with(STYLED).chat_template_kwargs = {"loud": True}
     with pytest.raises(InputError, match="has 'loud', but the tokenizer has no chat template; leave it out"):
         load_tokenizer(byte_level()).chat_template_kwargs = {"loud": True}
+
+
+@pytest.mark.parametrize("costly", ["{{ 'a' * 10**9 }}", "{% set k = 'a' * 10**9 %}", "{{ 7 ** (7**9) }}"])
+def test_a_template_is_computed_nowhere_but_in_its_own_process(qwen_with: Callable[[str], Tokenizer],
+                                                               costly: str) -> None:
+    """jinja computes a template's constants when it is asked which names the template reads."""
+    tokenizer = qwen_with(STYLED + costly)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    if "**9)" in costly:
+        with pytest.raises(InputError, match="the chat template cannot be read: 'it takes too long'"):
+            tokenizer.chat_template_kwargs = {"style": 1}
+    else:       # jinja gives up where the memory ends, and would compute it when it writes
+        tokenizer.chat_template_kwargs = {"style": 1}
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_maxrss - before.ru_maxrss < 100 << 10 and after.ru_utime - before.ru_utime < 1
