@@ -84,7 +84,7 @@ def recognise(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] |
     there, complete, perhaps with "weight". Other fields (id, source, …) are ignored, except those that look like a
     misspelling of one that the row lacks, those that belong to another format, and those that would change what the
     sample means (`MEANINGFUL`). Stanford's "text" beside a complete Alpaca row is ignored too: it is that row, written
-    out.
+    out; and UltraFeedback's "messages" that are the "chosen" ones once more.
 
     A `field_map` {our field: their field} says which fields are meant, so all that no format with these fields has are
     ignored, whatever they look like. "a.b" names field b of the object a. A mapped field must be in every row, and may
@@ -100,6 +100,8 @@ def recognise(row: Mapping[str, Any], where: str, field_map: Mapping[str, str] |
         fields |= {ours: value for ours, theirs in field_map.items()
                    if (value := _find(row, theirs, where, ours)) is not None}
         mapped = tuple(ours for ours in field_map if ours not in COMMON)
+    elif "rejected" in fields and "messages" in fields and fields["messages"] == fields.get("chosen"):
+        del fields["messages"]
     names = tuple(fields)
     cheap = len(names) <= 64 and all(isinstance(name, str) and len(name) <= 64 for name in names)
     kind, fault = (_recognise if cheap else _recognise.__wrapped__)(names, mapped)

@@ -265,6 +265,8 @@ def _preference(fields: Mapping[str, Any], where: str) -> _Content:
         shared = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(messages), len(others)))
     while shared and all(message["role"] != "assistant" for message in messages[shared:]):
         shared -= 1     # both answers are the same, or what follows them differs: the last answer is the one chosen
+    differing = [side[shared] for side in (messages, others) if not isinstance(side, str) and len(side) > shared]
+    alike = shared > 0 and all(message["role"] == "assistant" for message in differing)
     asked = untrained(messages[:shared], where, "chosen")
     prompt = fields.get("prompt")
     said = to_messages(prompt, where, "prompt", trained=False)[-1]["content"] if isinstance(prompt, list) else prompt
@@ -275,14 +277,15 @@ def _preference(fields: Mapping[str, Any], where: str) -> _Content:
     answers, tools = others if isinstance(others, str) else others[shared:], to_tools(fields, where)
     return _Content(messages=asked + messages[shared:], tools=tools,
                     unused=Unused("rejected answer", answers if isinstance(answers, str) else text_of(answers)),
-                    rejected=partial(_rejected, asked, answers, tools, where, "rejected"))
+                    rejected=partial(_rejected, asked, answers, tools, where, "rejected", alike))
 
 
-def _rejected(asked: Messages, answers: Messages | str, tools: list[Any] | None, where: str, name: str) -> _Content:
-    """The prompt with the messages that were rejected."""
+def _rejected(asked: Messages, answers: Messages | str, tools: list[Any] | None, where: str, name: str,
+              alike: bool = True) -> _Content:
+    """The prompt with the messages that were rejected. ``alike``: those that were chosen answer the same prompt."""
     if isinstance(answers, str):
         raise InputError(f"{where}: {name} is a text, and chosen a conversation; write both alike")
-    if not asked:
+    if not alike:
         raise InputError(f"{where}: chosen and {name} do not begin alike, so they do not answer the same prompt; give "
                          "both the same turns before their answers")
     check_trained(to_messages(answers, where, name) if answers else (), where, name)

@@ -108,7 +108,7 @@ def names_read(sources: tuple[str, ...]) -> frozenset[str]:
     for source in sources:
         (answer,) = PROCESS.render(source, {}, datetime.now(), [b'{"names": true}'])
         if "error" in answer:
-            raise InputError(f"chat_template_kwargs: the chat template cannot be read: {short(answer['error'])}")
+            raise InputError(f"chat_template_kwargs: the chat template cannot be read: {answer['error']}")
         found.update(answer["names"])
     return frozenset(found.difference(_GIVEN))
 

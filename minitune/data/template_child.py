@@ -282,6 +282,7 @@ def main() -> None:
     made = environment()
     import html  # noqa: F401  these two are imported at their first use, when no file can be opened any more
 
+    import jinja2.debug  # noqa: F401
     from jinja2 import meta
     made.from_string("{{ strftime_now('%c %Z') }}{% for x in y %}{{ loop.index }}{% endfor %}").render(y=[1])
     _PAGES = _pages()

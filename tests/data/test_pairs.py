@@ -21,6 +21,7 @@ from minitune.errors import InputError
 from minitune.training.left_out import LeftOut
 from tests.data.test_formats import READ, A, Q, bot, user
 
+SYSTEM = {"role": "system", "content": "s"}
 LONGER = [bot("x"), Q, bot("r")]
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"number {i} " * (1 + i % 3), "chosen": "x" * (1 + i % 7), "rejected": "y" * (1 + i % 5)}
@@ -61,6 +62,15 @@ def test_a_text_answers_messages_as_a_turn_does() -> None:
     assert isinstance(pair.rejected, Sample) and pair.rejected.messages == [Q, bot("r")]
 
 
+def test_the_chosen_conversation_may_stand_there_twice() -> None:
+    """So do the rows of UltraFeedback."""
+    row = {"prompt": Q["content"], "prompt_id": "1", "messages": [Q, A], "chosen": [Q, A], "rejected": [Q, bot("r")],
+           "score_chosen": 9.0, "score_rejected": 1.0}
+    pair = to_sample(row, "w", pairs=True)
+    assert pair.messages == [Q, A] and pair.rejected is not None and pair.rejected.messages == [Q, bot("r")]
+    assert to_sample(row, "w").messages == [Q, A]
+
+
 def test_answers_of_several_turns() -> None:
     asked = [Q, bot("1", weight=0), user("2")]
     pair = to_sample({"chosen": [Q, bot("1"), user("2"), A], "rejected": [Q, bot("1"), user("2"), *LONGER]}, "w",
@@ -78,6 +88,10 @@ REFUSED = [
     ({"chosen": [Q, A], "rejected": "r"}, "rejected is a text, and chosen a conversation; write both alike"),
     ({"chosen": [Q, A], "rejected": [Q]}, "rejected has no assistant turn"),
     ({"chosen": [Q, A], "rejected": [user("other"), bot("r")]}, "chosen and rejected do not begin alike"),
+    ({"chosen": [SYSTEM, Q, A], "rejected": [SYSTEM, user("other"), bot("r")]}, "do not begin alike"),
+    ({"chosen": [Q, bot("1"), user("2"), A], "rejected": [Q, bot("1"), user("3"), A]}, "do not begin alike"),
+    ({"prompt": "q", "messages": [Q, LONGER[0]], "chosen": [Q, A], "rejected": [Q, bot("r")]},
+     "'prompt' and 'messages' belong to different formats"),
     ({"prompt": "q", "chosen": "a", "rejected": [{"role": "x", "content": "r"}]}, "rejected"),
     ({"input": {"messages": [Q]}, "preferred_output": [A], "non_preferred_output": [Q]},
      "non_preferred_output has no assistant turn"),
