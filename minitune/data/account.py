@@ -99,11 +99,14 @@ def notes_of(parts: Sequence[Part], pieces: Sequence[Pieces], sources: Sequence[
 
 
 def overlap(train: Sequence[Part], valid: Sequence[Part]) -> Note | None:
-    """The note on samples of `valid` that are trained on as well; None if there are none."""
-    known = torch.cat([part.corpus.digests[part.kept] for part in train])
-    hits = [(part, part.kept[torch.isin(part.corpus.digests[part.kept], known)]) for part in valid]
+    """The note on samples of `valid` that are trained on as well, of pairs those whose prompt is; None if there are
+    none."""
+    known = torch.cat([part.corpus.kept_together()[part.kept] for part in train])
+    hits = [(part, part.kept[torch.isin(part.corpus.kept_together()[part.kept], known)]) for part in valid]
     count = sum(len(indices) for _, indices in hits)
-    return Note("held out, but trained on as well", count, _places(hits)) if count else None
+    pairs = any(bool(part.corpus.rejected_at.any()) for part in valid)
+    text = f"held out, but {'answers to their prompts are ' if pairs else ''}trained on as well"
+    return Note(text, count, _places(hits)) if count else None
 
 
 def _repeated(parts: Sequence[Part]) -> list[tuple[Part, Tensor]]:

@@ -62,6 +62,16 @@ class Corpus:
         number = int(self.numbers[index])
         return f"{self.path}{self.marker}{number}" if number else self.path
 
+    def kept_together(self) -> Tensor:
+        """int64 [n]: documents with equal numbers belong on one side of a split: those with the same tokens, and of
+        pairs those with the same prompt, whose answers a data set often pairs in several ways."""
+        found = self.digests.clone()
+        for index in self.rejected_at.nonzero().flatten().tolist():
+            start, end = int(self.bounds[index]), int(self.bounds[index + 1])
+            prompt = self.ids[start:start + int(self.trained[start:end].argmax())]
+            found[index] = _digest(raw(prompt))
+        return found
+
     def weight(self, index: int) -> float | None:
         """The weight of document `index`, if it has one."""
         weight = float(self.weights[index])
@@ -105,13 +115,17 @@ class Builder:
         arrays["bounds"].append(len(arrays["ids"]))
         arrays["weights"].append(float("nan") if sample.weight is None else sample.weight)
         arrays["numbers"].append(self._number(sample.where))
-        digest = hashlib.blake2b(ids, digest_size=8).digest()
-        arrays["digests"].append(int.from_bytes(digest, "little", signed=True))
+        arrays["digests"].append(_digest(ids))
         arrays["n_trained"].append(len(trained) - trained.count(0))
-        ends = bool(trained[-1] and ids[-1] in self._eos_ids) or any(       # nearly always at the end
-            target and token in self._eos_ids for token, target in zip(ids, trained, strict=True))
+        sides = (slice(sample.rejected_at), slice(sample.rejected_at, None)) if sample.rejected_at else (slice(None),)
+        ends = all(self._ends(ids[side], trained[side]) for side in sides)
         arrays["flags"].append(ENDS * ends + sample.flags)
         arrays["rejected_at"].append(sample.rejected_at)
+
+    def _ends(self, ids: array[int], trained: bytes) -> bool:
+        """Whether an end-of-text token is trained, nearly always the last one."""
+        return bool(trained[-1] and ids[-1] in self._eos_ids) or any(
+            target and token in self._eos_ids for token, target in zip(ids, trained, strict=True))
 
     def _number(self, where: str) -> int:
         digits = where[len(self.path) + len(self.marker):]
@@ -126,6 +140,11 @@ class Builder:
         """The Corpus; nothing can be added any more."""
         found = {name: _tensor(self._arrays[name], dtype) for name, dtype in ARRAYS.items()}
         return Corpus(path=self.path, marker=self.marker, n_samples=self.n_samples, dropped=self._dropped, **found)
+
+
+def _digest(ids: array[int] | memoryview) -> int:
+    """A number in int64 that differs where the ids do."""
+    return int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little", signed=True)
 
 
 def raw(values: Tensor) -> memoryview:

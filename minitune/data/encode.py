@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from functools import reduce
-from operator import or_
 from typing import TYPE_CHECKING, NamedTuple
 
 from minitune.data.chat import encode_conversations
 from minitune.data.conversations import REASONING, is_trained
 from minitune.data.corpus import BLANK, OPEN, SPOILT
-from minitune.data.formats import Sample
+from minitune.data.formats import SAME, Sample
 from minitune.data.segments import Flagged, encode_segments
 from minitune.errors import InputError
 
@@ -71,7 +69,9 @@ def encode(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Encoded]:
             rejected_at = len(ids)
             ids, trained = ids + own if ids else own, trained + targets if ids else targets
         dropped, reason = (next(counts), sample.unused.reason) if sample.unused else (0, "")
-        flags = reduce(or_, map(_flags, _sides(sample)), 0)
+        if rejected_at and ids[:rejected_at] == ids[rejected_at:]:      # such as under a template that trims them
+            dropped, reason, ids, trained, rejected_at = len(ids), SAME, [], [], 0
+        flags = _flags(sample) if sample.rejected is None else _flags(sample) | _flags(sample.rejected) & ~BLANK
         found.append(Encoded(sample.where, array("i", ids), bytes(trained), sample.weight, dropped, reason, flags,
                              rejected_at))
     return found

@@ -112,7 +112,7 @@ def _paired(chosen: _Content, where: str, kind: str, weight: float | None) -> Sa
         raise InputError(f"{where}: of chosen and rejected one is text and the other messages; write both alike")
     if chosen[:2] == rejected[:2]:
         said = "".join(each.text for each in chosen.segments or ()) + text_of(chosen.messages or ())
-        return Sample(where, kind, None, None, None, weight, Unused("chosen and rejected are the same", said))
+        return Sample(where, kind, None, None, None, weight, Unused(SAME, said))
     return Sample(where, kind, *chosen[:3], weight, rejected=Sample(where, kind, *rejected[:3], weight))
 
 
@@ -323,6 +323,8 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], _Content]] = {
     "preference": _preference, "openai preference": _openai_preference, "kto": _kto,
 }
 
+SAME = "chosen and rejected are the same"
+"""Why a pair of answers is unused that prefers nothing."""
 _PREFERENCES = ("preference", "openai preference")
 
 __all__ = ["Prompt", "Sample", "Unused", "prompts_of", "to_sample", "to_samples"]

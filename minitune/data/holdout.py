@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 def split_off(whole: Stream, amount: float) -> tuple[Stream, Stream]:
     """(the stream without the held-out samples, the stream of them): `amount` below 1 is a share, else a number.
 
-    Whole samples are held out, drawn by the stream's seed from all files together; samples with the same tokens stay on
-    one side. The held-out stream has one epoch, unshuffled, each sample once. The two ledgers add up to the whole one's
-    tokens; what is dropped counts on the side of training. Raises InputError if either side would be empty.
+    Whole samples are held out, drawn by the stream's seed from all files together; samples with the same tokens, and
+    pairs of answers to the same prompt, stay on one side. The held-out stream has one epoch, unshuffled, each sample
+    once. The two ledgers add up to the whole one's tokens; what is dropped counts on the side of training. Raises
+    InputError if either side would be empty.
     """
-    digests = [part.corpus.digests[part.kept].tolist() for part in whole.parts]
+    together = [part.corpus.kept_together()[part.kept] for part in whole.parts]
+    digests = [each.tolist() for each in together]
     total = sum(map(len, digests))
     wanted = max(1, round(amount * total)) if amount < 1 else int(amount)
     counts = Counter(digest for side in digests for digest in side)
@@ -45,8 +47,8 @@ def split_off(whole: Stream, amount: float) -> tuple[Stream, Stream]:
                          f"({len(counts):,} different ones) cannot be held out and leave some to train on")
     held = torch.tensor(chosen, dtype=torch.int64)
     train, valid = [], []
-    for part in whole.parts:
-        out = torch.isin(part.corpus.digests[part.kept], held)
+    for part, each in zip(whole.parts, together, strict=True):
+        out = torch.isin(each, held)
         train.append(replace(part, kept=part.kept[~out], samples=part.samples - int(out.sum())))
         valid.append(Part(part.corpus, part.kept[out], 1.0, int(out.sum()), {}))
     return (Stream(train, whole.tokens, epochs=whole.epochs, seed=whole.seed, shuffle=whole.shuffle, long=whole.long),

@@ -54,6 +54,9 @@ class Stream:
         self.parts, self.tokens, self.long = tuple(parts), tokens, long
         self.pairs = any(bool(part.corpus.rejected_at.any()) for part in parts)
         self.epochs, self.seed, self.shuffle = epochs, seed, shuffle
+        if self.pairs and long in ("split", "truncate"):
+            raise InputError(f"stream: long is {long}, and a pair, both answers with their prompt, is trained whole; "
+                             "refuse those that are too long, or drop them")
         self._pieces = [cut(part.corpus, part.kept, tokens, long) for part in parts]
         # Of each piece its length, its start in its file, its document there, its file.
         self._lengths = array("q", torch.cat([each.ends - each.starts for each in self._pieces]).tolist())

@@ -54,7 +54,8 @@ def print_lengths(lengths: Sequence[int], tokens: int, stream: TextIO | None = N
 
 
 def print_sample(document: Document, tokenizer: Tokenizer, stream: TextIO | None = None) -> None:
-    """Print a document's text with its trained tokens coloured, or between « and »; at most SHOWN tokens of it."""
+    """Print a document's text with its trained tokens coloured, or between « and »; at most SHOWN tokens of it, of a
+    pair of each answer."""
     from rich.console import Console
     from rich.text import Text
 
@@ -63,7 +64,7 @@ def print_sample(document: Document, tokenizer: Tokenizer, stream: TextIO | None
     coloured = console.is_terminal and not console.no_color and console.color_system is not None
     weight = "" if document.weight is None else f", weight {document.weight:g}"
     head = f"{document.where}: {len(document):,} tokens, {document.n_trained:,} trained{weight}"
-    rest = len(document) - SHOWN
+    rest = 0 if document.rejected_at else len(document) - SHOWN
     tail = f"\n… and {rest:,} tokens more" if rest > 0 else ""
     runs = trained_runs(document, tokenizer)
     if not coloured:
@@ -76,12 +77,21 @@ def print_sample(document: Document, tokenizer: Tokenizer, stream: TextIO | None
 
 
 def trained_runs(document: Document, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """(text, whether it is trained) of each run of the first SHOWN tokens, of a pair both answers; control characters
-    are made visible, since an escape sequence would act on the terminal."""
-    tokens = list(zip(document.ids, document.trained, strict=True))[:SHOWN]
-    chosen = document.rejected_at or len(tokens)
-    found = _runs(tokens[:chosen], tokenizer)
-    return [*found, (REJECTED, False), *_runs(tokens[chosen:], tokenizer)] if tokens[chosen:] else found
+    """(text, whether it is trained) of each run of the first SHOWN tokens, of a pair those of both answers; control
+    characters are made visible, since an escape sequence would act on the terminal."""
+    tokens = list(zip(document.ids, document.trained, strict=True))
+    if not document.rejected_at:
+        return _runs(tokens[:SHOWN], tokenizer)
+    chosen, rejected = tokens[:document.rejected_at], tokens[document.rejected_at:]
+    return [*_runs_of_answer(chosen, tokenizer), (REJECTED, False), *_runs_of_answer(rejected, tokenizer)]
+
+
+def _runs_of_answer(tokens: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The runs of the SHOWN tokens around the beginning of a pair's answer, behind the end of its prompt."""
+    begin = next((place for place, (_, trained) in enumerate(tokens) if trained), 0)
+    first = max(0, min(begin - SHOWN // 2, len(tokens) - SHOWN))
+    before, behind = "… " * (first > 0), " …" * (first + SHOWN < len(tokens))
+    return [(before, False), *_runs(tokens[first:first + SHOWN], tokenizer), (behind, False)]
 
 
 def _runs(tokens: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> list[tuple[str, bool]]:

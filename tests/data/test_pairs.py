@@ -13,8 +13,9 @@ import torch
 from minitune import data
 from minitune.config import Data
 from minitune.data import cache, read
+from minitune.data.account import overlap
 from minitune.data.formats import Sample, to_sample
-from minitune.data.holdout import streams
+from minitune.data.holdout import split_off, streams
 from minitune.data.stream import Stream
 from minitune.data.tokenizer import Tokenizer, load_tokenizer
 from minitune.errors import InputError
@@ -157,10 +158,41 @@ def test_equal_answers_are_left_out_and_counted(tokenizer: Tokenizer) -> None:
         stream([{"prompt": "q", "chosen": "a b", "rejected": "a b"}], tokenizer)
 
 
-@pytest.mark.parametrize("long", ["refuse", "split", "truncate"])
-def test_a_pair_is_never_cut(tokenizer: Tokenizer, long: str) -> None:
+def test_a_pair_is_never_cut(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"row 3: 54 tokens do not fit into a row of 50; .* drop it .*: a pair"):
-        stream(ROWS, tokenizer, tokens=50, long=long)
+        stream(ROWS, tokenizer, tokens=50)
+    for long in ("split", "truncate"):
+        with pytest.raises(InputError, match=f"long is {long}, and a pair, .* is trained whole; refuse those"):
+            stream(ROWS, tokenizer, long=long)
+
+
+def test_answers_of_equal_tokens_are_left_out(tokenizer: Tokenizer) -> None:
+    tokenizer.chat_templates["default"] = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
+    try:
+        found = stream([{"prompt": [Q], "chosen": [bot("a ")], "rejected": [bot("a")]},
+                        {"prompt": [Q], "chosen": [bot("a ")], "rejected": [bot("b")]}], tokenizer)
+    finally:
+        del tokenizer.chat_templates["default"]
+    assert found.n_documents == 1 and found.ledger.total.dropped > 0
+    assert any("chosen and rejected are the same" in note.text for note in found.ledger.notes)
+
+
+def test_notes_are_of_the_answer_that_they_are_about(tokenizer: Tokenizer) -> None:
+    notes = stream([{"prompt": "q", "chosen": "fine", "rejected": " "}], tokenizer).ledger.notes
+    assert not any("blank" in note.text for note in notes)
+    notes = stream([{"prompt": "q", "chosen": " ", "rejected": "fine"}], tokenizer).ledger.notes
+    assert any("their answer is blank" in note.text for note in notes)
+
+
+def test_answers_to_one_prompt_stay_on_one_side(tokenizer: Tokenizer) -> None:
+    rows = [{"prompt": f"number {i}", "chosen": "x" * (1 + k % 2), "rejected": "y" * (1 + k)}
+            for i in range(8) for k in range(4)]
+    train, valid = split_off(stream(rows, tokenizer), 8)
+    prompts = [{(int(each.where.rpartition(" ")[2]) - 1) // 4 for each in side.documents} for side in (train, valid)]
+    assert len(prompts[0]) == 6 and len(prompts[1]) == 2 and not prompts[0] & prompts[1]
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:4]]
+    note = overlap(stream(rows, tokenizer).parts, stream(swapped, tokenizer).parts)
+    assert note is not None and note.count == 4 and "answers to their prompts are trained on as well" in note.text
 
 
 def test_a_pair_too_long_may_be_dropped(tokenizer: Tokenizer) -> None:
