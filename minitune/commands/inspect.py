@@ -51,7 +51,7 @@ class Inspect:
         parts = read_parts(settings.shares(self.data), tokenizer, settings.fields(), settings.cached, reading(), pairs)
         held = read_valid(settings, tokenizer, reading(), pairs)
         longest = max(max(part.corpus.bounds.diff().tolist(), default=0) for part in [*parts, *(held or ())])
-        refuses = settings.long == "refuse" or (pairs and settings.long != "drop")
+        refuses = settings.long == "refuse"
         row = max(self.tokens, longest) if refuses else self.tokens
         train, valid = hold_out(Stream(parts, row, seed=self.seed, long=settings.long), settings, held)
         for title, stream in (("Where the tokens go", train), ("Held out", valid)):
@@ -60,5 +60,5 @@ class Inspect:
                 print_ledger(with_glued(stream, ledger, tokenizer), title=title)
                 print()
         lengths = [length for part in parts for length in part.corpus.bounds.diff().tolist()]
-        print_lengths(lengths, self.tokens, what=LONG["refuse" if refuses else settings.long])
+        print_lengths(lengths, self.tokens, what=LONG[settings.long])
         print_samples(packed(train, self.n), tokenizer)

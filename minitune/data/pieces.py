@@ -33,19 +33,18 @@ class Pieces:
 def cut(corpus: Corpus, kept: Tensor, tokens: int, long: Long) -> Pieces:
     """The pieces of documents `kept` (int64 [k], indices into `corpus`) for rows of `tokens`.
 
-    A document that fits is one piece. A longer one is refused (InputError that names the first such sample), and so is
-    a pair of answers; or split into pieces of exactly `tokens` and a last one with the rest, which do not see each
-    other, and the first token of each has no predecessor, so it is never a target; or truncated to its first `tokens`.
-    Those to be dropped are in `kept` no more.
+    A document that fits is one piece. A longer one is refused (InputError that names the first such sample); or split
+    into pieces of exactly `tokens` and a last one with the rest, which do not see each other, and the first token of
+    each has no predecessor, so it is never a target; or truncated to its first `tokens`. Those to be dropped are in
+    `kept` no more.
     """
     lengths = corpus.bounds.diff()[kept]
     too_many = lengths > tokens
-    pairs = bool(corpus.rejected_at.any())
-    if (pairs or long == "refuse") and too_many.any():
+    if long == "refuse" and too_many.any():
         at = int(too_many.nonzero()[0])
         raise too_long(corpus.where(int(kept[at])), int(lengths[at]), tokens, int(lengths.max()),
                        "drop it (--long drop on the command line, long= in Python): a pair, both answers with their "
-                       "prompt, is trained whole" if pairs else
+                       "prompt, is trained whole" if corpus.rejected_at.any() else
                        "say what to do with long ones: split, truncate or drop (--long on the command line, long= in "
                        "Python)")
     counts = -(-lengths // tokens) if long == "split" else torch.ones_like(lengths)

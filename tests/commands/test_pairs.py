@@ -53,8 +53,10 @@ def test_both_answers_are_shown(tiny, data, capsys):
     main(["inspect", str(tiny), str(data), "--objective", "dpo", "--n", "1", "--tokens", "64"])
     said = capsys.readouterr().out
     assert "Number 0 is« 0.</s>»\n--- rejected:\n<s> Number 0 is« 7!</s>»" in said
-    main(["inspect", str(tiny), str(data), "--objective", "dpo", "--n", "0", "--tokens", "20", "--long", "split"])
+    main(["inspect", str(tiny), str(data), "--objective", "dpo", "--n", "0", "--tokens", "20"])
     assert "say --long drop, since a pair is trained whole" in capsys.readouterr().out
+    main(["inspect", str(tiny), str(data), "--objective", "dpo", "--n", "0", "--tokens", "27", "--long", "drop"])
+    assert "samples: longer than 27 tokens (" in capsys.readouterr().out
 
 
 def test_a_dry_run_and_bad_words(tiny, data, tmp_path, capsys):
