@@ -21,6 +21,8 @@ from minitune.training.run import EvaluationRecord, SampleAnswer
 
 Question = str | Sequence[dict[str, Any]] | Prompt
 """A text to continue, or the messages of a chat to answer; a Prompt is either."""
+FIGURES = ("loss", "perplexity", "accuracy", "n_tokens", "chosen", "rejected")
+"""What an EvaluationRecord has of an Evaluation or a Preferred."""
 N_QUESTIONS = 3
 """So many questions are asked where none are given."""
 
@@ -86,8 +88,7 @@ class Examiner:
         found: dict[str, Any] = {}
         if self.valid is not None:
             seen = self.measure(self.model, self.valid)
-            found = {"loss": seen.loss, "perplexity": seen.perplexity if isinstance(seen, Evaluation) else None,
-                     "accuracy": seen.accuracy, "n_tokens": seen.n_tokens}
+            found = {name: getattr(seen, name, None) for name in FIGURES}
         asks = self.questions if self.always_ask or asks_at(found.get("loss")) else ()
         if self.valid is None and not asks:
             return None

@@ -34,7 +34,7 @@ from minitune.training.step import Objective
 FREE = ("log_every", "evaluate_every", "max_skipped", "patience", "save_every", "spikes")
 """Settings of the training with others of which a run may go on: they change no step as long as nothing goes wrong."""
 CHANGEABLE = ("lr", "schedule", "warmup", "decay", "min_lr_ratio", "weight_decay", "momentum", "clip",
-              "label_smoothing", "beta", "epochs", "max_steps", "data", "base", "ask", "objective")
+              "label_smoothing", "epochs", "max_steps", "data", "base", "ask", "objective")
 """What else may be another when the user names it: the checkpoint's weights and moments fit all the same."""
 SAMPLED = 4096
 """As many values of a frozen weight tell it from another."""
@@ -103,7 +103,6 @@ def about(model: Model, training: Training, data: Iterable[Batch], valid: Sequen
     digests, so that files may be moved; of an objective its name. InputError for data whose position cannot be found
     again."""
     network = model.network
-    settings = {name: value for name, value in asdict(training).items() if name not in FREE}
     tokenizer = model._tokenizer
     found: dict[str, Any] = plain({
         "chat_template_kwargs": {} if tokenizer is None else tokenizer.chat_template_kwargs,
@@ -112,10 +111,15 @@ def about(model: Model, training: Training, data: Iterable[Batch], valid: Sequen
         "lora": None if model.lora is None else asdict(model.lora), "adapter": _name(model.adapter_path),
         "trained_weights": sorted(network.trained_names()),
         "add_tokens": [] if tokenizer is None else tokenizer.added,
-        "training": settings, "data": _data(data), "valid": None if valid is None else _data(valid),
+        "training": _settings(training), "data": _data(data), "valid": None if valid is None else _data(valid),
         "ask": list(map(as_asked, ask)), "max_new_tokens": max_new_tokens, "objective": name_of(objective),
         "now": moment_of(model)})
     return found
+
+
+def _settings(training: Training) -> dict[str, Any]:
+    """Those of which a run must go on with the same."""
+    return {name: value for name, value in plain(asdict(training)).items() if name not in FREE}
 
 
 def all_changed(resumed: Path | None, changed: Sequence[str]) -> list[str]:
@@ -153,11 +157,14 @@ def moment_of(model: Model) -> str | None:
 
 def name_of(objective: Objective | None) -> str | None:
     """What a run's files call an objective of the caller's own: a function by its name, a partial one with its values,
-    another object by its class."""
+    another object as it prints itself, as a dataclass does with its values, or else by its class."""
     if isinstance(objective, functools.partial):
         given = [*map(short, objective.args), *(f"{name}={short(value)}" for name, value in objective.keywords.items())]
         return f"{name_of(objective.func)}({', '.join(given)})"
-    return None if objective is None else str(getattr(objective, "__qualname__", type(objective).__qualname__))
+    if objective is None or hasattr(objective, "__qualname__"):
+        return getattr(objective, "__qualname__", None)
+    prints_itself = type(objective).__repr__ is not object.__repr__
+    return repr(objective) if prints_itself else type(objective).__qualname__
 
 
 def check_position(data: Iterable[Batch], owner: str) -> None:
@@ -178,7 +185,11 @@ def saved_in(out: Path, here: Mapping[str, Any], changed: Sequence[str] = ()) ->
             raise
         how = "--adapter" if trained.name == "adapter" else "its BASE"
         raise InputError(f"{fault}; {trained} has what was trained before, and can be {how} of the new run") from None
-    now, before = dict(_fields(here)), dict(_fields(saved.about))
+    now, before = dict(_fields(here)), dict(_fields({"training": _settings(Training())}))
+    before |= dict(_fields(saved.about))        # an older minitune's checkpoint lacks a setting that is new
+    if now["training.objective"] != before["training.objective"]:
+        raise InputError(f"{out}: the objective is {now['training.objective']} and was {before['training.objective']}; "
+                         "what the one trained is no beginning for the other: begin a new run")
     odd = [name for name in (now | before) if now.get(name) != before.get(name)]
     if any(_part(name) in ("quant", "dtype", "trained_weights") for name in odd):   # these change what is frozen
         odd = [name for name in odd if name != "base.weights"]

@@ -41,8 +41,7 @@ from minitune.data.batch import Batch
 from minitune.data.samples import are_samples, how_to_give
 from minitune.data.stream import Stream, stream
 from minitune.errors import InputError
-from minitune.objectives import named
-from minitune.objectives.dpo import DPO
+from minitune.objectives import named, takes_pairs, with_reference
 from minitune.objectives.evaluate import evaluate
 from minitune.ops import backends
 from minitune.report.claim import claimed
@@ -88,7 +87,8 @@ def train(model: Model, data: Files | Iterable[Batch], *, valid: Files | Iterabl
     evaluation where ``evaluate_every`` is set; with `out` and a path by default the data's first three prompts.
     objective: "dpo" trains on preferences, a chosen answer over a rejected one (objectives/dpo.py), and evaluations
     measure that. Or what is minimised in place of the loss of the next token, a function of (model, batch) that gives
-    (sum of losses, number of trained tokens); evaluations measure the next token all the same.
+    (sum of losses, number of trained tokens); evaluations measure the next token all the same, unless it has its own
+    ``evaluate(model, batches)``. One with ``takes_pairs = True`` is of pairs, as objectives/dpo.py is.
     quiet: True shows no progress, False shows it always; by default it is shown on a terminal and in a notebook.
 
     Raises InputError before anything is written, where the data can be looked at before (an iterator cannot);
@@ -127,10 +127,10 @@ def _run(model: Model, ready: Ready, training: Training, objective: Objective | 
                 progress() if shown else NotesAsWarnings()]
     _tell_ledgers(model, ready.batches, ready.held_out, everyone, shown)
     rate = matrix_rate(model.device, model.network.dtype) if shown or folder is not None else None
-    next_token = objective is None and training.objective == "sft"
     minimised = named(training) if objective is None else objective
+    next_token = objective is None and not takes_pairs(minimised)
     return fit(model, ready.batches, training, minimised, everyone, evaluate=ready.examiner,
-               costs=costs_of(model.network, reference=training.objective == "dpo"), matrix_rate=rate,
+               costs=costs_of(model.network, reference=with_reference(minimised)), matrix_rate=rate,
                chance=math.log(model.config.vocab_size) if next_token else None,
                checkpoints=None if folder is None else _checkpoints(folder, model, ready), start=ready.saved,
                divisible=next_token)
@@ -175,10 +175,11 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
         ask = first_questions(data) if out is not None and isinstance(data, str | Path) else ()
     questions = as_prompts(ask)
     model.trainable_parameters()
-    batches = _batches("data", data, model, training)
-    held_out = None if valid is None else _batches("valid", valid, model, training)
-    if objective is None:
-        check_pairs(model, training, batches, held_out, resume)
+    minimised = named(training) if objective is None else objective
+    pairs = takes_pairs(minimised)
+    batches = _batches("data", data, model, training, pairs)
+    held_out = None if valid is None else _batches("valid", valid, model, training, pairs)
+    check_pairs(model, minimised, name_of(objective) or training.objective, batches, held_out, resume)
     if training.evaluate_every is not None and held_out is None and not questions:
         raise InputError(f"train: evaluate_every is {training.evaluate_every}, but there is nothing to evaluate; give "
                          "valid=… (held-out data) or ask=… (questions), or leave it out")
@@ -195,7 +196,7 @@ def prepare(model: Model, data: Any, *, valid: Any, training: Training, out: Pat
         raise InputError("train: the data has no trained token (all labels are -100)")
     examiner = Examiner(model, None if held_out is None else validation_batches(held_out), questions, max_new_tokens,
                         training.evaluate_every is not None,
-                        DPO(training.beta).evaluate if training.objective == "dpo" else evaluate)
+                        getattr(minimised, "evaluate", evaluate))
     examiner.check()
     for name, asked in (("resume", resume), ("save_every", training.save_every)):
         if asked:
@@ -229,12 +230,12 @@ def _training(training: Training | None, settings: Mapping[str, Any], data: Any)
     return replace(found, tokens=data.tokens, epochs=data.epochs if unsaid else found.epochs)
 
 
-def _batches(name: str, data: Any, model: Model, training: Training) -> Iterable[Batch]:
-    """The batches of `data`: read, where it names files, else itself."""
+def _batches(name: str, data: Any, model: Model, training: Training, pairs: bool) -> Iterable[Batch]:
+    """The batches of `data`: read, of `pairs` both answers, where it names files, else itself."""
     if _is_files(data) or are_samples(data):
         shuffled = name == "data"
         return stream(data, model.tokenizer, tokens=training.tokens, epochs=training.epochs if shuffled else 1,
-                      seed=training.seed, shuffle=shuffled, pairs=training.objective == "dpo")
+                      seed=training.seed, shuffle=shuffled, pairs=pairs)
     if advice := how_to_give(data):
         raise InputError(f"train: {name} is {short(data)}; {advice}")
     if not isinstance(data, Iterable):

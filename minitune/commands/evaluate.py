@@ -37,12 +37,14 @@ class Evaluate(Reading):
     def run(self) -> None:
         from minitune.api import load
         from minitune.data.stream import stream
+        from minitune.objectives import named, takes_pairs
         from minitune.objectives.dpo import DPO
         from minitune.objectives.evaluate import evaluate
         from minitune.report.progress import reading
         from minitune.report.tables import print_table
 
-        pairs = Training(objective=self.objective, beta=self.beta).objective == "dpo"
+        objective = named(Training(objective=self.objective, beta=self.beta))
+        pairs = takes_pairs(objective)
         if pairs and self.adapter is None:
             raise InputError("evaluate: the objective dpo compares an adapter with the base; name it, --adapter FOLDER")
         fields = self.fields()
@@ -52,10 +54,13 @@ class Evaluate(Reading):
                          long=self.long, progress=reading(), pairs=pairs)
         samples = f"{batches.n_documents:,} sample{'' if batches.n_documents == 1 else 's'}"
         title = f"{self.data}: {batches.n_trained:,} trained tokens of {samples}"
-        if pairs:
-            seen = DPO(self.beta).evaluate(model, batches)
-            print_table(title, ["", "adapter"], [["loss (a pair)", f"{seen.loss:.4f}"],
-                                                 ["chosen answer ahead", f"{seen.accuracy:.2%}"]])
+        if isinstance(objective, DPO):
+            seen = objective.evaluate(model, batches)
+            print_table(title, ["", "adapter"], [
+                [f"loss (a pair, beta {self.beta:g})", f"{seen.loss:.4f}"],
+                ["chosen answer ahead", f"{seen.accuracy:.2%}"],
+                ["chosen answer over the base (nats)", f"{seen.chosen:+.2f}"],
+                ["rejected answer over the base (nats)", f"{seen.rejected:+.2f}"]])
             return
         with model.adapter_disabled():
             found = [evaluate(model, batches)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from minitune.arguments import check_seed, check_whole
-from minitune.config import Data, ObjectiveName
+from minitune.config import Data, ObjectiveName, Training
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Inspect:
         from minitune.data.holdout import hold_out, read_valid
         from minitune.data.stream import Stream, read_parts
         from minitune.data.tokenizer import load_tokenizer
+        from minitune.objectives import named, takes_pairs
         from minitune.report.folder import check_no_run
         from minitune.report.glued import with_glued
         from minitune.report.inspect import LONG, packed, print_lengths, print_samples, refused
@@ -47,7 +48,7 @@ class Inspect:
         check_no_run(self.base)
         tokenizer, settings = load_tokenizer(self.base, self.add_tokens), self.samples
         tokenizer.chat_template_kwargs = settings.template_kwargs() or {}
-        pairs = self.objective == "dpo"
+        pairs = takes_pairs(named(Training(objective=self.objective)))
         parts = read_parts(settings.shares(self.data), tokenizer, settings.fields(), settings.cached, reading(), pairs)
         held = read_valid(settings, tokenizer, reading(), pairs)
         longest = max(max(part.corpus.bounds.diff().tolist(), default=0) for part in [*parts, *(held or ())])

@@ -87,6 +87,7 @@ class Train:
         from minitune.api.examine import first_questions
         from minitune.api.training import prepare
         from minitune.data.holdout import streams
+        from minitune.objectives import named, takes_pairs
         from minitune.report.progress import reading
         from minitune.report.tables import Compared, print_answers
         from minitune.training import checkpoint
@@ -95,7 +96,7 @@ class Train:
         samples = dataclasses.replace(self.samples, cache=False) if self.dry_run else self.samples
         data, valid = streams(self.data, model.tokenizer, samples, tokens=self.training.tokens,
                               epochs=self.training.epochs, seed=self.training.seed, progress=reading(),
-                              pairs=self.training.objective == "dpo")
+                              pairs=takes_pairs(named(self.training)))
         questions = self.ask or first_questions(self.data, self.samples.fields())
         if self.dry_run:
             ready = prepare(model, data, valid=valid, training=self.training, out=self.out, ask=questions,
@@ -136,6 +137,9 @@ class Train:
         if any(p.is_split("weight") for p in model.network.projections()) and ("training", "lr") not in self.given:
             warn(f"lr is {self.training.lr:g}, the default, which is made for adapters; whole linears usually "
                  "take 1e-5 to 5e-5 (--lr)")
+        if self.training.objective == "dpo" and ("training", "lr") not in self.given:
+            warn(f"lr is {self.training.lr:g}, the default, which is made for answers alone; dpo usually takes 5e-6 to "
+                 "5e-5 (--lr)")
         return model
 
     def _as_toml(self) -> str:

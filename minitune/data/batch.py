@@ -136,6 +136,13 @@ class Batch:
         """The same batch with its tensors on `device`; the copies from pinned memory do not block the host."""
         return self._map(lambda value: value.to(device, non_blocking=True))
 
+    def on(self, device: torch.device) -> Batch:
+        """A batch of the host as `device` computes it: a CPU without most of its filler, a GPU with a copy that the
+        host does not wait for, through pinned memory."""
+        if device.type == "cpu":
+            return self.trimmed()
+        return (self.pin_memory() if device.type == "cuda" and self.tokens.device.type == "cpu" else self).to(device)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         moved = object.__new__(Batch)
         for name in self.__dataclass_fields__:

@@ -13,6 +13,16 @@ from minitune.data.batch import Batch
 from minitune.objectives import dpo, sft
 
 
+def takes_pairs(objective: object) -> bool:
+    """Whether it is of pairs of answers, which the data is then read as."""
+    return getattr(objective, "takes_pairs", False) is True
+
+
+def with_reference(objective: object) -> bool:
+    """Whether it compares the model with the base under its adapter, for which a step has one forward more."""
+    return getattr(objective, "with_reference", False) is True
+
+
 def named(training: Training) -> Callable[[Any, Batch], tuple[Tensor, int]]:
     """The objective that the settings name."""
     if training.objective == "dpo":

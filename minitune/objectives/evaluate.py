@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,24 +48,36 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:
     """
     if not hasattr(model, "network"):
         raise InputError(f"evaluate: model is {short(model)}; give what mt.load returns, then the batches")
-    if isinstance(batches, str | os.PathLike | Batch) or not isinstance(batches, Iterable):
-        raise InputError(f"evaluate: batches is {short(batches)}; {GIVE}")
+    if isinstance(batches, Stream) and batches.pairs:
+        raise InputError("evaluate: batches are pairs of answers, the rejected ones among them; leave out pairs=True, "
+                         "or see how often the chosen one is ahead: minitune.objectives.dpo.DPO(beta).evaluate")
     was_training = model.training
     model.eval()
     sums, n_tokens = torch.zeros(2, dtype=torch.float64, device=model.device), 0
     try:
-        for batch in batches.epoch(0) if isinstance(batches, Stream) else batches:
-            if not isinstance(batch, Batch):
-                raise InputError(f"evaluate: batches holds {short(batch)}; {GIVE}")
-            if batch.n_trained:
-                sums += _sums(model, batch.trimmed() if model.device.type == "cpu" else batch.to(model.device))
-                n_tokens += batch.n_trained
+        for batch in placed(model, batches):
+            sums += _sums(model, batch)
+            n_tokens += batch.n_trained
     finally:
         model.train(was_training)
-    if not n_tokens:
-        raise InputError("evaluate: the data has no trained token (no batch, or all labels are -100)")
     loss, correct = sums.tolist()
     return Evaluation(loss=loss / n_tokens, accuracy=correct / n_tokens, n_tokens=n_tokens)
+
+
+def placed(model: Any, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """One epoch of `batches` as the model's device computes them, those in which something is trained. InputError for
+    what is no batch, and where there is none of these."""
+    if isinstance(batches, str | os.PathLike | Batch) or not isinstance(batches, Iterable):
+        raise InputError(f"evaluate: batches is {short(batches)}; {GIVE}")
+    n_trained = 0
+    for batch in batches.epoch(0) if isinstance(batches, Stream) else batches:
+        if not isinstance(batch, Batch):
+            raise InputError(f"evaluate: batches holds {short(batch)}; {GIVE}")
+        n_trained += batch.n_trained
+        if batch.n_trained:
+            yield batch.on(model.device)
+    if not n_trained:
+        raise InputError("evaluate: the data has no trained token (no batch, or all labels are -100)")
 
 
 def _sums(model: Any, batch: Batch) -> Tensor:

@@ -51,7 +51,7 @@ class JsonLines:
 class MetricsFile(Observer):
     """Writes `path` anew. Keys of a step's line: the fields of StepRecord and tokens_per_second (without the filler);
     of an evaluation's: step, valid_loss, valid_perplexity (of pairs null), valid_accuracy, valid_tokens,
-    evaluation_seconds."""
+    evaluation_seconds, and of pairs valid_chosen and valid_rejected."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -78,7 +78,9 @@ class MetricsFile(Observer):
         if self._lines is not None and record.loss is not None:
             self._lines.write({"step": record.step, "valid_loss": record.loss, "valid_perplexity": record.perplexity,
                                "valid_accuracy": record.accuracy, "valid_tokens": record.n_tokens,
-                               "evaluation_seconds": record.seconds})
+                               "evaluation_seconds": record.seconds,
+                               **({} if record.chosen is None else {"valid_chosen": record.chosen,
+                                                                    "valid_rejected": record.rejected})})
 
     def on_end(self, run: Run) -> None:
         if self._lines is not None:

@@ -194,8 +194,9 @@ def numbers(record: StepRecord, matrix_rate: float | None = None) -> str:
 def evaluation(record: EvaluationRecord) -> str:
     """An evaluation's figures in one line."""
     when = f"after step {record.step}" if record.step else "before training"
-    if record.perplexity is None:
-        return f"{when}: validation loss {record.loss:.4f}, chosen answer ahead in {record.accuracy:.1%} of the pairs"
+    if record.chosen is not None:
+        return (f"{when}: validation loss {record.loss:.4f}, chosen answer ahead in {record.accuracy:.1%} of the pairs "
+                f"(chosen {record.chosen:+.2f} nats over the base, rejected {record.rejected:+.2f})")
     return (f"{when}: validation loss {record.loss:.4f}, perplexity {record.perplexity:,.2f}, token accuracy "
             f"{record.accuracy:.1%}")
 

@@ -36,7 +36,7 @@ class TensorBoard(Observer):
             self._scalar(f"train/{name}", getattr(record, name), record.step)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        for name in ("loss", "perplexity", "accuracy"):
+        for name in ("loss", "perplexity", "accuracy", "chosen", "rejected"):
             self._scalar(f"valid/{name}", getattr(record, name), record.step)
         for place, each in enumerate(record.answers):
             # four blanks: a block of code, since answers are no markdown

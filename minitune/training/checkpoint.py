@@ -368,8 +368,8 @@ def _evaluation(path: Path, found: Any) -> EvaluationRecord:
     try:
         answers = tuple(SampleAnswer(question=str(each["question"]), answer=str(each["answer"]))
                         for each in found["answers"])
-        numbers = {name: None if found[name] is None else float(found[name])
-                   for name in ("loss", "perplexity", "accuracy")}
+        numbers = {name: None if found.get(name) is None else float(found[name])
+                   for name in ("loss", "perplexity", "accuracy", "chosen", "rejected")}
         return EvaluationRecord(step=int(found["step"]), seconds=float(found["seconds"]), answers=answers,
                                 n_tokens=None if found["n_tokens"] is None else int(found["n_tokens"]), **numbers)
     except (KeyError, TypeError, ValueError):

@@ -69,7 +69,8 @@ class EvaluationRecord:
 
     ``loss`` (nats), ``perplexity``, ``accuracy`` and ``n_tokens`` are those of the validation data's trained tokens,
     None without such data; of pairs (dpo) the loss is its mean over them, the accuracy the share whose chosen answer is
-    ahead, and there is no perplexity; ``answers`` is empty where nothing was asked. ``seconds`` counts both.
+    ahead, ``chosen`` and ``rejected`` are the mean gains of both on the base (nats), and there is no perplexity.
+    ``answers`` is empty where nothing was asked. ``seconds`` counts both.
     """
 
     step: int
@@ -78,6 +79,8 @@ class EvaluationRecord:
     perplexity: float | None = None
     accuracy: float | None = None
     n_tokens: int | None = None
+    chosen: float | None = None
+    rejected: float | None = None
     answers: tuple[SampleAnswer, ...] = ()
 
 

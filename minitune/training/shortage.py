@@ -30,8 +30,7 @@ class Shortage:
         for row in rows:
             whole = row.trimmed() if device.type == "cpu" and row.n_filler else row
             parts = [whole] if self.tokens is None or whole.n_tokens <= self.tokens else whole.split(self.tokens)
-            # A copy from pageable memory would wait for the work queued before it.
-            found += [(part.pin_memory() if device.type == "cuda" else part).to(device) for part in parts]
+            found += [part.on(device) for part in parts]
         return found
 
     def met(self, batches: Sequence[Batch]) -> str | None:

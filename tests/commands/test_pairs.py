@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("tyro")
 from minitune.cli import main
+from minitune.training.runner import Runner
 
 ROWS = [{"prompt": f"Number {i} is", "chosen": f" {i * i}.", "rejected": f" {i + 7}!"} for i in range(24)]
 
@@ -37,8 +38,10 @@ def test_a_run_and_its_adapter(tiny, data, tmp_path, capsys):
     measured = ["evaluate", str(tiny), str(data), "--objective", "dpo", "--tokens", "64"]
     main([*measured, "--adapter", str(out / "adapter")])
     said = " ".join(capsys.readouterr().out.split())
-    for wanted in ("trained tokens of 24 samples", "chosen answer ahead 100.00%", "loss (a pair) 0."):
+    for wanted in ("trained tokens of 24 samples", "chosen answer ahead 100.00%", "loss (a pair, beta 0.1) 0."):
         assert wanted in said
+    main([*measured, "--adapter", str(out / "adapter"), "--beta", "1e-6"])
+    assert "loss (a pair, beta 1e-06) 0.6931" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit) as ended:
         main(measured)
     assert ended.value.code == 2 and "compares an adapter with the base; name it" in capsys.readouterr().err
@@ -49,14 +52,39 @@ def test_a_run_and_its_adapter(tiny, data, tmp_path, capsys):
     assert not (tmp_path / "next").exists()
 
 
+def test_a_validation_file_is_of_pairs_and_a_run_goes_on(tiny, data, tmp_path, capsys, monkeypatch):
+    held, out = tmp_path / "held.jsonl", tmp_path / "out"
+    held.write_text(json.dumps({"prompt": "Number 99 is", "chosen": " 9801.", "rejected": " 106!"}) + "\n")
+    given = words(tiny, data, out, "--objective", "dpo", "--valid", str(held), "--save-every", "2")
+    launch, steps = Runner._launch, iter(range(5))
+
+    def dies(self, *rest):
+        if next(steps, None) is None:
+            raise OSError("gone")
+        launch(self, *rest)
+
+    with monkeypatch.context() as ending, pytest.raises(SystemExit):
+        ending.setattr(Runner, "_launch", dies)
+        main(given)
+    assert any((out / "checkpoint").iterdir())
+    capsys.readouterr()
+    main(["train", "--resume", "--out", str(out)])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    seen = [line for line in lines if "valid_loss" in line]
+    assert seen[0]["valid_chosen"] == 0.0 and seen[0]["valid_accuracy"] == 0.5 and seen[-1]["valid_tokens"] > 0
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, seen[-1]["step"] + 1))
+    main(["inspect", str(tiny), str(data), "--objective", "dpo", "--n", "0", "--tokens", "64", "--valid", str(held)])
+    assert "Held out" in capsys.readouterr().out
+
+
 def test_both_answers_are_shown(tiny, data, capsys):
     main(["inspect", str(tiny), str(data), "--objective", "dpo", "--n", "1", "--tokens", "64"])
     said = capsys.readouterr().out
     assert "Number 0 is« 0.</s>»\n--- rejected:\n<s> Number 0 is« 7!</s>»" in said
     main(["inspect", str(tiny), str(data), "--objective", "dpo", "--n", "0", "--tokens", "20"])
     assert "say --long drop, since a pair is trained whole" in capsys.readouterr().out
-    main(["inspect", str(tiny), str(data), "--objective", "dpo", "--n", "0", "--tokens", "27", "--long", "drop"])
-    assert "samples: longer than 27 tokens (" in capsys.readouterr().out
+    main(["inspect", str(tiny), str(data), "--objective", "dpo", "--n", "0", "--tokens", "21", "--long", "drop"])
+    assert "longer than 21 tokens (" in (out := capsys.readouterr().out) and "too long for a row: dropped" in out
 
 
 def test_a_dry_run_and_bad_words(tiny, data, tmp_path, capsys):

@@ -120,6 +120,32 @@ def test_the_evaluation_counts_pairs(tiny):
     assert model.training and seen.n_tokens == sum(batch.n_trained for batch in batches)
     assert seen.loss == pytest.approx(float(-F.logsigmoid(0.3 * margins).mean()), rel=1e-5)
     assert seen.accuracy == float((margins > 0).double().mean()) and 0 < seen.accuracy < 1
+    gains = [DPO(0.3).gains(model, batch) for batch in batches]
+    for found, side in zip((seen.chosen, seen.rejected), zip(*gains, strict=True), strict=True):
+        assert found == pytest.approx(float(torch.cat(side).mean()), rel=1e-5)
+
+
+def test_the_evaluation_draws_no_dropout(tiny):
+    model = mt.load(tiny, lora=mt.LoRA(rank=4, dropout=0.5), dtype="float32")
+    moved(model)
+    model.train()
+    first, again = (DPO(0.3).evaluate(model, [pairs()]) for _ in range(2))
+    model.eval()
+    assert first == again == DPO(0.3).evaluate(model, [pairs()])
+
+
+def test_the_evaluation_takes_one_epoch_and_refuses_what_evaluate_does(tiny):
+    model = mt.load(tiny, lora=mt.LoRA(rank=4))
+    rows = [{"prompt": f"a {i}", "chosen": "x", "rejected": "y"} for i in range(4)]
+    found = [DPO().evaluate(model, mt.data.stream(rows, model.tokenizer, tokens=64, epochs=n, pairs=True)).n_tokens
+             for n in (1, 3)]
+    assert found[0] == found[1] > 0
+    with pytest.raises(InputError, match="the data has no trained token"):
+        DPO().evaluate(model, [])
+    with pytest.raises(InputError, match=r"batches holds {'chosen'"):
+        DPO().evaluate(model, rows)
+    with pytest.raises(InputError, match=r"dpo: beta is -1; it must be"):
+        DPO(-1)
 
 
 def test_what_is_no_batch_of_pairs(tiny):
@@ -127,7 +153,7 @@ def test_what_is_no_batch_of_pairs(tiny):
     with pytest.raises(InputError, match=r"dpo: a batch holds 5 documents that are no pairs"):
         DPO()(model, pairs(LENGTHS[:5]))
     with pytest.raises(InputError, match="a batch holds 2 documents that are no pairs"):
-        mt.train(model, [{"text": "a"}, {"text": "b"}], objective=DPO(), quiet=True)
+        mt.train(model, mt.data.pack([[5, 6, 7], [5, 6]], 8), objective=DPO(), quiet=True)
     with pytest.raises(InputError, match="that are no pairs"):
         mt.train_step(model, pairs(LENGTHS[:5]), mt.SGD(model.param_groups(1.0), 1.0), 1.0, objective=DPO())
 
