@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import warnings
 from collections.abc import Sequence
@@ -38,18 +39,18 @@ LEAST, MOST = 5, 1000
 """Measured steps."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is measured. `base`: a checkpoint folder, or the name of a shape (random weights, never on a disk);
+    """What is measured. ``base``: a checkpoint folder, or the name of a shape (random weights, never on a disk);
     ``longest``: the length of the documents in a row of ``tokens``, None for as long as the model reads; ``seconds`` to
-    measure for, about; ``train``: base weights that are trained instead of an adapter of ``rank``."""
+    measure for, about; ``train``: base weights that are trained instead of an adapter of ``rank`` (None: 16)."""
 
     base: str
     tokens: int
     longest: int | None
     micro_batches: int
     seconds: float
-    rank: int
+    rank: int | None
     train: tuple[str, ...]
     quant: Quant | None
     memory: MemoryPolicy
@@ -99,13 +100,29 @@ def _check(setting: Setting, out: Path | None) -> None:
         check_whole("bench", "longest", setting.longest, low=2)
         if setting.longest > setting.tokens:
             raise InputError(f"bench: longest is {setting.longest}; it must be at most tokens ({setting.tokens})")
-    if out is not None and check_path("bench", "out", out).exists():
+    if not setting.base:
+        raise InputError("bench: base is empty; give a folder, or the name of a shape")
+    if setting.rank is not None and setting.train:
+        raise InputError(f"bench: rank is {setting.rank}, and train={list(setting.train)} has no adapter; leave one "
+                         "out")
+    if out is not None:
+        _check_out(check_path("bench", "out", out))
+
+
+def _check_out(out: Path) -> None:
+    """InputError for a file that is there, and for one in no folder that can be written, before anything is measured.
+    """
+    if out.exists():
         raise InputError(f"{out} exists already; name another file, or remove it")
+    place = next(each for each in out.absolute().parents if each.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"{out}: cannot be written: {place} is {'not writable' if place.is_dir() else 'no folder'}; "
+                         "name another place")
 
 
 def _model(setting: Setting, device: str | None, dtype: str | None) -> Model:
     """The folder's, or one of that shape."""
-    lora = None if setting.train else LoRA(rank=setting.rank)
+    lora = None if setting.train else LoRA() if setting.rank is None else LoRA(rank=setting.rank)
     names: str | Sequence[str] | None = setting.train[0] if len(setting.train) == 1 else setting.train or None
     if Path(setting.base).exists():
         return load(setting.base, device=device, dtype=dtype, quant=setting.quant, lora=lora, train=names,
@@ -141,6 +158,7 @@ def _write(out: Path, model: Model, setting: Setting, run: Run, policy: str, rat
     raw = {"kind": "minitune bench", "when": datetime.now(UTC).isoformat(timespec="seconds"),
            "environment": environment(str(model.device)), "backends": backends(model.device),
            "setting": {**asdict(setting), "base": Path(setting.base).name,
+                       "rank": None if model.lora is None else model.lora.rank,
                        "dtype": str(model.network.dtype).removeprefix("torch.")},
            "model": asdict(model.config), "memory_taken": policy, "matrix_flops_per_second": rate,
            "steps": [asdict(each) for each in run.records]}

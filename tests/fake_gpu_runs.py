@@ -202,7 +202,8 @@ def uses(folder: Path) -> None:
     report("to the CPU", run, lambda model: model.network.to("cpu"))
     def measured(quant: Any) -> None:
         with contextlib.redirect_stdout(sys.stderr):
-            bench(Setting("tiny", 64, None, 2, 1e-9, 4, (), quant, "auto", "fp32"), "cuda", None, None)
+            bench(Setting(base="tiny", tokens=64, longest=None, micro_batches=2, seconds=1e-9, rank=4, train=(),
+                          quant=quant, memory="auto", moments="fp32"), "cuda", None, None)
 
     report("bench", run, lambda model: measured(None))
     report("bench, nf4-dq", run, lambda model: measured("nf4-dq"))

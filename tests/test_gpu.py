@@ -82,7 +82,8 @@ def forget_tables():
 
 @pytest.mark.parametrize("quant", [None, "nf4-dq"])
 def test_bench_measures_steps(tmp_path, quant):
-    setting = Setting("tiny", 512, 200, 2, 0.2, 8, (), quant, "auto", "8bit")
+    setting = Setting(base="tiny", tokens=512, longest=200, micro_batches=2, seconds=0.2, rank=8, train=(), quant=quant,
+                      memory="auto", moments="8bit")
     bench(setting, "cuda", None, tmp_path / "raw.json")
     raw = json.loads((tmp_path / "raw.json").read_text())
     assert raw["environment"]["gpu"]["name"] == torch.cuda.get_device_name()

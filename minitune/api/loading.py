@@ -128,16 +128,17 @@ def _set_template(tokenizer: Tokenizer | None, folder: Path, given: Mapping[str,
 def _warn_of_precision(adapter: Path, said: Mapping[str, Any], quant: Quant | None, stored: bool) -> None:
     """Warn where an adapter that minitune wrote was trained on a base in 4 bits, and this one is not, or otherwise.
     InputError for a file of ours that says what we never write."""
-    if "quant" not in said:         # trained in 16 bits, or by another trainer, who does not tell
+    if not said:        # another trainer's, who does not tell
         return
-    trained = said["quant"]
-    if trained not in get_args(Quant):
+    trained = said.get("quant")
+    if "quant" in said and trained not in get_args(Quant):
         raise InputError(f"{adapter / ABOUT}: quant is {short(trained)}; it must be {' or '.join(get_args(Quant))}, as "
                          "the base lay that it was trained on; correct it, or remove the file")
     if trained != quant:
-        here = f"in {quant}" if quant else "in 16 bits or more"
-        how = "take the base it was trained on" if stored else f"load it with quant {trained}"
-        warn(f"{adapter}: was trained on a base in {trained}, and this one lies {here}, so the answers differ "
+        then, here = trained or "16 bits or more", quant or "16 bits or more"
+        how = f"load it with quant {trained}" if trained else "load it without quant"
+        how = "take the base it was trained on" if stored else how
+        warn(f"{adapter}: was trained on a base in {then}, and this one lies in {here}, so the answers differ "
              f"somewhat; {how} to have what was trained")
 
 

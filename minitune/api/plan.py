@@ -26,7 +26,8 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
     if first is None:
         raise InputError("train: the data has no trained token (all labels are -100)")
     rows = [model_row(model, model.path), trained_row(model, training),
-            ("data", f"{data.n_documents:,} documents, {data.n_tokens:,} tokens, {data.n_trained:,} of them trained"),
+            ("data", f"{data.n_documents:,} {'pairs' if data.pairs else 'documents'}, {data.n_tokens:,} tokens, "
+                     f"{data.n_trained:,} of them trained"),
             ("an epoch", f"{data.count(1):,} rows of {data.tokens:,} tokens, "
                          f"{data.n_tokens / (data.count(1) * data.tokens):.0%} full"),
             ("steps", f"{planned(data, training):,} of {training.micro_batches} x {data.tokens:,} tokens"

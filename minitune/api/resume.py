@@ -74,8 +74,11 @@ def check_out(out: Path | None, resume: Any, changed: Any = ()) -> None:
         raise InputError(f"{out}: is not the folder of a run, so there is nothing to resume; name another one")
     trained = _trained_in(out)
     if trained is not None:
+        settings = read_json_object(out / "config.json").get("training")
+        dpo = isinstance(settings, dict) and settings.get("objective") == "dpo"
+        merged = " (merged into its base, since the reference of dpo is a base: minitune merge)" if dpo else ""
         raise InputError(f"{out}: the run has ended and left no checkpoint, there is nothing to resume; to train on, "
-                         f"begin a new one from what it has trained, {trained}")
+                         f"begin a new one from what it has trained, {trained}{merged}")
     if _is_finished(out):
         raise InputError(f"{out}: the run came to its end, but what it trained was not written, and there is no "
                          "checkpoint; begin anew in another folder, with save_every")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -24,8 +24,8 @@ class Bench:
     """Rows in an optimizer step."""
     seconds: float = 30.0
     """Time to measure for, about, after loading and warming up."""
-    rank: int = 16
-    """Rank of the adapters on all linears of a layer."""
+    rank: int | None = None
+    """Rank of the adapters on all linears of a layer; by default 16."""
     train: tuple[str, ...] = ()
     """Base weights to train instead of an adapter: full, head, norms, embedding, last:4, or name patterns."""
     quant: Quant | None = None
@@ -44,5 +44,5 @@ class Bench:
     def run(self) -> None:
         from minitune.bench import Setting, bench
 
-        bench(Setting(self.base, self.tokens, self.longest, self.micro_batches, self.seconds, self.rank, self.train,
-                      self.quant, self.memory, self.moments), self.device, self.dtype, self.out)
+        setting = Setting(**{each.name: getattr(self, each.name) for each in fields(Setting)})
+        bench(setting, self.device, self.dtype, self.out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -57,7 +59,7 @@ class Merge(Reading):
         check_free(self.out)
         model = load(self.base, device=self.device, dtype=self.dtype, quant=self.quant, adapter=self.adapter,
                      chat_template_kwargs=self.template_kwargs())
-        kwargs = model.tokenizer.chat_template_kwargs if self.data is not None else None
+        kwargs = dict(model.tokenizer.chat_template_kwargs) if model._tokenizer is not None else {}
         if self.data is not None:
             with model.adapter_disabled():
                 self._say("the base without the adapter", model)
@@ -66,6 +68,9 @@ class Merge(Reading):
         in_4bit = bool(model.network.nf4_shapes())
         del model
         print(f"merged model in {self.out}, weights in {_dtypes(self.out)}, as the base's own")
+        if kwargs:
+            given = shlex.join(f"{name}={json.dumps(value)}" for name, value in kwargs.items())
+            print(f"it keeps no settings of its chat template; give them again: --chat-template-kwargs {given}")
         if self.data is None:
             return
         if in_4bit and not is_prequantized(self.base):

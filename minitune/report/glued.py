@@ -44,8 +44,9 @@ def with_glued(stream: Stream, ledger: Ledger, tokenizer: Tokenizer | None) -> L
     if not hits or 2 * len(hits) <= looked:
         return ledger
     among = "" if looked == len(hits) == ends[-1] else f", of {looked:,} looked at"
-    note = Note(f"the completion begins right behind the prompt's last word{among}: begin completions with a blank, as "
-                'in "completion": " Yes."', len(hits), tuple(hits[:PLACES]))
+    names = ("answer", "chosen") if stream.pairs else ("completion", "completion")
+    note = Note(f"the {names[0]} begins right behind the prompt's last word{among}: begin {names[0]}s with a blank, as "
+                f'in "{names[1]}": " Yes."', len(hits), tuple(hits[:PLACES]))
     return replace(ledger, notes=(note, *ledger.notes))
 
 

@@ -338,7 +338,7 @@ class _Launched:
                  highest: Limits, device: torch.device) -> None:
         self.step, self.lr, self.n_trained, self.highest = step, lr, n_trained, highest
         self.group = replace(group, rows=[], batches=[])        # which need not stay in memory
-        self.pieces = [piece for row in group.rows for piece in row.pieces]
+        self.pieces = list(dict.fromkeys(piece for row in group.rows for piece in row.pieces))     # a pair has two
         values = torch.stack([loss.float(), norm.to(loss.device)])
         # Into pinned memory, and never read before the mark has passed: `.item()` would wait for the next step, too.
         self.values: Tensor = values.to("cpu", non_blocking=True)

@@ -33,14 +33,19 @@ def test_an_adapter_of_4_bits_says_so_and_is_warned_of_on_another_base(tiny, tmp
         mt.load(tiny, device="cpu", adapter=adapter, quant=quant)
 
 
-def test_an_adapter_of_16_bits_says_nothing_not_even_over_one_of_4(tiny, tmp_path):
+def test_an_adapter_of_16_bits_warns_in_4_also_where_it_was_written_over_one_of_4(tiny, tmp_path):
     _adapter(tiny, tmp_path, "nf4")
     _adapter(tiny, tmp_path, None)
     assert json.loads((tmp_path / ABOUT).read_text()).keys() == {"sha256"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mt.load(tiny, device="cpu", adapter=tmp_path)
-        mt.load(tiny, device="cpu", adapter=tmp_path, quant="nf4")      # another trainer's would say as little
+    with pytest.warns(UserWarning, match="base in 16 bits or more, and this one lies in nf4, .* without quant"):
+        mt.load(tiny, device="cpu", adapter=tmp_path, quant="nf4")
+    (tmp_path / ABOUT).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mt.load(tiny, device="cpu", adapter=tmp_path, quant="nf4")      # another trainer's tells nothing
 
 
 @pytest.mark.parametrize(("text", "words"), [('{"quant": "int8"}', "quant is 'int8'; it must be nf4 or nf4-dq"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import minitune as mt
+from minitune.api import training
 from minitune.api.resume import about
 from minitune.errors import InputError
 from minitune.objectives.dpo import DPO
@@ -51,6 +52,13 @@ def test_a_run_prefers_what_was_chosen(model, data, tmp_path):
     assert seen[0]["valid_accuracy"] == 0.5 and all(line["valid_perplexity"] is None for line in seen)
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["training"]
     assert (settings["objective"], settings["beta"]) == ("dpo", 0.5)
+
+
+def test_what_a_finished_run_is_told_to_go_on_from(model, data, tmp_path):
+    given = {**GIVEN, "out": tmp_path / "out", "max_steps": 1, "ask": ()}
+    mt.train(model, data, **given)
+    with pytest.raises(InputError, match=r"from what it has trained, .*adapter \(merged into its base"):
+        mt.train(model, data, resume=True, **given)
 
 
 def test_micro_batches_and_settings_are_those_of_any_run(tiny, model):
@@ -182,12 +190,21 @@ def test_the_reference_is_a_base_under_a_new_adapter(tiny, model, tmp_path):
         mt.train(mt.load(tiny, train="last:1", dtype="float32"), ROWS, **GIVEN)
 
 
+def test_what_the_loop_is_told_of_pairs(model, monkeypatch):
+    """The reference's forward counts; no documents of a row alone are the step; ln(vocabulary) is no beginning."""
+    told = {}
+    fit = training.fit
+    monkeypatch.setattr(training, "fit", lambda *given, **more: told.update(more) or fit(*given, **more))
+    mt.train(model, ROWS, max_steps=1, **GIVEN)
+    assert told["costs"].reference and not told["divisible"] and told["chance"] is None
+
+
 def test_a_plan_knows_the_loss(model):
     from minitune.api.plan import plan
 
     pairs = mt.data.stream(ROWS, model.tokenizer, tokens=64, pairs=True)
     rows = dict(plan(model, pairs, mt.Training(objective="dpo", tokens=64)))
-    assert rows["loss of the first row"] == "0.6931"
+    assert rows["loss of the first row"] == "0.6931" and rows["data"].startswith("24 pairs, ")
 
 
 def test_bf16_and_4_bits(tiny):

@@ -130,7 +130,9 @@ def test_a_run_keeps_them_and_its_commands_use_them(styled, tmp_path, capsys):
     assert by_adapter[:1] == without != losses()
     merged = tmp_path / "merged"
     main(["merge", str(styled), str(out / "adapter"), str(merged), "--data", str(data), *small])
-    said = re.findall(r"^loss (\S+): (.*)$", capsys.readouterr().out, re.MULTILINE)
+    out = capsys.readouterr().out
+    assert 'give them again: --chat-template-kwargs \'style="brief"\'\n' in out
+    said = re.findall(r"^loss (\S+): (.*)$", out, re.MULTILINE)
     assert [loss for loss, _ in said[:2]] == by_adapter and float(said[-1][0]) == pytest.approx(float(said[1][0]), 1e-2)
 
 

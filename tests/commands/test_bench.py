@@ -23,6 +23,7 @@ def test_a_shape_is_measured_without_a_file(tmp_path, monkeypatch, capsys, flags
     raw = json.loads((tmp_path / "raw.json").read_text())
     rows = 2 if "--micro-batches" in flags else 1
     assert f"{rows} x 64 tokens in documents of {24 if '--longest' in flags else 64}; memory keep" in said
+    assert raw["setting"]["rank"] == (None if "--train" in flags else 16)
     assert raw["setting"]["base"] == "tiny" and raw["model"]["d_model"] == 128
     seconds = sorted(step["seconds"] for step in raw["steps"][1:])
     assert len(seconds) >= LEAST and all(step["n_tokens"] == 64 * rows for step in raw["steps"])
@@ -56,6 +57,7 @@ def test_documents_are_no_longer_than_the_model_reads(tmp_path, monkeypatch, rec
     (["--tokens", "1"], "tokens is 1; it must be a whole number from 2"), (["--seconds", "0"], "seconds is 0.0; it"),
     (["--longest", "65"], "longest is 65; it must be at most tokens (64)"), (["--longest", "1"], "longest is 1; it mu"),
     (["--rank", "0"], "rank is 0"), (["--micro-batches", "0"], "micro_batches is 0"), (["--out", "here"], "here exist"),
+    (["--out", "here/raw.json"], "/here is no folder"), (["--rank", "4", "--train", "full"], "has no adapter; leave"),
     (["--train", "heads"], "'heads'"), (["--quant", "nf4", "--train", "full"], "4 bits cannot be trained")])
 def test_what_cannot_be_measured_is_named(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
@@ -66,7 +68,14 @@ def test_what_cannot_be_measured_is_named(tmp_path, monkeypatch, capsys, flags, 
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
+def test_an_empty_base_is_none(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "", *SMALL])
+    assert "bench: base is empty" in capsys.readouterr().err
+
+
 def test_neither_a_folder_nor_a_shape_is_named():
-    setting = Setting("tinny", 64, None, 1, 0.1, 4, (), None, "auto", "fp32")
+    setting = Setting(base="tinny", tokens=64, longest=None, micro_batches=1, seconds=0.1, rank=None, train=(),
+                      quant=None, memory="auto", moments="fp32")
     with pytest.raises(mt.InputError, match=r"^bench: there is no folder 'tinny', and no shape is named 'tinny'; "):
         bench(setting, "cpu", None, None)

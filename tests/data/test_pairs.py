@@ -19,7 +19,6 @@ from minitune.data.holdout import split_off, streams
 from minitune.data.stream import Stream
 from minitune.data.tokenizer import Tokenizer, load_tokenizer
 from minitune.errors import InputError
-from minitune.training.left_out import LeftOut
 from tests.data.test_formats import READ, A, Q, bot, user
 
 SYSTEM = {"role": "system", "content": "s"}
@@ -139,7 +138,6 @@ def test_trimmed_and_split_batches_keep_their_names(tokenizer: Tokenizer) -> Non
     (batch,) = stream(ROWS[:3], tokenizer, tokens=200)
     assert sorted(batch.pieces) == [0, 0, 1, 1, 2, 2] == sorted(batch.trimmed().pieces)
     assert [piece for part in batch.split(1) for piece in part.pieces] == list(batch.pieces)
-    assert LeftOut(3, str).name_of(1) == "1"
 
 
 def test_weights_are_of_both_answers(tokenizer: Tokenizer) -> None:

@@ -48,6 +48,15 @@ def spoils(*steps, by=math.nan):
     return objective
 
 
+def test_a_document_that_is_two_of_a_row_is_named_once(fakes):
+    """As both answers of a pair are."""
+    batches, listener = data(fakes), Listener()
+    object.__setattr__(batches[3], "pieces", (7, 7, 5, 5))
+    fit(fakes.TinyModel(), batches, Training(), spoils(4), [listener])
+    (note,) = [note for note in listener.notes if "left out" in note]
+    assert note.endswith("; it read documents[7], documents[5]")
+
+
 @pytest.mark.parametrize("by", [math.nan, math.inf, 3e38], ids=["nan", "inf", "gradient alone"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_one_step_is_left_out_and_told(fakes, by, optimizer):
