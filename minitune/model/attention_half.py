@@ -68,7 +68,7 @@ class AttentionHalf(Half):
         qk = self.q_and_k(qkv)
         if self.q_norm is not None and self.k_norm is not None:
             kept["raw_qk"], qk = qk, torch.empty_like(qk, memory_format=torch.contiguous_format)
-            for raw, weight, out, name in zip((q, k), (self.q_norm, self.k_norm), self.halves(qk),
+            for raw, weight, out, name in zip((q, k), (self.q_norm, self.k_norm), self.split_qk(qk),
                                               ("q_rstd", "k_rstd"), strict=True):
                 kept[name] = rms_norm.forward(raw, weight, self.config.norm_eps, out=out)[1]
         kept["qk"] = rope.rotate_(qk, context.cos, context.sin)
@@ -79,14 +79,14 @@ class AttentionHalf(Half):
         heads = self.config.n_heads + self.config.n_kv_heads
         return qkv.unflatten(-1, (-1, self.config.head_dim))[:, :heads]
 
-    def halves(self, qk: Tensor) -> tuple[Tensor, Tensor]:
+    def split_qk(self, qk: Tensor) -> tuple[Tensor, Tensor]:
         """Views q [T, heads, head_dim] and k [T, kv_heads, head_dim] of the two together."""
         return qk[:, : self.config.n_heads], qk[:, self.config.n_heads :]
 
     def forward_keeping(self, x: Tensor, branch: Tensor | None, weights: tuple[LoraWeights, LoraWeights],
                         context: Context, need: Need = "both") -> tuple[Tensor | None, Kept]:
         kept = self.project(x, branch, weights[0], context)
-        attended, saved = attention.forward(*self.halves(kept["qk"]), kept["v"], context.documents, self.window,
+        attended, saved = attention.forward(*self.split_qk(kept["qk"]), kept["v"], context.documents, self.window,
                                        need != "branch", lora_matmul.input_rows(len(x), weights[1]))
         kept |= {"lse": saved.lse, "graph": saved.graph, "attended": attended.flatten(1)}
         if need == "kept":
@@ -104,25 +104,14 @@ class AttentionHalf(Half):
         del d_out
         for name in ("qk", "raw_qk", "v", "attended", "lse", "graph"):      # before the last product
             kept.pop(name, None)
-        ds = lora_matmul.backward_s(d_rows, w_qkv)
-        normed = kept.get("normed")
-        if normed is None and self.qkv.reads_input(kept["s_qkv"]):
-            normed = rms_norm.apply(kept["x"], kept["rstd"], self.norm)
-        gradients = [*self.qkv.gradients(d_rows, normed, kept["s_qkv"], ds, w_qkv), *gradients_o, *d_norms]
-        if not wanted.need_dx and not self.norm.requires_grad:
-            return None, gradients
-        d_normed = lora_matmul.backward_input(d_rows, ds, w_qkv)
-        if self.norm.requires_grad:
-            gradients.append(rms_norm.backward_weight(d_normed, kept["x"], kept["rstd"]))
-        if not wanted.need_dx:
-            return None, gradients
-        return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm, past, out=d_normed), gradients
+        dx, gradients_qkv, d_norm = self.backward_through_norm(d_rows, "s_qkv", w_qkv, kept, past, wanted)
+        return dx, [*gradients_qkv, *gradients_o, *d_norms, *d_norm]
 
     def backward_through_attention(self, d_out: Tensor, kept: Kept, context: Context, wanted: Wanted,
                                    w_qkv: LoraWeights) -> tuple[Tensor, list[Tensor]]:
         """d_out [T, heads·head_dim] -> (the gradient of what the q, k, v product gave, [T, rows], where the backward
         of that product wants it; those of the heads' norms that are trained)."""
-        saved = attention.Saved(*self.halves(kept["qk"]), kept["v"], context.documents, self.window, kept["graph"],
+        saved = attention.Saved(*self.split_qk(kept["qk"]), kept["v"], context.documents, self.window, kept["graph"],
                                 kept["attended"].unflatten(-1, (-1, self.config.head_dim)), kept["lse"])
         d_heads = d_out.unflatten(-1, (-1, self.config.head_dim))
         apart = attention.backward_apart(d_heads, saved, not wanted.overwrite)
@@ -137,7 +126,8 @@ class AttentionHalf(Half):
             rope.rotate_(d_qk, context.cos, context.sin, back=True)
         d_norms: list[Tensor] = []
         if self.q_norm is not None and self.k_norm is not None:
-            for d, raw, weight, name in zip(self.halves(d_qk), self.halves(kept["raw_qk"]), (self.q_norm, self.k_norm),
+            raws = self.split_qk(kept["raw_qk"])
+            for d, raw, weight, name in zip(self.split_qk(d_qk), raws, (self.q_norm, self.k_norm),
                                             ("q_rstd", "k_rstd"), strict=True):
                 if weight.requires_grad:
                     d_norms.append(rms_norm.backward_weight(d, raw, kept[name]))

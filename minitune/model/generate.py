@@ -144,7 +144,7 @@ def prefill(network: Llama, prompts: Sequence[Sequence[int]], cache: Cache) -> T
     for index, layer in enumerate(network.blocks()):
         weights = layer.attention.operands()
         kept = layer.attention.project(x, branch, weights[0], context)
-        (q, k), v = layer.attention.halves(kept["qk"]), kept["v"]
+        (q, k), v = layer.attention.split_qk(kept["qk"]), kept["v"]
         start = 0
         for row, length in enumerate(documents.lengths):
             cache.keys[index][row, :, :length] = k[start : start + length].transpose(0, 1)
@@ -176,7 +176,7 @@ def decode(network: Llama, tokens: Sequence[int], cache: Cache, row: OneRow | No
     for index, layer in enumerate(network.blocks()):
         weights = layer.attention.operands()
         kept = layer.attention.project(x, branch, weights[0], context)
-        q, k = layer.attention.halves(kept["qk"])
+        q, k = layer.attention.split_qk(kept["qk"])
         cache.append(index, k, kept["v"])
         out = _attend(layer.attention, q, cache.keys[index], cache.values[index], cache.lengths)
         x, branch = half.run(layer.mlp, kept["x"], lora_matmul.forward(out, weights[1])[0], context)

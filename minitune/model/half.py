@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from minitune.config import MemoryPolicy
 from minitune.model.lora import Projection
 from minitune.model.offload import Parking
+from minitune.ops import lora_matmul, rms_norm
 from minitune.ops.documents import Documents
 from minitune.ops.lora_matmul import LoraWeights
 from minitune.ops.once import once
@@ -37,8 +38,17 @@ Kept = dict[str, Any]
 """The named list of what a half keeps between forward and backward."""
 
 
+class Wanted(NamedTuple):
+    """How a backward may go: whether its input's gradient is wanted, and whether what was kept may be overwritten."""
+
+    need_dx: bool
+    overwrite: bool
+
+
 class Half(nn.Module, ABC):
     """What `run` asks of a half: branch = f(norm(x)). The next half adds it to x in one pass with its own norm."""
+
+    norm: nn.Parameter
 
     @abstractmethod
     def projections(self) -> tuple[Projection, Projection]:
@@ -72,7 +82,8 @@ class Half(nn.Module, ABC):
 
     @abstractmethod
     def composed(self, x: Tensor, context: Context) -> Tensor:
-        """The specification: x [T, d] -> branch [T, d] by reference ops under plain autograd."""
+        """The specification, under plain autograd: x [T, d] -> branch [T, d]. Norms, rotation and SwiGLU are their
+        references; attention and products of 4 bits are the ops themselves, which tests/ops holds to theirs."""
 
     @abstractmethod
     def forward_keeping(self, x: Tensor, branch: Tensor | None, weights: tuple[LoraWeights, LoraWeights],
@@ -90,12 +101,25 @@ class Half(nn.Module, ABC):
         """dy [T, d], the gradient of the branch, and `past`, that of the sum -> (dx [T, d] or None, gradients of
         `trained_parameters`). Neither is written to; of the dict `kept` what is used up is taken out."""
 
-
-class Wanted(NamedTuple):
-    """How a backward may go: whether its input's gradient is wanted, and whether what was kept may be overwritten."""
-
-    need_dx: bool
-    overwrite: bool
+    def backward_through_norm(self, d_rows: Tensor, s_name: str, weights: LoraWeights, kept: Kept, past: Tensor | None,
+                              wanted: Wanted) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+        """The end of `backward_from`: the first product, whose output has the gradient `d_rows`, and the norm before it
+        -> (dx, where it is wanted; gradients of the product's parameters; of the norm's weight, if that is trained).
+        ``kept[s_name]`` is the product's S."""
+        product, s = self.projections()[0], kept[s_name]
+        ds = lora_matmul.backward_s(d_rows, weights)
+        normed = kept.pop("normed", None)
+        if normed is None and product.reads_input(s):
+            normed = rms_norm.apply(kept["x"], kept["rstd"], self.norm)
+        gradients = product.gradients(d_rows, normed, s, ds, weights)
+        del normed
+        if not wanted.need_dx and not self.norm.requires_grad:
+            return None, gradients, []
+        d_normed = lora_matmul.backward_input(d_rows, ds, weights)
+        d_norm = [rms_norm.backward_weight(d_normed, kept["x"], kept["rstd"])] if self.norm.requires_grad else []
+        if not wanted.need_dx:
+            return None, gradients, d_norm
+        return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm, past, out=d_normed), gradients, d_norm
 
 
 def _is_last_backward() -> bool:

@@ -63,17 +63,5 @@ class MlpHalf(Half):
         d_gate_up, h = swiglu.backward(dh, kept["gate_up"], want_h=want_h, overwrite=wanted.overwrite, out=place)
         gradients_down = self.down.gradients(dy, kept.pop("h", h), kept["s_down"], ds_down, w_down)
         del dh, h       # the last product takes the most memory: what is used up goes before it
-        ds = lora_matmul.backward_s(d_gate_up, w_gate_up)
-        normed = kept.pop("normed", None)
-        if normed is None and self.gate_up.reads_input(kept["s_gate_up"]):
-            normed = rms_norm.apply(kept["x"], kept["rstd"], self.norm)
-        gradients = [*self.gate_up.gradients(d_gate_up, normed, kept["s_gate_up"], ds, w_gate_up), *gradients_down]
-        del normed
-        if not wanted.need_dx and not self.norm.requires_grad:
-            return None, gradients
-        d_normed = lora_matmul.backward_input(d_gate_up, ds, w_gate_up)
-        if self.norm.requires_grad:
-            gradients.append(rms_norm.backward_weight(d_normed, kept["x"], kept["rstd"]))
-        if not wanted.need_dx:
-            return None, gradients
-        return rms_norm.backward(d_normed, kept["x"], kept["rstd"], self.norm, past, out=d_normed), gradients
+        dx, gradients, d_norm = self.backward_through_norm(d_gate_up, "s_gate_up", w_gate_up, kept, past, wanted)
+        return dx, [*gradients, *gradients_down, *d_norm]

@@ -157,7 +157,8 @@ def test_what_is_no_batch_of_pairs(tiny):
     with pytest.raises(InputError, match="that are no pairs"):
         mt.train_step(model, pairs(LENGTHS[:5]), mt.SGD(model.param_groups(1.0), 1.0), 1.0, objective=DPO())
     with pytest.raises(InputError, match="counts its own losses"):
-        mt.GraphedStep(model, mt.SGD(model.param_groups(1.0), 1.0), pairs(), objective=DPO(), n_documents=8, n_trained=200)
+        mt.GraphedStep(model, mt.SGD(model.param_groups(1.0), 1.0), pairs(), n_documents=8, n_trained=200,
+                       objective=DPO())
 
 
 class Halves:
