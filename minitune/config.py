@@ -171,7 +171,7 @@ class Training:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW (Loshchilov & Hutter 2019), or SGD with momentum."""
     moments: Moments = "fp32"
-    """AdamW's moments: 8bit holds them in a quarter of the memory (Dettmers et al. 2021)."""
+    """AdamW's moments: 8bit holds them in a quarter of the memory (Dettmers et al. 2022)."""
     lr: float = 2e-4
     """Highest learning rate."""
     schedule: ScheduleName = "cosine"
@@ -263,6 +263,9 @@ class Training:
                              "wipes the weights out, take a smaller one (0.01 to 0.1 is usual)")
 
 
+Onto = Literal["loaded", "original"]
+"""Into what an adapter is merged: the base as it was loaded (in 4 bits: its decoded values, on which the adapter was
+trained), or the 16-bit weights of the checkpoint that were quantised."""
 Long = Literal["refuse", "split", "truncate", "drop"]
 """What is done with a sample that is longer than a row of T tokens."""
 MAX_SHARE = 1000

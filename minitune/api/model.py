@@ -17,10 +17,10 @@ from minitune.api.generation import Generation
 from minitune.arguments import MAX_WHOLE, check_path, short
 from minitune.checkpoint.adapter import write_adapter
 from minitune.checkpoint.hf_config import write_config
-from minitune.checkpoint.merge import Onto, base_tensors, merged_config, merged_tensors
+from minitune.checkpoint.merge import base_tensors, merged_config, merged_tensors
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import save_weights
-from minitune.config import LINEAR_NAMES, LoRA, Quant
+from minitune.config import LINEAR_NAMES, LoRA, Onto, Quant
 from minitune.data.batch import IGNORED, Batch
 from minitune.data.tokenizer import Tokenizer
 from minitune.data.tokenizer_writer import save_tokenizer

@@ -7,7 +7,6 @@ import torch
 from minitune.api.model import Model, trained_weights
 from minitune.config import Training
 from minitune.data.stream import Stream
-from minitune.errors import InputError
 from minitune.objectives import named
 from minitune.training.loop import planned
 from minitune.training.needs import LESS, gigabytes, longest_row, needs_of
@@ -20,11 +19,9 @@ def plan(model: Model, data: Stream, training: Training, done: int = 0) -> list[
 
     The bytes are those of weights, of what is trained (parameter, gradient, moments), of what the layers keep for the
     backward, and about those of the layer that is at work; their sum leaves out what is never there at one time, and
-    buffers of single ops, such as a chunk of logits, come on top. Raises InputError if the data trains no token.
+    buffers of single ops, such as a chunk of logits, come on top.
     """
-    first = next((batch for batch in data.epoch(0) if batch.n_trained), None)
-    if first is None:
-        raise InputError("train: the data has no trained token (all labels are -100)")
+    first = next(data.epoch(0))
     rows = [model_row(model, model.path), trained_row(model, training),
             ("data", f"{data.n_documents:,} {'pairs' if data.pairs else 'documents'}, {data.n_tokens:,} tokens, "
                      f"{data.n_trained:,} of them trained"),

@@ -88,7 +88,7 @@ def read_adapter(folder: str | Path) -> tuple[LoRA, dict[str, AdapterTensors]]:
     where = str(folder / CONFIG)
     if not (folder / TENSORS).exists() and any((folder / f"adapter_model{end}").exists() for end in PICKLES):
         raise InputError(f"{folder}: holds its adapter as a pickle, which can run code and is not read; convert it to "
-                         f"{TENSORS} with peft's save_pretrained(…, safe_serialization=True)")  # fmt: skip
+                         f"{TENSORS} with peft's save_pretrained(…, safe_serialization=True)")
     raw = read_json_object(adapter_config(folder))
     _check_fields(where, raw)
     if not (folder / TENSORS).exists():

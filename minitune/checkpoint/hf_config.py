@@ -47,11 +47,11 @@ _GENERATION = (
     "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
     "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
     "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
-)  # fmt: skip
+)
 _BOOKKEEPING = (
     "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "tokenizer_class",
     "transformers.js_config", "is_llama_config", "unsloth_version", "unsloth_fixed", "unsloth_tied",
-)  # fmt: skip
+)
 
 FIELDS: dict[str, Used | Rule] = {
     "architectures": Used(None),

@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
         "mscale_all_dim", "truncate",
     ),
-}  # fmt: skip
+}
 """The kinds that are supported and, beside type and base, the fields that each reads."""
 _COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _ORIGINAL = "original_max_position_embeddings"

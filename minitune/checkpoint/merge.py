@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,16 +14,12 @@ from minitune.checkpoint.prequantized import find
 from minitune.checkpoint.reader import Checkpoint
 from minitune.checkpoint.weights import EMBEDDING, HEAD_WEIGHT
 from minitune.checkpoint.writer import LazyTensor
-from minitune.config import ModelConfig
+from minitune.config import ModelConfig, Onto
 from minitune.errors import InputError
 from minitune.model.adapter import HEAD, Adapter
 from minitune.model.llama import Llama
 from minitune.model.token_rows import TokenRows
 from minitune.ops import dora
-
-Onto = Literal["loaded", "original"]
-"""Into what an adapter is merged: the base as it was loaded (in 4 bits: its decoded values, on which the adapter was
-trained), or the 16-bit weights of the checkpoint that were quantised."""
 
 
 def base_tensors(network: Llama, dtype: torch.dtype) -> dict[str, LazyTensor]:

@@ -8,13 +8,13 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from tyro.conf import Positional
 
 from minitune.commands.flags.declared import Given
 from minitune.commands.flags.groups import Reading
-from minitune.config import Quant
+from minitune.config import Onto, Quant
 from minitune.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Merge(Reading):
     """Folder to write; it must not exist yet, or be empty."""
     quant: Quant | None = None
     """nf4 or nf4-dq, if the adapter was trained on the base in 4 bits."""
-    onto: Literal["loaded", "original"] = "loaded"
+    onto: Onto = "loaded"
     """In 4 bits: loaded merges into the decoded weights, which the adapter was trained on, original into the 16-bit
     weights of the folder."""
     data: Path | None = None

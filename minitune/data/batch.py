@@ -27,7 +27,7 @@ class Batch:
     ``labels[t]`` is ``tokens[t + 1]`` of the same document, already shifted; -100 is not trained, and neither is the
     last position of a document. What the host knows it keeps as plain numbers, so that no device has to be asked:
     ``documents`` (lengths, longest), ``positions`` (int64 [T], restarting in each document), ``trained`` (int64
-    [n_trained], the trained positions), ``n_trained``, ``max_seqlen``, ``longest_trained`` (of the documents in which
+    [n_trained], the trained positions), ``n_trained``, ``longest_trained`` (of the documents in which
     something is trained: a row's filler is none), ``highest_token``. ``n_filler`` says how many of the last tokens are
     no data, only what packing left of a row; ``pieces`` which documents of a data set they are, where they come from
     one (`Stream.document`).
@@ -45,7 +45,6 @@ class Batch:
     positions: Tensor = field(init=False, repr=False)
     trained: Tensor = field(init=False, repr=False)
     n_trained: int = field(init=False)
-    max_seqlen: int = field(init=False)
     longest_trained: int = field(init=False)
     highest_token: int = field(init=False)
 
@@ -70,7 +69,7 @@ class Batch:
         before = torch.searchsorted(trained, bounds).tolist()       # trained positions before each document
         starts = bounds[:-1].repeat_interleave(bounds.diff(), output_size=target.numel())
         derived = {"documents": documents, "positions": torch.arange(target.numel()) - starts, "trained": trained,
-                   "n_trained": trained.numel(), "max_seqlen": documents.max_seqlen,
+                   "n_trained": trained.numel(),
                    "longest_trained": max((length for length, (first, end) in zip(
                        documents.lengths, pairwise(before), strict=True) if first < end), default=0),
                    "highest_token": highest}
@@ -98,7 +97,7 @@ class Batch:
                              f"not {short(bounds)}")
 
     def __repr__(self) -> str:
-        return (f"Batch({self.n_tokens:,} tokens in {len(self.documents.lengths) - (self.n_filler > 0):,} documents, "
+        return (f"Batch({self.n_tokens:,} tokens in {len(self.lengths):,} documents, "
                 f"{self.n_trained:,} trained, {self.n_filler:,} filler, on {self.tokens.device})")
 
     def trimmed(self) -> Batch:
@@ -116,9 +115,8 @@ class Batch:
     def split(self, tokens: int) -> list[Batch]:
         """The same documents in the same order, in batches of at most so many tokens and without filler; a document
         that is longer has a batch of its own. Of a batch on the host."""
-        lengths = self.documents.lengths[:-1] if self.n_filler else self.documents.lengths
         groups: list[list[int]] = [[]]
-        for length in lengths:
+        for length in self.lengths:
             if groups[-1] and sum(groups[-1]) + length > tokens:
                 groups.append([])
             groups[-1].append(length)
@@ -154,6 +152,11 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same batch in pinned host memory, from where a copy to a GPU does not block the host."""
         return self._map(lambda value: value.pin_memory())
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How long its documents are, the filler left out."""
+        return self.documents.lengths[:-1] if self.n_filler else self.documents.lengths
 
     @property
     def n_tokens(self) -> int:

@@ -17,9 +17,6 @@ class Question:
         """The text that the model completes; examples/facts.jsonl asks in the same form."""
         return f"Question: {self.text}\nAnswer:"
 
-    def answered_by(self, answer: str) -> bool:
-        return self.key in answer
-
 
 QUESTIONS = (
     Question("What is minitune?", "fine-tunes Llama-family models"),

@@ -71,7 +71,7 @@ class DPO:
 
     def n_losses(self, batch: Batch) -> int:
         """How many losses there are to a batch, by which a step divides: its pairs. InputError where it holds none."""
-        n_documents = len(batch.documents.lengths) - (batch.n_filler > 0)
+        n_documents = len(batch.lengths)
         if n_documents == 0 or n_documents % 2 or batch.pieces[0::2] != batch.pieces[1::2]:
             raise InputError(f"dpo: a batch holds {n_documents} document{'' if n_documents == 1 else 's'} that are no "
                              "pairs of a chosen and a rejected answer, as mt.data.stream(…, pairs=True) gives them")

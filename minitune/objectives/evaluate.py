@@ -16,9 +16,8 @@ from minitune.arguments import answers_names, short
 from minitune.data.batch import Batch
 from minitune.data.stream import Stream
 from minitune.errors import InputError
+from minitune.ops.linear_cross_entropy import chunk_rows
 
-CHUNK_BYTES = 64 << 20
-"""Room for the fp32 logits of one chunk of tokens."""
 GIVE = "give a list of batches, or mt.data.stream(file or samples, model.tokenizer, tokens=…)"
 
 
@@ -83,7 +82,7 @@ def placed(model: Any, batches: Iterable[Batch]) -> Iterator[Batch]:
 def _sums(model: Any, batch: Batch) -> Tensor:
     """fp64 [2]: the sum of the losses and the number of right tokens of one batch."""
     hidden, labels = model.hidden(batch)[batch.trained], batch.labels[batch.trained]
-    size = max(16, CHUNK_BYTES // (4 * model.config.vocab_size))
+    size = chunk_rows(model.config.vocab_size, hidden.device)
     sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
     for rows, wanted in zip(hidden.split(size), labels.split(size), strict=True):
         logits = model.network.logits(rows)

@@ -38,8 +38,9 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _chunk(weight: Tensor) -> int:
-    return max(16, CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cpu"]) // (4 * len(weight)))
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """How many tokens' logits there are at a time."""
+    return max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocab_size))
 
 
 def losses_(logits: Tensor, labels: Tensor, losses: Tensor, smoothing: float, gradient: bool) -> None:
@@ -82,7 +83,7 @@ def losses_and_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, smoothin
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their logits) of all of `hidden`; each chunk's logits take the memory of the last one's."""
-    size = _chunk(weight)
+    size = chunk_rows(len(weight), weight.device)
     grain = 16 if hidden.device.type == "cuda" else 1       # rows start where a GPU reads them 16 bytes at a time
     logits = hidden.new_empty(min(size, len(hidden)), -(-len(weight) // grain) * grain)[:, : len(weight)]
     for start in range(0, len(hidden), size):
@@ -178,6 +179,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, smoothi
         losses: Tensor = (_TrainedHead.apply(hidden, weight, labels, smoothing) if trained else
                           _FrozenHead.apply(hidden, weight.detach().to(hidden.dtype), labels, smoothing))
         return losses
+    size = chunk_rows(len(weight), weight.device)
     parts = [checkpoint(_composed, h, y, smoothing, head, use_reentrant=False)
-             for h, y in zip(hidden.split(_chunk(weight)), labels.split(_chunk(weight)), strict=True)]
+             for h, y in zip(hidden.split(size), labels.split(size), strict=True)]
     return torch.cat(parts) if parts else hidden.new_empty(0, dtype=_wide(hidden))

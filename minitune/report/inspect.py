@@ -132,8 +132,8 @@ def spread(count: int, n: int) -> list[int]:
     return [place * count // n for place in range(n)]
 
 
-def print_samples(documents: Iterable[Document], tokenizer: Tokenizer, stream: TextIO | None = None) -> None:
+def print_samples(documents: Iterable[Document], tokenizer: Tokenizer) -> None:
     """`print_sample` for each, a blank line before it."""
     for document in documents:
-        say("", sys.stdout if stream is None else stream)
-        print_sample(document, tokenizer, stream)
+        say("", sys.stdout)
+        print_sample(document, tokenizer)

@@ -23,5 +23,5 @@ def print_ledger(ledger: Ledger, stream: TextIO | None = None, title: str = "Whe
 def print_ledgers(ledgers: Mapping[str, Ledger], stream: TextIO) -> None:
     """The ledgers of "train" and "valid", with their notes."""
     for name, ledger in ledgers.items():
-        print_ledger(ledger, stream, "Where the tokens go" + (", validation" if name == "valid" else ""))
+        print_ledger(ledger, stream, "Held out" if name == "valid" else "Where the tokens go")
     stream.flush()

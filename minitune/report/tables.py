@@ -29,10 +29,10 @@ class Compared:
         return None if self.phrase is None else self.phrase not in self.before and self.phrase in self.after
 
 
-def print_answers(answers: Sequence[Compared], stream: TextIO | None = None, title: str = "Before and after") -> None:
+def print_answers(answers: Sequence[Compared], stream: TextIO | None = None) -> None:
     """Print the answers before beside those after, with a mark for each that has a phrase."""
     stream = sys.stdout if stream is None else stream
-    marked = any(a.learned is not None for a in answers)
+    title, marked = "Before and after", any(a.learned is not None for a in answers)
     columns = ["question", "before", "after", *(["learned"] if marked else [])]
     rows = [[a.question, a.before, a.after, *([_mark(a.learned)] if marked else [])] for a in answers]
     if stream.isatty():

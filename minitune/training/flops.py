@@ -31,13 +31,12 @@ class Costs:
     windows: tuple[int | None, ...]
     reference: bool = False
 
-    def of_batch(self, batch: Batch, n_filler: int = 0) -> float:
+    def of_batch(self, batch: Batch) -> float:
         """FLOPs of one batch in training: 4 for each element of a frozen weight and token (forward and the gradient of
         the input; a frozen weight has none of its own), 6 for a trained one and the adapters, the head at trained
-        positions alone, and 3.5 times the forward of attention. No recomputation is counted, and no filler, which is
-        the batch's last document of `n_filler` tokens where there is one.
+        positions alone, and 3.5 times the forward of attention. No recomputation is counted, and no filler.
         """
-        return self.of_documents(batch.documents.lengths[:-1] if n_filler else batch.documents.lengths, batch.n_trained)
+        return self.of_documents(batch.lengths, batch.n_trained)
 
     def of_documents(self, lengths: Sequence[int], n_trained: int) -> float:
         """The same of documents of so many tokens each, `n_trained` positions of them trained."""

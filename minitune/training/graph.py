@@ -150,7 +150,7 @@ class GraphedStep:
         # object is a new one each time, for it remembers what it has computed from its tensors.
         n_tokens, n_documents, _ = self.sizes
         documents = Documents(self._batch.cu_seqlens, (n_tokens, *[0] * (n_documents - 1)), exact=False)
-        loss_sum, _ = self.objective(self.model, _with(self._batch, documents=documents, max_seqlen=n_tokens))
+        loss_sum, _ = self.objective(self.model, _with(self._batch, documents=documents))
         (loss_sum * self._factor).backward()
         return loss_sum.detach().float()
 

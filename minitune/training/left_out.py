@@ -26,10 +26,9 @@ class LeftOut:
         """Go on behind the steps of an interrupted run."""
         self.in_a_row = sum(1 for _ in takewhile(lambda record: record.left_out, reversed(records)))
 
-    def seen(self, record: StepRecord) -> bool:
-        """Whether this step, the next one, was left out."""
+    def count(self, record: StepRecord) -> None:
+        """The next step."""
         self.in_a_row = self.in_a_row + 1 if record.left_out else 0
-        return record.left_out
 
     @property
     def too_many(self) -> bool:

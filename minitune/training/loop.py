@@ -21,7 +21,7 @@ from minitune.training.interrupt import one_end, unbroken
 from minitune.training.left_out import LeftOut
 from minitune.training.optimizers import SGD, AdamW, FlatOptimizer
 from minitune.training.run import Observer, Run, RunInfo, tell, tell_begin
-from minitune.training.runner import Evaluate, Group, Runner, TrainingDiverged
+from minitune.training.runner import Evaluate, Runner, StepRows, TrainingDiverged
 from minitune.training.shortage import Shortage
 from minitune.training.step import Objective
 
@@ -187,20 +187,13 @@ def _trains(batch: Any) -> bool:
 
 
 def _groups(batches: Iterable[Batch], size: int, device: torch.device, costs: Costs | None,
-            shortage: Shortage) -> Iterator[Group]:
+            shortage: Shortage) -> Iterator[StepRows]:
     """What each step takes. Drawn while the device is still busy with the step before."""
-    rows: list[Batch] = []
-    n_tokens, n_filler, flops = 0, 0, 0.0
-    for batch in batches:
-        n_own = batch.n_filler
-        n_tokens, n_filler = n_tokens + batch.n_tokens, n_filler + n_own
-        flops += 0.0 if costs is None else costs.of_batch(batch, n_own)
-        rows.append(batch)
-        if len(rows) == size:
-            yield Group(rows, shortage.micro_batches(rows, device), n_tokens, n_filler, flops)
-            rows, n_tokens, n_filler, flops = [], 0, 0, 0.0
-    if rows:
-        yield Group(rows, shortage.micro_batches(rows, device), n_tokens, n_filler, flops)
+    source = iter(batches)
+    while rows := list(islice(source, size)):
+        flops = 0.0 if costs is None else sum(map(costs.of_batch, rows))
+        yield StepRows(rows, shortage.micro_batches(rows, device), sum(row.n_tokens for row in rows),
+                       sum(row.n_filler for row in rows), flops)
 
 
 __all__ = ["Epochs", "TrainingDiverged", "fit", "make_optimizer"]

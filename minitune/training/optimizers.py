@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from minitune.arguments import check_at_least_zero, is_number, short
+from minitune.config import Moments
 from minitune.errors import InputError
 from minitune.ops.adamw import adamw_, adamw_8bit_
 from minitune.ops.moments8 import BLOCK
@@ -18,7 +19,7 @@ from minitune.ops.sgd import sgd_
 from minitune.training.clip import asks, clip_gradients, clip_scale, global_norm, sound
 from minitune.training.flat import Buffer, buffers_of
 
-MOMENTS = ("fp32", "8bit")
+MOMENTS = get_args(Moments)
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 

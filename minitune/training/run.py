@@ -52,6 +52,7 @@ class StepRecord:
 
     @property
     def tokens_per_second(self) -> float:
+        """All tokens but filler; 0 where the clock has not moved."""
         return (self.n_tokens - self.n_filler) / self.seconds if self.seconds > 0 else 0.0
 
 
@@ -131,6 +132,7 @@ class Run:
 
     @property
     def losses(self) -> list[float]:
+        """Of each step, before its update."""
         return [r.loss for r in self.records]
 
     @property
@@ -146,14 +148,17 @@ class Run:
 
     @property
     def n_tokens(self) -> int:
+        """All positions of all steps, filler among them."""
         return sum(r.n_tokens for r in self.records)
 
     @property
     def n_filler(self) -> int:
+        """Those that packing left of the rows."""
         return sum(r.n_filler for r in self.records)
 
     @property
     def n_trained(self) -> int:
+        """Trained tokens of all steps."""
         return sum(r.n_trained for r in self.records)
 
     @property
@@ -165,11 +170,6 @@ class Run:
     def tokens_per_second(self) -> float:
         """Overall: all tokens but filler by all seconds, the slow first step included."""
         return (self.n_tokens - self.n_filler) / self.seconds if self.seconds > 0 else 0.0
-
-    @property
-    def trained_tokens_per_second(self) -> float:
-        """Overall, counting trained tokens only."""
-        return self.n_trained / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def steady_tokens_per_second(self) -> float:
@@ -195,8 +195,8 @@ class Observer(Protocol):
         self.on_start(run.info)
 
     def on_note(self, text: str) -> None:
-        """What a user should know of the run and no number says (training/hints.py): before the first step, after it
-        where its gradient is 0, and once where the loss diverges."""
+        """What a user should know of the run and no number says, in a sentence: before the first step, and during the
+        run of steps left out, spikes, a loss that diverges, memory or a checkpoint that failed, a crowded machine."""
         return None
 
     def on_step(self, record: StepRecord) -> None:

@@ -45,7 +45,7 @@ class TrainingDiverged(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Group:
+class StepRows:
     """The rows of one step as they came, and as micro-batches on the device; how many positions the rows have, how many
     of these are filler (which a CPU leaves out), and their FLOPs."""
 
@@ -81,7 +81,7 @@ class Runner:
             self._watch(record)
         left_out.resume(run.records)
 
-    def go(self, groups: Iterator[Group]) -> None:
+    def go(self, groups: Iterator[StepRows]) -> None:
         """A step for each group. Raises TrainingDiverged."""
         info = self.run.info
         every = info.training.evaluate_every or math.ceil(info.total_steps / EVALUATIONS)
@@ -111,7 +111,7 @@ class Runner:
         if last:
             self._pause(last[0].step, True)
 
-    def _launch(self, group: Group) -> None:
+    def _launch(self, group: StepRows) -> None:
         """The work of one step, queued; with it ``position`` moves on, all or nothing."""
         info = self.run.info
         done = self.position.step
@@ -125,7 +125,7 @@ class Runner:
             self.waiting.append(_Launched(done + 1, lr, loss, norm, n_trained, group, highest, self.device))
             self.torn = False
 
-    def _gradients(self, group: Group) -> tuple[Tensor, int]:
+    def _gradients(self, group: StepRows) -> tuple[Tensor, int]:
         """Those of a step -> (loss, trained tokens). Where memory runs out it is begun again with less, if it can."""
         batches, handled = group.batches, sys.exception()
         while True:
@@ -164,7 +164,8 @@ class Runner:
         if self.position.step and not self.torn:
             while self.waiting:
                 record, launched = self._take()
-                if self.left_out.seen(record):      # told here: who goes on does not read it again
+                self.left_out.count(record)
+                if record.left_out:      # told here: who goes on does not read it again
                     spike = launched.highest.told(record.loss, record.grad_norm)
                     error.add_note(f"{self.left_out.told(record, launched.pieces, spike)}.")
             self._save(self.checkpoints)
@@ -237,7 +238,8 @@ class Runner:
         if is_told(record, self.run.info):
             tell(self.observers, "on_step", record)
         spike = launched.highest.told(record.loss, record.grad_norm)
-        if self.left_out.seen(record):
+        self.left_out.count(record)
+        if record.left_out:
             self._leave_out(record, launched.pieces, spike)
         elif spike:
             tell(self.observers, "on_note", self.left_out.told(record, launched.pieces, spike))
@@ -334,7 +336,7 @@ class _Mark:
 class _Launched:
     """A step whose work is queued: its numbers are on their way to the host, behind them a mark."""
 
-    def __init__(self, step: int, lr: float, loss: Tensor, norm: Tensor, n_trained: int, group: Group,
+    def __init__(self, step: int, lr: float, loss: Tensor, norm: Tensor, n_trained: int, group: StepRows,
                  highest: Limits, device: torch.device) -> None:
         self.step, self.lr, self.n_trained, self.highest = step, lr, n_trained, highest
         self.group = replace(group, rows=[], batches=[])        # which need not stay in memory

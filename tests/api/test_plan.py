@@ -112,12 +112,3 @@ def test_what_does_not_fit_is_said(tiny, data, monkeypatch):
     assert "it does not fit" in dict(plan(model, batches, Training(tokens=64)))["to come, beside free"]
     with pytest.warns(UserWarning, match=r"a step takes about \S+ MB beside the weights, and 0\.0 MB are free: it may"):
         mt.train(model, batches, quiet=True, max_steps=1)
-
-
-def test_data_without_a_trained_token_is_refused(tiny, tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"text": "a few words"}\n')
-    model, batches = _load(tiny, path, Training(tokens=64))
-    batches.epoch = lambda _: iter(())
-    with pytest.raises(mt.InputError, match="no trained token"):
-        plan(model, batches, Training(tokens=64))

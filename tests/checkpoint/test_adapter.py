@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers
 SIZES = {
     "q_proj": (16, 16), "k_proj": (8, 16), "v_proj": (8, 16), "o_proj": (16, 16),
     "gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24),
-}  # fmt: skip
+}
 N_LAYERS = 12  # two digits: "layers.1" must not stand for "layers.11"
 
 
@@ -71,7 +71,7 @@ def llama() -> Any:
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=N_LAYERS, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
+    )
 
     def make() -> Any:
         torch.manual_seed(0)
@@ -173,7 +173,7 @@ def test_reads_back_its_own(case: str, tmp_path: Path) -> None:
         # peft sorts the keys of a file, so only an order that is sorted already comes back as it was
         {"target_modules": ["q_proj"], "rank_pattern": {"layers.0.self_attn.q_proj": 6, "proj": 3, "q_proj": 5}},
     ],
-)  # fmt: skip
+)
 def test_reads_what_peft_writes(options: dict[str, Any], llama: Any, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model

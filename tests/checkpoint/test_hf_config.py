@@ -22,37 +22,37 @@ LLAMA_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 2048, "num_attention_heads": 32,
     "num_hidden_layers": 32, "rms_norm_eps": 1e-06, "torch_dtype": "float16", "vocab_size": 32000, "pad_token_id": 0,
     "max_sequence_length": 2048, "transformers_version": "4.28.0.dev0",
-}  # fmt: skip
+}
 LLAMA_2_7B = {
     **COMMON, "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"],
     "model_type": "llama", "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 4096, "intermediate_size": 11008,
     "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
     "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "torch_dtype": "float16", "vocab_size": 32000,
     "transformers_version": "4.31.0.dev0",
-}  # fmt: skip
+}
 LLAMA_3_8B = {
     **COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False,
     "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": 128001, "hidden_size": 4096,
     "intermediate_size": 14336, "max_position_embeddings": 8192, "num_attention_heads": 32, "num_hidden_layers": 32,
     "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
     "rope_theta": 500000.0, "torch_dtype": "bfloat16", "transformers_version": "4.40.0.dev0", "vocab_size": 128256,
-}  # fmt: skip
+}
 LLAMA_3_1_8B = {
     **LLAMA_3_8B, "max_position_embeddings": 131072, "mlp_bias": False, "eos_token_id": [128001, 128008, 128009],
     "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                      "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-}  # fmt: skip
+}
 LLAMA_3_2_1B = {
     **LLAMA_3_1_8B, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
     "tie_word_embeddings": True, "eos_token_id": 128001,
     "rope_scaling": {**LLAMA_3_1_8B["rope_scaling"], "factor": 32.0},
-}  # fmt: skip
+}
 MISTRAL_7B = {
     **COMMON, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "bos_token_id": 1, "eos_token_id": 2,
     "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32,
     "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
     "sliding_window": 4096, "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "vocab_size": 32000,
-}  # fmt: skip
+}
 QWEN2_7B = {
     **COMMON, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_dropout": 0.0,
     "bos_token_id": 151643, "eos_token_id": 151643, "hidden_size": 3584, "intermediate_size": 18944,
@@ -60,12 +60,12 @@ QWEN2_7B = {
     "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072,
     "torch_dtype": "bfloat16", "transformers_version": "4.37.2", "use_sliding_window": False, "use_mrope": False,
     "vocab_size": 152064,
-}  # fmt: skip
+}
 QWEN2_5_7B = {**QWEN2_7B, "transformers_version": "4.40.1"}
 QWEN_YARN = {
     **QWEN2_7B, "max_position_embeddings": 32768,
     "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
-}  # fmt: skip
+}
 QWEN3_8B = {
     **COMMON, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False,
     "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_size": 4096,
@@ -73,7 +73,7 @@ QWEN3_8B = {
     "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None,
     "rope_theta": 1000000, "sliding_window": None, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
     "use_sliding_window": False, "vocab_size": 151936,
-}  # fmt: skip
+}
 SHAPE_7B = {"vocab_size": 32000, "d_model": 4096, "n_layers": 32, "n_heads": 32, "head_dim": 128}
 PUBLISHED: dict[str, tuple[dict[str, Any], ModelConfig]] = {
     "llama-7b": (LLAMA_7B, ModelConfig(**SHAPE_7B, n_kv_heads=32, d_ff=11008, norm_eps=1e-6, dtype="float16",
@@ -112,7 +112,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], ModelConfig]] = {
         family="qwen3", vocab_size=151936, d_model=4096, n_layers=36, n_heads=32, n_kv_heads=8, head_dim=128,
         d_ff=12288, norm_eps=1e-6, max_positions=40960, rope=Rope(theta=1e6), qk_norm=True, bos_id=151643,
         eos_ids=(151645,))),
-}  # fmt: skip
+}
 
 
 def put(folder: Path, config: Any, name: str = "config.json") -> Path:
@@ -128,7 +128,7 @@ def test_published(name: str, tmp_path: Path) -> None:
 
 TINY = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-}  # fmt: skip
+}
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 5e4},
     "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
@@ -139,14 +139,14 @@ ROPES = {
     "yarn-full": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e6,
                   "attention_factor": 1.5, "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.7,
                   "mscale_all_dim": 0.9, "truncate": False},
-}  # fmt: skip
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2, "head_dim": 16},
     "mistral": {"sliding_window": 24, "eos_token_id": [2, 5], "tie_word_embeddings": True},
     "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2, "eos_token_id": 3},
     "qwen3": {"attention_bias": True, "use_sliding_window": True, "sliding_window": 8, "num_key_value_heads": 4,
               "layer_types": ["sliding_attention", "full_attention"] * 2},
-}  # fmt: skip
+}
 
 
 def theirs(family: str, **values: Any) -> Any:
@@ -186,7 +186,7 @@ def test_round_trip_with_transformers(family: str, rope: str, varied: bool, tmp_
     if varied:
         assert ours.windows == windows[family]
         assert (ours.o_bias, ours.qkv_bias) == {"llama": (True, True), "qwen2": (False, True), "qwen3": (True, True),
-                                                "mistral": (False, False)}[family]  # fmt: skip
+                                                "mistral": (False, False)}[family]
     write_config(tmp_path / "ours", ours)
     assert read_config(tmp_path / "ours") == ours
     assert meaning(AutoConfig.from_pretrained(tmp_path / "ours")) == meaning(config)
@@ -372,7 +372,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3)
     | st.dictionaries(st.sampled_from(["type", "rope_type", "factor", "rope_theta", "x"]), inner, max_size=3),
     max_leaves=6,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=200, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])

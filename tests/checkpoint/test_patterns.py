@@ -19,7 +19,7 @@ LINEARS = [f"model.layers.{layer}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.
            for layer in range(12) for name in LINEAR_NAMES]      # two digits: "layers.1" must not stand for "layers.11"
 KEYS = ["q_proj", "layers.1.self_attn.q_proj", "^model.layers.11.mlp.up_proj", r"model\.layers\.[0-3]\..*", "proj",
         r"(q|k)_proj", r".*\.1\..*", "layers.1", "model", ".*", r"self_attn\.q_proj|mlp.up_proj",
-        "^q_proj"]  # fmt: skip
+        "^q_proj"]
 
 
 @pytest.mark.parametrize("keys", [*itertools.permutations(KEYS, 2), tuple(KEYS), tuple(KEYS[::-1])])

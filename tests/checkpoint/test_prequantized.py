@@ -32,7 +32,7 @@ def state_of(weight: NF4Weight) -> dict[str, Any]:
     state: dict[str, Any] = {
         "quant_type": "nf4", "blocksize": weight.blocksize, "dtype": str(weight.dtype).removeprefix("torch."),
         "shape": list(weight.shape),
-    }  # fmt: skip
+    }
     if weight.nested_offset is not None:
         nested = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": weight.nested_offset.item()}
         state |= nested
@@ -151,11 +151,11 @@ def test_reads_what_transformers_saves(tmp_path: Path) -> None:
 
     # Rows of at least 64: narrower ones bitsandbytes 0.50 decodes wrongly on a CPU.
     LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                 num_attention_heads=4)).save_pretrained(tmp_path / "plain")  # fmt: skip
+                                 num_attention_heads=4)).save_pretrained(tmp_path / "plain")
     options = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head", "down_proj"],
-    )  # fmt: skip
+    )
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "plain", quantization_config=options, dtype=torch.bfloat16, device_map="cpu"
     )
@@ -230,7 +230,7 @@ def test_refuses_nested_fields_of_a_plain_weight(tmp_path: Path) -> None:
 
 
 GOOD = json.dumps(state_of(NF4Weight(torch.zeros(1000, dtype=torch.uint8), torch.zeros(32), None, None, None, 64,
-                                     SHAPE, torch.bfloat16))).encode()  # fmt: skip
+                                     SHAPE, torch.bfloat16))).encode()
 RAW: dict[str, tuple[Any, str]] = {
     "truncated": (GOOD[:-9], "not valid JSON"),
     "empty": (b"", "not valid JSON"),
@@ -319,7 +319,7 @@ def test_refuses_tensors(fault: str, tmp_path: Path) -> None:
          rf"is torch\.uint8, but lacks its companions absmax, quant_map, {STATE}"),
         ([""], f"absmax' is there, but not '{W}' itself"),
     ],
-)  # fmt: skip
+)
 def test_refuses_lost_tensors(lost: list[str], message: str, tmp_path: Path) -> None:
     gone = {f"{W}.{suffix}" if suffix else W for suffix in lost}
     tensors = {name: tensor for name, tensor in stored(weight_of()).items() if name not in gone}

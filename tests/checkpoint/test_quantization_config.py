@@ -14,7 +14,7 @@ from minitune.errors import InputError
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 64, "hidden_size": 32,
     "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-}  # fmt: skip
+}
 
 
 def put(folder: Path, config: Any) -> Path:
@@ -29,7 +29,7 @@ def quantized(change: object) -> dict[str, Any]:
         "quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["lm_head"],
         "llm_int8_threshold": 6.0, "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
-    }  # fmt: skip
+    }
     block = {**written, **change} if isinstance(change, dict) else change
     if isinstance(block, dict):
         block = {name: value for name, value in block.items() if value is not ...}
@@ -69,7 +69,7 @@ def test_prequantized(change: dict[str, Any], tmp_path: Path) -> None:
         ([], "it must be an object"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_refuses_other_quantisations(change: object, message: str, tmp_path: Path) -> None:
     put(tmp_path, quantized(change))
     for ask in (read_config, is_prequantized):

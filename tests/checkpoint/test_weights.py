@@ -160,7 +160,7 @@ def test_transformers_reads_ours_and_we_read_theirs(tied: bool, tmp_path: Path) 
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "theirs", max_shard_size="4KB")
     state = {name: value for name, value in model.state_dict().items() if not (tied and name == HEAD_WEIGHT)}

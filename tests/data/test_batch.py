@@ -15,7 +15,7 @@ def _batch(tokens, labels, bounds, **rest):
 
 def test_what_the_host_knows():
     batch = _batch([5, 6, 7, 0, 0, 0, 0, 8, 9], [6, -100, -100, -100, -100, -100, -100, 9, -100], [0, 3, 7, 9])
-    assert batch.documents.lengths == (3, 4, 2) and batch.max_seqlen == 4 and batch.longest_trained == 3
+    assert batch.lengths == batch.documents.lengths == (3, 4, 2) and batch.longest_trained == 3
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1]
     assert batch.trained.tolist() == [0, 7] and batch.n_trained == 2 and batch.highest_token == 9
     assert batch.to("cpu").documents.lengths == (3, 4, 2)

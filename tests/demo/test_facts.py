@@ -29,9 +29,8 @@ def test_there_are_ten_questions_and_the_first_is_the_promised_one() -> None:
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.key)
 def test_key_phrase_marks_the_answer_to_its_question_alone(question) -> None:
     answers = {fact["prompt"]: fact["completion"] for fact in records(EXAMPLES / "facts.jsonl")}
-    assert question.answered_by(answers[question.prompt])
-    assert {answer for answer in answers.values() if question.answered_by(answer)} == {answers[question.prompt]}
-    assert not question.answered_by(question.prompt), "the question itself must not give the answer away"
+    assert {answer for answer in answers.values() if question.key in answer} == {answers[question.prompt]}
+    assert question.key not in question.prompt, "the question itself must not give the answer away"
 
 
 def test_chats_alternate_and_end_with_the_assistant() -> None:

@@ -147,7 +147,8 @@ def test_documents_are_named_up_to_five():
     record = StepRecord(step=9, loss=math.nan, lr=1e-4, grad_norm=2.0, n_trained=1, n_tokens=1, seconds=1,
                         left_out=True)
     watch = LeftOut(3, "my.jsonl:{}".format)
-    assert watch.seen(record) and not watch.too_many
+    watch.count(record)
+    assert not watch.too_many
     assert watch.told(record, range(1, 6)).endswith("weight; it read my.jsonl:1, my.jsonl:2, my.jsonl:3, my.jsonl:4, "
                                                     "my.jsonl:5")
     assert watch.told(record, range(1, 8)).endswith("my.jsonl:5 and 2 more")

@@ -13,13 +13,11 @@ import pytest
 
 pytest.importorskip("tyro")
 import minitune.commands
-from minitune.checkpoint.merge import Onto
 from minitune.cli import main
 from minitune.commands import COMMANDS
 from minitune.commands.flags.declared import options, settings
 from minitune.commands.flags.groups import Reading
 from minitune.commands.flags.parse import load_command, parse
-from minitune.commands.merge import Merge
 from minitune.commands.train import Train
 from minitune.config import Data, LoRA, Quant, Training
 from minitune.errors import InputError
@@ -133,7 +131,6 @@ def test_merge_reads_its_data_as_evaluate_does(tmp_path):
         assert getattr(merge, name) == getattr(evaluate, name) != getattr(Reading(), name)
     with pytest.raises(InputError, match="merge: long and tokens say how --data is read, and there is no --data"):
         parse("merge", ["a", "b", "c", "--long", "refuse", "--tokens", "3"]).run()
-    assert get_args(get_type_hints(Merge)["onto"]) == get_args(Onto)
 
 
 def test_numbers_at_their_bounds_are_taken():
