@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from minitune.api.examine import as_asked
 from minitune.api.model import Model
 from minitune.arguments import short
-from minitune.checkpoint.files import read_json_object
+from minitune.checkpoint.files import discard, is_half_written, read_json_object
 from minitune.config import Training
 from minitune.data.batch import Batch
 from minitune.data.corpus import raw
@@ -26,7 +26,7 @@ from minitune.data.formats import Prompt
 from minitune.data.stream import Stream
 from minitune.errors import InputError
 from minitune.model.llama import Llama
-from minitune.report.folder import check_free, plain
+from minitune.report.folder import FILES, check_free, plain
 from minitune.training import checkpoint
 from minitune.training.checkpoint import Saved
 from minitune.training.step import Objective
@@ -38,6 +38,8 @@ CHANGEABLE = ("lr", "schedule", "warmup", "decay", "min_lr_ratio", "weight_decay
 """What else may be another when the user names it: the checkpoint's weights and moments fit all the same."""
 SAMPLED = 4096
 """As many values of a frozen weight tell it from another."""
+OWN = (*FILES, "train.toml", "loss.png", "adapter-best", "model-best", "tensorboard", checkpoint.FOLDER)
+"""What a run may have left before its first checkpoint."""
 SHOWN = 5
 """As many differences are named."""
 
@@ -84,6 +86,28 @@ def check_out(out: Path | None, resume: Any, changed: Any = ()) -> None:
                          "checkpoint; begin anew in another folder, with save_every")
     raise InputError(f"{out}: holds no checkpoint to resume from: the run was killed before its first one (save_every "
                      "keeps them on the way), or diverged; begin anew in another folder")
+
+
+def begun(out: Path) -> Literal["not", "lost", "kept", "ended"]:
+    """How far the run in the folder `out` has come: not begun; begun, and killed before its first checkpoint; it has a
+    checkpoint; or it has left what it trained, and none."""
+    if checkpoint.steps(out / checkpoint.FOLDER):
+        return "kept"
+    if _trained_in(out) is not None:
+        return "ended"
+    return "lost" if (out / "config.json").is_file() and not _is_finished(out) else "not"
+
+
+def clear(out: Path) -> None:
+    """Remove what a run has left that was killed before its first checkpoint, so that it can begin anew. InputError
+    where the folder holds something else."""
+    found = sorted(out.iterdir())
+    odd = next((path for path in found if path.name not in OWN and not is_half_written(path)), None)
+    if odd is not None:
+        raise InputError(f"{out}: the run was killed before its first checkpoint, and would begin anew, but {odd.name} "
+                         "lies there, which is no run's; take it away, or name another folder")
+    for path in found:
+        discard(path)
 
 
 def _trained_in(out: Path) -> Path | None:

@@ -170,6 +170,11 @@ def _hidden(path: Path, end: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{end}")
 
 
+def is_half_written(path: Path) -> bool:
+    """Whether it is what a process writes before it has its name, or has set aside for that."""
+    return _HIDDEN.fullmatch(path.name) is not None
+
+
 def sweep(folder: Path) -> None:
     """Remove what killed processes left half written in `folder`, and put back what they had set aside for something
     that did not come. No other process may be writing there."""

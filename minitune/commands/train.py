@@ -36,6 +36,9 @@ class Train:
     must not exist yet, or be empty, unless --resume goes on with its run."""
     resume: bool = False
     """Go on with the interrupted run in --out, from its checkpoint and with the settings that it was begun with."""
+    requeue: bool = False
+    """For a command that a scheduler repeats: begin the run, or go on with it where --out has a checkpoint, or do
+    nothing where it has ended. Give --save-every too."""
     changed: tuple[str, ...] = ()
     """With --resume: settings that are to be others from here on, by name, such as lr, max_steps, data."""
     ask: tuple[str, ...] = ()
@@ -73,6 +76,9 @@ class Train:
         from minitune.report.claim import claimed
         from minitune.report.tensorboard import TensorBoard
 
+        if self.requeue:
+            self._repeat()
+            return
         check_out(self.out, self.resume, self.changed)
         if self.resume:
             with claimed(self.out):     # a look, before the model is loaded
@@ -81,6 +87,26 @@ class Train:
         model = self._load()
         with one_moment(model, self.out if self.resume else None):
             self._run(model, boards)
+
+    def _repeat(self) -> None:
+        """The command as it is to be said now."""
+        from minitune.api.resume import begun, clear
+        from minitune.report.claim import claimed
+
+        if self.resume or self.changed or self.dry_run:
+            odd = "resume" if self.resume else "changed" if self.changed else "dry_run"
+            raise InputError(f"train: requeue is given, which begins a run or goes on with it, and {odd}; leave one "
+                             "out")
+        stands = begun(self.out)
+        if stands == "ended":
+            print(f"{self.out}: the run has ended, nothing is left to do")
+            return
+        if stands == "lost":
+            with claimed(self.out):
+                clear(self.out)
+        now = dataclasses.replace(self, requeue=False, resume=stands == "kept")
+        object.__setattr__(now, "given", self.given - {("requeue",)})
+        now.run()
 
     def _run(self, model: Model, boards: list[Any]) -> None:
         from minitune.api import train
@@ -149,7 +175,7 @@ class Train:
         mix = tuple(f"{Path(name).absolute()}{equals}{share}" for name, equals, share in
                     (each.rpartition("=") for each in samples.mix))
         whole = dataclasses.replace(self, samples=dataclasses.replace(samples, valid=valid, mix=mix))
-        return as_toml(whole, self.given, leave=("out", "resume", "changed", "dry_run"))
+        return as_toml(whole, self.given, leave=("out", "resume", "requeue", "changed", "dry_run"))
 
     def _where(self, run: Run) -> str:
         what = "adapter" if run.adapter is not None and run.adapter.name == "adapter" else "model"
