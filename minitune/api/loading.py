@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from minitune.api.fingerprint import warn_of_another_base
 from minitune.api.model import Model, as_path
 from minitune.arguments import answers_names, check_seed, short, warn
 from minitune.checkpoint.adapter import match_adapter, match_rows, take_copies
@@ -82,7 +83,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
         lora, model.adapter_path = found[0], adapted
         network.add_adapters(lora, seed)
         match_adapter(found[1], network.adapters(), adapted, folder)
-        _warn_of_precision(adapted, about, model.quant, is_prequantized(folder))
+        _warn_of_base(adapted, about, model, folder)
     elif lora is not None:
         network.add_adapters(lora, seed)
     _train_rows(network, adapted, stored, rows)
@@ -125,21 +126,22 @@ def _set_template(tokenizer: Tokenizer | None, folder: Path, given: Mapping[str,
         raise InputError(f"{owner}: {error}") from None
 
 
-def _warn_of_precision(adapter: Path, said: Mapping[str, Any], quant: Quant | None, stored: bool) -> None:
-    """Warn where an adapter that minitune wrote was trained on a base in 4 bits, and this one is not, or otherwise.
-    InputError for a file of ours that says what we never write."""
+def _warn_of_base(adapter: Path, said: Mapping[str, Any], model: Model, folder: Path) -> None:
+    """Warn where an adapter that minitune wrote was trained on another base, or on one in 4 bits and this one is not,
+    or otherwise. InputError for a file of ours that says what we never write."""
     if not said:        # another trainer's, who does not tell
         return
-    trained = said.get("quant")
+    trained, quant = said.get("quant"), model.quant
     if "quant" in said and trained not in get_args(Quant):
         raise InputError(f"{adapter / ABOUT}: quant is {short(trained)}; it must be {' or '.join(get_args(Quant))}, as "
                          "the base lay that it was trained on; correct it, or remove the file")
     if trained != quant:
         then, here = trained or "16 bits or more", quant or "16 bits or more"
         how = f"load it with quant {trained}" if trained else "load it without quant"
-        how = "take the base it was trained on" if stored else how
+        how = "take the base it was trained on" if is_prequantized(folder) else how
         warn(f"{adapter}: was trained on a base in {then}, and this one lies in {here}, so the answers differ "
              f"somewhat; {how} to have what was trained")
+    warn_of_another_base(adapter, said, model.network, folder)
 
 
 def _added(tokens: Any) -> tuple[str, ...]:

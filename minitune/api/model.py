@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minitune.api.fingerprint import fingerprint
 from minitune.api.generation import Generation
 from minitune.arguments import MAX_WHOLE, check_path, short
 from minitune.checkpoint.adapter import write_adapter
@@ -264,8 +265,8 @@ class Model(Generation):
     def save_adapter(self, folder: str | Path) -> None:
         """A PEFT adapter folder (adapter_config.json, adapter_model.safetensors); peft, vLLM, transformers load it.
         Where tokens were added, the tokenizer goes with it; minitune.json has the SHA-256 of the tensors' file, which
-        is checked when it is loaded here, where the base lies in 4 bits how, and settings of the chat template:
-        {"sha256": …, "quant": "nf4-dq", "chat_template_kwargs": {"enable_thinking": false}}."""
+        is checked when it is loaded here, a fingerprint of the base, where that lies in 4 bits how, and settings of the
+        chat template: {"sha256": …, "base": {"nf4": …}, "quant": "nf4-dq", "chat_template_kwargs": {…}}."""
         if self.lora is None:
             raise InputError("save_adapter: the model has no adapter; load it with lora=mt.LoRA(…) or adapter=…")
         added = [*self.network.adapters().values(), *filter(None, [self.network.output.rows])]
@@ -274,7 +275,9 @@ class Model(Generation):
                              "begin anew with a lower lr")
         base = None if self.path is None else str(self.path)
         target, rows = as_path("save_adapter", "folder", folder), self.network.output.rows
-        about: dict[str, Any] = {} if self.quant is None else {"quant": self.quant}
+        about: dict[str, Any] = {"base": fingerprint(self.network)}
+        if self.quant is not None:
+            about["quant"] = self.quant
         if self._tokenizer is not None and self._tokenizer.chat_template_kwargs:
             about["chat_template_kwargs"] = dict(self._tokenizer.chat_template_kwargs)
         write_adapter(target, self.network.adapters(), self.lora, base, self.network.linears(), rows, about)

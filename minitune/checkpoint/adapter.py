@@ -131,7 +131,7 @@ def match_adapter(found: Mapping[str, AdapterTensors], adapters: Mapping[str, Ad
                 faults.append(f"{path}: {letter} has shape {list(source.shape)}; the network needs {list(out.shape)}")
     if faults:
         raise InputError(f"{folder or 'the adapter'}: does not fit {base or 'the model'}: {len(faults)} faults; "
-                         f"{_trained_on(folder)}:{listing(sorted(faults), 4)}")
+                         f"{trained_on(folder)}:{listing(sorted(faults), 4)}")
     with torch.no_grad():
         for path, tensors in found.items():
             for _, source, out in _pairs(tensors, adapters[path]):
@@ -144,7 +144,7 @@ def _pairs(found: AdapterTensors, adapter: Adapter) -> list[tuple[str, Tensor, T
     return pairs if found.m is None or adapter.m is None else [*pairs, ("m", found.m, adapter.m)]
 
 
-def _trained_on(folder: Path | None) -> str:
+def trained_on(folder: Path | None) -> str:
     """What adapter_config.json says of its base, and the advice that follows."""
     said = None if folder is None else read_json_object(folder / CONFIG).get("base_model_name_or_path")
     if not isinstance(said, str) or not said:

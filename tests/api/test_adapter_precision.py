@@ -1,4 +1,4 @@
-"""An adapter tells in what bits its base lay, and a run's folder is not taken for a model."""
+"""An adapter tells what its base was and in what bits it lay, and a run's folder is not taken for a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _adapter(tiny, folder, quant):
 def test_an_adapter_of_4_bits_says_so_and_is_warned_of_on_another_base(tiny, tmp_path, quant):
     adapter = _adapter(tiny, tmp_path / "adapter", quant)
     said = json.loads((adapter / ABOUT).read_text())
-    assert said.keys() == {"sha256", "quant"} and said["quant"] == quant
+    assert said.keys() == {"sha256", "base", "quant"} and said["quant"] == quant
     assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", ABOUT}
     other = "nf4" if quant == "nf4-dq" else "nf4-dq"
     for here, words in ((None, "16 bits or more"), (other, other)):
@@ -36,7 +36,7 @@ def test_an_adapter_of_4_bits_says_so_and_is_warned_of_on_another_base(tiny, tmp
 def test_an_adapter_of_16_bits_warns_in_4_also_where_it_was_written_over_one_of_4(tiny, tmp_path):
     _adapter(tiny, tmp_path, "nf4")
     _adapter(tiny, tmp_path, None)
-    assert json.loads((tmp_path / ABOUT).read_text()).keys() == {"sha256"}
+    assert json.loads((tmp_path / ABOUT).read_text()).keys() == {"sha256", "base"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mt.load(tiny, device="cpu", adapter=tmp_path)
@@ -46,6 +46,29 @@ def test_an_adapter_of_16_bits_warns_in_4_also_where_it_was_written_over_one_of_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mt.load(tiny, device="cpu", adapter=tmp_path, quant="nf4")      # another trainer's tells nothing
+
+
+@pytest.mark.parametrize("quant", [None, "nf4-dq"])
+def test_another_base_is_warned_of(tiny, tmp_path, quant):
+    adapter, other = _adapter(tiny, tmp_path / "adapter", quant), tmp_path / "other"
+    trained = mt.load(tiny, device="cpu", lora=mt.LoRA(rank=2, targets="q_proj"))
+    for each in trained.network.adapters().values():
+        each.B.data.fill_(0.1)
+    trained.save_merged(other)
+    with pytest.warns(UserWarning, match=r"was trained on a base with other weights than .*other has, so its answers "
+                                         r"differ; adapter_config.json says that it was trained on .*: load that base"):
+        mt.load(other, device="cpu", adapter=adapter, quant=quant)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in ("float32", "bfloat16"):
+            mt.load(tiny, device="cpu", adapter=adapter, quant=quant, dtype=dtype)
+        mt.load(tiny, device="cpu", adapter=adapter, quant=quant and "nf4-dq")
+    said = json.loads((adapter / ABOUT).read_text())
+    (adapter / ABOUT).write_text(json.dumps({**said, "base": "llama"}))
+    with pytest.raises(mt.InputError, match="base is 'llama'; it must be a table"):
+        mt.load(tiny, device="cpu", adapter=adapter, quant=quant)
+    (adapter / ABOUT).write_text(json.dumps({**said, "base": {"int3": "0"}}))       # of a version to come
+    assert mt.load(tiny, device="cpu", adapter=adapter, quant=quant)
 
 
 @pytest.mark.parametrize(("text", "words"), [('{"quant": "int8"}', "quant is 'int8'; it must be nf4 or nf4-dq"),
