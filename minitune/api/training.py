@@ -38,6 +38,7 @@ from minitune.arguments import check_names, check_whole, short, warn
 from minitune.config import ObjectiveName, Training
 from minitune.data.account import overlap
 from minitune.data.batch import Batch
+from minitune.data.glued import with_glued
 from minitune.data.samples import are_samples, how_to_give
 from minitune.data.stream import Stream, stream
 from minitune.errors import InputError
@@ -46,7 +47,6 @@ from minitune.objectives.evaluate import evaluate
 from minitune.ops import backends
 from minitune.report.claim import claimed
 from minitune.report.folder import run_folder
-from minitune.report.glued import with_glued
 from minitune.report.progress import is_watched, progress
 from minitune.training import checkpoint
 from minitune.training.checkpoint import Checkpoints, Saved

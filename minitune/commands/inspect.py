@@ -35,12 +35,12 @@ class Inspect:
         check_whole("inspect", "n", self.n, low=0)
         check_whole("inspect", "tokens", self.tokens, low=2)
         check_seed("inspect", self.seed)
+        from minitune.data.glued import with_glued
         from minitune.data.holdout import hold_out, read_valid
         from minitune.data.stream import Stream, read_parts
         from minitune.data.tokenizer import load_tokenizer
         from minitune.objectives import named, takes_pairs
         from minitune.report.folder import check_no_run
-        from minitune.report.glued import with_glued
         from minitune.report.inspect import LONG, packed, print_lengths, print_samples, refused
         from minitune.report.ledger import print_ledger
         from minitune.report.progress import reading

@@ -186,7 +186,7 @@ class Train:
 def show_plan(model: Model, data: Stream, valid: Stream | None, training: Training, done: int = 0) -> None:
     """What --dry-run prints: the ledgers of the data, and the plan; ``done``: steps of a run that is resumed."""
     from minitune.api.plan import plan
-    from minitune.report.glued import with_glued
+    from minitune.data.glued import with_glued
     from minitune.report.ledger import print_ledger
     from minitune.report.tables import print_table
     from minitune.training.hints import hints

@@ -6,7 +6,7 @@
     chat, template, template_process, template_child, spans, mask   a chat rendered, and what of it is trained
     segments, encode              Sample -> ids with flags, in chunks
     read, corpus, cache           a whole file of them as flat arrays, kept for the next run
-    ledger, account               where each token went
+    ledger, account, glued        where each token went, and what to know of it
     pieces, document, packing, batch      documents packed into rows of T tokens
     stream, holdout               the epochs of it all, and what is held out of them
 """

@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, TextIO
 
+from minitune.data.glued import spread
 from minitune.data.ledger import PLACES, Ledger, Note
 from minitune.report.tables import print_table
 from minitune.report.terminal import say, visible
@@ -124,12 +125,6 @@ def refused(stream: Stream, tokens: int) -> Ledger:
 def packed(stream: Stream, n: int) -> Iterator[Document]:
     """`n` of what `stream` packs, evenly spread: samples, and the pieces of those that are too long for a row."""
     return map(stream.document, spread(stream.n_pieces, n))
-
-
-def spread(count: int, n: int) -> list[int]:
-    """`n` of the indices below `count`, or all, evenly spread from the first."""
-    n = min(n, count)
-    return [place * count // n for place in range(n)]
 
 
 def print_samples(documents: Iterable[Document], tokenizer: Tokenizer) -> None:

@@ -7,10 +7,11 @@ import io
 import pytest
 
 from minitune.data.document import Document
+from minitune.data.glued import spread
 from minitune.data.ledger import Epoch, Ledger, Note, Source
 from minitune.data.tokenizer import Tokenizer, load_tokenizer
 from minitune.report import progress
-from minitune.report.inspect import LONG, SHOWN, print_lengths, print_sample, spread
+from minitune.report.inspect import LONG, SHOWN, print_lengths, print_sample
 from minitune.report.ledger import print_ledger
 from minitune.report.terminal import visible
 from tests.files import BASE

@@ -9,7 +9,7 @@ import pytest
 
 import minitune as mt
 from minitune.cli import main
-from minitune.report.glued import LOOKED_AT, with_glued
+from minitune.data.glued import LOOKED_AT, with_glued
 from tests.files import BASE, records, write_numbers
 
 TEXT = "the completion begins right behind the prompt's last word"

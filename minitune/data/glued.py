@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from minitune.data.ledger import PLACES, Ledger, Note
-from minitune.report.inspect import spread
 
 if TYPE_CHECKING:
     from minitune.data.document import Document
@@ -48,6 +47,12 @@ def with_glued(stream: Stream, ledger: Ledger, tokenizer: Tokenizer | None) -> L
     note = Note(f"the {names[0]} begins right behind the prompt's last word{among}: begin {names[0]}s with a blank, as "
                 f'in "{names[1]}": " Yes."', len(hits), tuple(hits[:PLACES]))
     return replace(ledger, notes=(note, *ledger.notes))
+
+
+def spread(count: int, n: int) -> list[int]:
+    """`n` of the indices below `count`, or all, evenly spread from the first."""
+    n = min(n, count)
+    return [place * count // n for place in range(n)]
 
 
 def _seam(document: Document, tokenizer: Tokenizer) -> tuple[str, str] | None:
