@@ -76,6 +76,9 @@ class Train:
         from minitune.report.claim import claimed
         from minitune.report.tensorboard import TensorBoard
 
+        if ("training", "beta") in self.given and self.training.objective == "sft":
+            raise InputError("train: beta is given, which only the objective dpo has; say --objective dpo, or leave it "
+                             "out")
         if self.requeue:
             self._repeat()
             return

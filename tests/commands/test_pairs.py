@@ -91,6 +91,7 @@ def test_a_dry_run_and_bad_words(tiny, data, tmp_path, capsys):
     main(words(tiny, data, tmp_path / "out", "--objective", "dpo", "--dry-run"))
     assert "0.6931" in capsys.readouterr().out and not (tmp_path / "out").exists()
     for more, wanted in ((["--beta", "0.5"], "which only the objective dpo has"),
+                         (["--beta", "0.1"], "beta is given, which only the objective dpo has"),
                          (["--objective", "dop"], "dpo"),
                          (["--objective", "dpo", "--train", "full"], "the base itself is trained")):
         given = words(tiny, data, tmp_path / "out", *more)
