@@ -65,12 +65,12 @@ class Corpus:
     def kept_together(self) -> Tensor:
         """int64 [n]: documents with equal numbers belong on one side of a split: those with the same tokens, and of
         pairs those with the same prompt, whose answers a data set often pairs in several ways."""
-        found = self.digests.clone()
-        for index in self.rejected_at.nonzero().flatten().tolist():
-            start, end = int(self.bounds[index]), int(self.bounds[index + 1])
-            prompt = self.ids[start:start + int(self.trained[start:end].argmax())]
-            found[index] = _digest(raw(prompt))
-        return found
+        pairs = self.rejected_at.nonzero().flatten()
+        if not pairs.numel():
+            return self.digests
+        ids, trained, starts = raw(self.ids), bytes(raw(self.trained)), self.bounds[pairs].tolist()
+        prompts = [ids[4 * start:4 * trained.index(1, start)] for start in starts]
+        return self.digests.index_copy(0, pairs, torch.tensor(list(map(_digest, prompts))))
 
     def weight(self, index: int) -> float | None:
         """The weight of document `index`, if it has one."""
